@@ -1,0 +1,135 @@
+#include "dispatch.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#ifdef ACCEL_X86
+#include <cpuid.h>
+#endif
+
+namespace accel {
+
+namespace {
+
+struct Isa {
+    const char* name;
+    Kernels kernels;
+};
+
+#ifdef ACCEL_X86
+bool has_f16c() {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & (1u << 29)) != 0;
+}
+#endif
+
+const std::vector<Isa>& isas() {
+    static const std::vector<Isa> found = [] {
+        std::vector<Isa> list;
+#ifdef ACCEL_X86
+        // These also ask the operating system whether it saves the wide registers.
+        if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+            list.push_back({"avx512", avx512::table()});
+        }
+        if (__builtin_cpu_supports("avx2") && has_f16c()) list.push_back({"avx2", avx2::table()});
+#endif
+        list.push_back({"baseline", baseline::table()});
+        return list;
+    }();
+    return found;
+}
+
+// Splits [0, n) into one contiguous part a thread, at multiples of a cache line or more, and calls body(begin, end).
+// A single thread never enters OpenMP, so small calls cost no barrier and work in a forked child.
+template <class Body>
+void parallel(std::int64_t n, int num_threads, Body body) {
+    constexpr std::int64_t kGrain = 1024;
+    const std::int64_t grains = (n + kGrain - 1) / kGrain;
+    const int threads = n < kSerialElements ? 1 : int(std::min<std::int64_t>(std::max(num_threads, 1), grains));
+#ifdef _OPENMP
+    if (threads > 1) {
+#pragma omp parallel num_threads(threads)
+        {
+            const std::int64_t t = omp_get_thread_num(), of = omp_get_num_threads();
+            const std::int64_t begin = std::min(grains * t / of * kGrain, n);
+            const std::int64_t end = std::min(grains * (t + 1) / of * kGrain, n);
+            if (begin < end) body(begin, end);
+        }
+        return;
+    }
+#endif
+    (void)threads;
+    if (n > 0) body(std::int64_t(0), n);
+}
+
+}  // namespace
+
+std::vector<std::string> available_isas() {
+    std::vector<std::string> names;
+    for (const Isa& isa : isas()) names.emplace_back(isa.name);
+    return names;
+}
+
+const Kernels& kernels_for(const std::string& name) {
+    if (name.empty()) return isas().front().kernels;
+    for (const Isa& isa : isas()) {
+        if (name == isa.name) return isa.kernels;
+    }
+    throw std::invalid_argument("instruction set '" + name + "' is not available here");
+}
+
+bool has_openmp() {
+#ifdef _OPENMP
+    return true;
+#else
+    return false;
+#endif
+}
+
+void run_step(const Kernels& kernels, Optimizer optimizer, const StepArgs& args, int num_threads) {
+    std::int64_t covered = 0;
+    for (std::int64_t k = 0; k < args.num_segments; ++k) covered += args.segments[k].stop - args.segments[k].start;
+    parallel(covered, num_threads, [&](std::int64_t begin, std::int64_t end) {
+        kernels.step[optimizer](args, begin, end);
+    });
+}
+
+void run_cast(const Kernels& kernels, CastArgs args, std::int64_t numel, int num_threads) {
+    // What is too large to stay in the caches anyway is better written around them.
+    constexpr std::int64_t kStreamBytes = std::int64_t(8) << 20;
+    args.stream = numel * dtype_bytes(args.dst_dtype) >= kStreamBytes;
+    parallel(numel, num_threads, [&](std::int64_t begin, std::int64_t end) { kernels.cast(args, begin, end); });
+}
+
+NormPartial run_norm(const Kernels& kernels, const void* grad, DType dtype, std::int64_t numel, int num_threads) {
+    const std::int64_t blocks = (numel + kNormBlock - 1) / kNormBlock;
+    std::vector<NormPartial> partial(blocks);
+    // Blocks, not threads, decide what is summed together: the result does not depend on the number of threads.
+    const int threads = numel < kSerialElements ? 1 : int(std::min<std::int64_t>(std::max(num_threads, 1), blocks));
+#ifdef _OPENMP
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+#endif
+    for (std::int64_t k = 0; k < blocks; ++k) {
+        partial[k] = kernels.norm(grad, dtype, k * kNormBlock, std::min((k + 1) * kNormBlock, numel));
+    }
+    (void)threads;
+    NormPartial total{0.0, 0};
+    for (const NormPartial& p : partial) {
+        total.sum_sq += p.sum_sq;
+        total.num_nonfinite += p.num_nonfinite;
+    }
+    return total;
+}
+
+void run_stream(const Kernels& kernels, float* p, const float* g, float* m, float* v, std::int64_t numel,
+                bool non_temporal, int num_threads) {
+    parallel(numel, num_threads, [&](std::int64_t begin, std::int64_t end) {
+        kernels.stream_4r3w(p, g, m, v, begin, end, non_temporal);
+    });
+}
+
+}  // namespace accel

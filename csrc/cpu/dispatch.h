@@ -1,0 +1,27 @@
+// Which instruction set runs, and how a call's work is split over threads.
+#pragma once
+#include <string>
+#include <vector>
+
+#include "accel/kernels.h"
+
+namespace accel {
+
+// Names of the instruction sets that this build holds and this processor runs, best first.
+std::vector<std::string> available_isas();
+
+// The kernels of one of them; of the best for "". Throws std::invalid_argument for another name.
+const Kernels& kernels_for(const std::string& isa);
+
+bool has_openmp();
+
+// Number of elements below which a call stays on the calling thread.
+constexpr std::int64_t kSerialElements = 1 << 15;
+
+void run_step(const Kernels&, Optimizer, const StepArgs&, int num_threads);
+void run_cast(const Kernels&, CastArgs, std::int64_t numel, int num_threads);
+NormPartial run_norm(const Kernels&, const void* grad, DType, std::int64_t numel, int num_threads);
+void run_stream(const Kernels&, float* p, const float* g, float* m, float* v, std::int64_t numel, bool non_temporal,
+                int num_threads);
+
+}  // namespace accel

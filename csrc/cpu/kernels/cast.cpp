@@ -1,0 +1,112 @@
+// Scaled copy between fp32, bf16 and fp16: round to nearest even, or stochastic rounding.
+//
+// Stochastic rounding draws bits from SplitMix64 (Steele, Lea & Flood, "Fast Splittable Pseudorandom Number
+// Generators", OOPSLA 2014, figure 14) used as a counter: bits = mix(key + (index + 1) * golden). The result for an
+// element depends on the seed and its index alone. reference.py states the same in torch.
+#include <algorithm>
+
+#include "../simd.h"
+
+namespace {
+
+inline std::uint32_t random_bits(std::uint64_t key, std::int64_t index) {
+    std::uint64_t z = key + (std::uint64_t(index) + 1) * 0x9e3779b97f4a7c15ull;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
+    return std::uint32_t((z ^ (z >> 31)) >> 32);
+}
+
+// Adding random bits below the last kept one and truncating rounds up with probability equal to the remainder.
+// Beyond the largest finite value there is no upper neighbour: those round to nearest.
+inline std::uint16_t stochastic_bf16(float x, std::uint32_t random) {
+    const std::uint32_t u = float_bits(x);
+    const std::uint32_t rounded = (u + (random & 0xffffu)) >> 16;
+    return (u & 0x7fffffffu) > 0x7f7f0000u ? float_to_bf16(x) : std::uint16_t(rounded);
+}
+
+inline std::uint16_t stochastic_f16(float x, std::uint32_t random) {
+    const std::uint32_t u = float_bits(x);
+    const std::uint32_t sign = (u >> 16) & 0x8000u;
+    const std::uint32_t a = u & 0x7fffffffu;
+    const std::uint32_t exponent = a >> 23;
+    const std::uint32_t mantissa = exponent >= 113 ? a : ((a & 0x7fffffu) | 0x800000u);
+    // Bits to drop: 13, or more where fp16 is subnormal. Below 2^-32 (95) all are dropped: the result is zero.
+    const std::uint32_t drop = exponent >= 113 ? 13u : 126u - std::max(exponent, 95u);
+    const std::uint32_t kept = (mantissa + (random & ((1u << drop) - 1u))) >> drop;
+    const std::uint32_t value = exponent < 95 ? 0u : exponent >= 113 ? kept - (112u << 10) : kept;
+    return a > 0x477fe000u ? float_to_f16(x) : std::uint16_t(sign | value);
+}
+
+template <DType S>
+inline float scalar_load(const typename Memory<S>::Element* p) {
+    if constexpr (S == DType::f32) return *p;
+    else if constexpr (S == DType::bf16) return bf16_to_float(*p);
+    else return f16_to_float(*p);
+}
+
+template <DType S, DType D>
+void stochastic(const accel::CastArgs& a, std::int64_t begin, std::int64_t end) {
+    const auto* src = static_cast<const typename Memory<S>::Element*>(a.src);
+    auto* dst = static_cast<std::uint16_t*>(a.dst);
+    const float scale = a.scale;
+    const std::uint64_t key = a.key;
+    for (std::int64_t i = begin; i < end; ++i) {
+        const float x = scalar_load<S>(src + i) * scale;
+        const std::uint32_t random = random_bits(key, i);
+        dst[i] = D == DType::bf16 ? stochastic_bf16(x, random) : stochastic_f16(x, random);
+    }
+}
+
+template <DType S, DType D>
+void nearest(const accel::CastArgs& a, std::int64_t i, std::int64_t end) {
+    using Src = typename Memory<S>::Element;
+    using Dst = typename Memory<D>::Element;
+    const auto* src = static_cast<const Src*>(a.src);
+    auto* dst = static_cast<Dst*>(a.dst);
+    const F32 scale = splat(a.scale);
+    const auto partial = [&](std::int64_t from, std::int64_t count) {
+        alignas(64) Src in[kLanes] = {};
+        alignas(64) Dst out[kLanes];
+        std::memcpy(in, src + from, count * sizeof(Src));
+        Memory<D>::store(out, Memory<S>::load(in) * scale);
+        std::memcpy(dst + from, out, count * sizeof(Dst));
+    };
+    if (a.stream) {
+        for (std::int64_t head = std::min(elements_to_alignment(dst + i), end - i); head > 0;) {
+            const std::int64_t count = std::min<std::int64_t>(head, kLanes);
+            partial(i, count);
+            i += count;
+            head -= count;
+        }
+        for (; i + 2 * kLanes <= end; i += 2 * kLanes) {
+            for (int line = 0; line < 2 * kLanes * int(sizeof(Src)); line += 64) {
+                __builtin_prefetch(reinterpret_cast<const char*>(src + i) + 2048 + line, 0, 0);
+            }
+            Memory<D>::stream2(dst + i, Memory<S>::load(src + i) * scale, Memory<S>::load(src + i + kLanes) * scale);
+        }
+        stream_fence();
+    }
+    for (; i + kLanes <= end; i += kLanes) Memory<D>::store(dst + i, Memory<S>::load(src + i) * scale);
+    if (i < end) partial(i, end - i);
+}
+
+template <DType S>
+void choose_dst(const accel::CastArgs& a, std::int64_t begin, std::int64_t end) {
+    switch (a.dst_dtype) {
+        case DType::bf16:
+            return a.stochastic ? stochastic<S, DType::bf16>(a, begin, end) : nearest<S, DType::bf16>(a, begin, end);
+        case DType::f16:
+            return a.stochastic ? stochastic<S, DType::f16>(a, begin, end) : nearest<S, DType::f16>(a, begin, end);
+        default: return nearest<S, DType::f32>(a, begin, end);  // fp32 holds every value exactly
+    }
+}
+
+}  // namespace
+
+void accel::ACCEL_ISA::cast_copy(const CastArgs& a, std::int64_t begin, std::int64_t end) {
+    switch (a.src_dtype) {
+        case DType::bf16: return choose_dst<DType::bf16>(a, begin, end);
+        case DType::f16: return choose_dst<DType::f16>(a, begin, end);
+        default: return choose_dst<DType::f32>(a, begin, end);
+    }
+}

@@ -1,0 +1,25 @@
+// One run of elements that share an optimizer's coefficients, as Python packs it (segments.py: RECORD).
+//
+// The coefficients are computed once, in double precision, in Python and rounded once to fp32, so that every
+// back end and every instruction set starts from the same bits. What c[k] means is written at each kernel.
+#pragma once
+#include <cstdint>
+
+namespace accel {
+
+struct Segment {
+    std::int64_t start;  // first element
+    std::int64_t stop;   // one past the last element
+    float c[8];
+    std::uint32_t flags;
+    std::uint32_t reserved;
+};
+static_assert(sizeof(Segment) == 56, "segments.py packs 56 bytes");
+
+// Segment::flags
+constexpr std::uint32_t kFlagL2 = 1;        // add c[l2] * param to the gradient
+constexpr std::uint32_t kFlagMomentum = 2;  // SGD: a momentum buffer is read and written
+constexpr std::uint32_t kFlagFirst = 4;     // SGD: the buffer holds nothing yet
+constexpr std::uint32_t kFlagNesterov = 8;  // SGD
+
+}  // namespace accel

@@ -1,0 +1,50 @@
+"""Fused kernels for flat tensors: optimizer steps, gradient norm, casts; on CPU and CUDA, one function an op.
+
+Modules, in the order in which a call passes through them:
+
+- ``segments``: the hyper-parameters of runs of elements (``AdamSegment`` and its siblings) and how they are packed.
+- ``ops``: the public functions, one file an op.
+- ``checks``: what is demanded of tensors, before anything is written.
+- ``dispatch``: which back end runs a call; ``isa`` and ``report`` let a person steer and see it.
+- ``backends``: ``cpu`` (C++ extension), ``cuda`` (NVRTC through CuPy), ``portable`` (numba or plain torch).
+- ``reference``: what each op means, in plain torch; every back end is held against it.
+- ``errors``, ``version``.
+
+``csrc`` holds the CUDA sources that are compiled at first use.
+"""
+
+from . import reference
+from .errors import AccelKernelsError, AccelTypeError, AccelValueError, BackendUnavailableError
+from .isa import available_cpu_isas, set_cpu_isa
+from .ops.adagrad import adagrad_step
+from .ops.adam import adam_step
+from .ops.cast import cast_copy
+from .ops.lion import lion_step
+from .ops.norm import grad_norm_scale
+from .ops.sgd import sgd_step
+from .report import Report, report
+from .segments import AdagradSegment, AdamSegment, LionSegment, SgdSegment
+from .version import __version__
+
+__all__ = [
+    "AccelKernelsError",
+    "AccelTypeError",
+    "AccelValueError",
+    "AdagradSegment",
+    "AdamSegment",
+    "BackendUnavailableError",
+    "LionSegment",
+    "Report",
+    "SgdSegment",
+    "__version__",
+    "adagrad_step",
+    "adam_step",
+    "available_cpu_isas",
+    "cast_copy",
+    "grad_norm_scale",
+    "lion_step",
+    "reference",
+    "report",
+    "set_cpu_isa",
+    "sgd_step",
+]

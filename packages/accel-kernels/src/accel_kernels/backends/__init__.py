@@ -1,0 +1,1 @@
+"""The back ends, each a module with the three functions of ``dispatch.Backend``."""

@@ -1,0 +1,97 @@
+"""What the ops demand of their tensors, checked before anything is written; a few microseconds a call.
+
+In: the tensors of one call with the role each plays. Out: nothing, or an error that names the argument, what was
+given and what was expected. Next: ``dispatch``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from .errors import AccelTypeError, AccelValueError
+from .native import is_writable
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+HALVES = (torch.bfloat16, torch.float16)
+SINGLE = (torch.float32,)
+
+# (argument name, tensor, allowed dtypes, written?)
+Role = tuple[str, torch.Tensor, tuple[torch.dtype, ...], bool]
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return " or ".join(str(dtype) for dtype in dtypes)
+
+
+def check_flat(op: str, roles: Sequence[Role]) -> None:
+    """Demand flat, contiguous tensors of equal size on one device; written ones overlap nothing and are writable.
+
+    Raises:
+        AccelTypeError: not a tensor, or another dtype.
+        AccelValueError: size, device, layout, overlap, read-only memory, or part of an autograd graph.
+    """
+    numel = -1
+    device = None
+    spans = []
+    for name, tensor, dtypes, written in roles:
+        if not isinstance(tensor, torch.Tensor):
+            raise AccelTypeError(f"{op}: {name}: expected a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.dtype not in dtypes:
+            raise AccelTypeError(f"{op}: {name}: expected {_names(dtypes)}, got {tensor.dtype}")
+        if tensor.layout is not torch.strided or tensor.dim() != 1 or not tensor.is_contiguous():
+            raise AccelValueError(_layout_message(op, name, tensor))
+        if device is None:
+            first, numel, device = name, tensor.numel(), tensor.device
+        elif tensor.numel() != numel:
+            raise AccelValueError(
+                f"{op}: {name}: expected {numel} elements, as many as {first}, got {tensor.numel()}"
+            )
+        elif tensor.device != device:
+            raise AccelValueError(f"{op}: {name}: expected a tensor on {device}, like {first}, got {tensor.device}")
+        if written and tensor.requires_grad and tensor.grad_fn is not None:
+            raise AccelValueError(f"{op}: {name}: is the result of a recorded operation; pass {name}.detach()")
+        begin = tensor.data_ptr() if device.type != "meta" else 0
+        spans.append((begin, begin + numel * tensor.element_size(), name, written))
+    if numel > 0 and device is not None and device.type != "meta":
+        _check_memory(op, spans, device.type)
+
+
+def _check_memory(op: str, spans: list[tuple[int, int, str, bool]], device_type: str) -> None:
+    for k, (begin, end, name, written) in enumerate(spans):
+        for other_begin, other_end, other_name, other_written in spans[:k]:
+            if (written or other_written) and begin < other_end and other_begin < end:
+                raise AccelValueError(f"{op}: {name}: shares memory with {other_name}; expected separate tensors")
+        if written and device_type == "cpu" and not is_writable(begin, end - begin):
+            raise AccelValueError(f"{op}: {name}: lies in read-only memory (a file mapped for reading?)")
+
+
+def _layout_message(op: str, name: str, tensor: torch.Tensor) -> str:
+    if tensor.layout is not torch.strided:
+        return f"{op}: {name}: expected a dense tensor, got layout {tensor.layout}"
+    shape, stride = tuple(tensor.shape), tensor.stride()
+    cure = f"pass {name}.view(-1)" if tensor.is_contiguous() else "make it contiguous first"
+    return f"{op}: {name}: expected a flat contiguous tensor, got shape {shape}, stride {stride}; {cure}"
+
+
+def check_grad_scale(op: str, grad_scale: float | torch.Tensor, device: torch.device) -> float | torch.Tensor:
+    """A float, or a one-element fp32 tensor on a non-CPU ``device``, from what the caller gave.
+
+    Raises:
+        AccelTypeError: neither a number nor a floating-point tensor.
+        AccelValueError: a tensor of more than one element, or on a device that would have to be waited for.
+    """
+    if not isinstance(grad_scale, torch.Tensor):
+        if isinstance(grad_scale, (float, int)):
+            return float(grad_scale)
+        raise AccelTypeError(f"{op}: grad_scale: expected a number or a tensor, got {type(grad_scale).__name__}")
+    if not grad_scale.is_floating_point():
+        raise AccelTypeError(f"{op}: grad_scale: expected a floating-point tensor, got {grad_scale.dtype}")
+    if grad_scale.numel() != 1:
+        raise AccelValueError(f"{op}: grad_scale: expected one element, got shape {tuple(grad_scale.shape)}")
+    if grad_scale.device.type == "cpu":
+        return float(grad_scale.detach())
+    if grad_scale.device != device:
+        raise AccelValueError(f"{op}: grad_scale: expected a number or a tensor on {device}, got {grad_scale.device}")
+    return grad_scale.detach().to(torch.float32).reshape(1)

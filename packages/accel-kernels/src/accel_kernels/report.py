@@ -1,0 +1,88 @@
+"""Which back end each op uses here, and why: for a person to read, and for a program to ask."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from . import native
+from .dispatch import has_module, preferred, why_unavailable
+from .isa import available_cpu_isas, chosen_cpu_isa
+
+_STEPS = ("adam_step", "lion_step", "adagrad_step", "sgd_step")
+OPS = (*_STEPS, "grad_norm_scale", "cast_copy")
+DEVICES = ("cpu", "cuda", "other")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """The back end of one op on one device (None: that device is not here), and why."""
+
+    backend: str | None
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.backend}: {self.why}" if self.backend else f"none: {self.why}"
+
+
+class Report(Mapping[str, Mapping[str, Choice]]):
+    """``report()["adam_step"]["cpu"]`` is a ``Choice``; ``print(report())`` shows all of them."""
+
+    def __init__(self, choices: Mapping[str, Mapping[str, Choice]]) -> None:
+        self._choices = choices
+
+    def __getitem__(self, op: str) -> Mapping[str, Choice]:
+        return self._choices[op]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._choices)
+
+    def __len__(self) -> int:
+        return len(self._choices)
+
+    def __str__(self) -> str:
+        rows = [("op", *DEVICES)]
+        rows += [(op, *(str(by_device[device]) for device in DEVICES)) for op, by_device in self.items()]
+        widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+        lines.insert(1, "  ".join("-" * width for width in widths))
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def report() -> Report:
+    """The back end that each op uses for tensors of each device here, and why.
+
+    Asks torch whether there is a CUDA device, and so may load the CUDA driver; compiles nothing.
+    """
+    return Report({op: {"cpu": _cpu(op), "cuda": _cuda(op), "other": _other()} for op in OPS})
+
+
+def _portable(op: str) -> str:
+    if op not in _STEPS:
+        return "plain torch in cache-sized pieces"
+    return "numba" if has_module("numba") else "plain torch in cache-sized pieces, numba not installed"
+
+
+def _cpu(op: str) -> Choice:
+    if preferred("cpu") == "portable":
+        return Choice(backend="portable", why=f"{_portable(op)}; {native.why_not}")
+    threads = torch.get_num_threads() if native.cpu is not None and native.cpu.has_openmp() else 1
+    isa = chosen_cpu_isa() or available_cpu_isas()[0]
+    return Choice(backend="cpu", why=f"C++ {isa}, {threads} thread{'s' if threads != 1 else ''}")
+
+
+def _cuda(op: str) -> Choice:
+    if not torch.backends.cuda.is_built():
+        return Choice(backend=None, why="this torch is built without CUDA")
+    if not torch.cuda.is_available():
+        return Choice(backend=None, why="no CUDA device")
+    reason = why_unavailable("cuda", "cuda")
+    if reason is not None:
+        return Choice(backend="portable", why=f"plain torch; {reason}")
+    return Choice(backend="cuda", why="NVRTC through CuPy, compiled at first use")
+
+
+def _other() -> Choice:
+    return Choice(backend="portable", why="plain torch")

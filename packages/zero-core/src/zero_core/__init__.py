@@ -1,0 +1,60 @@
+"""ZeRO stages 0-3 on one structure, the flat unit, for plain PyTorch training loops.
+
+The modules, in the order in which data flows:
+
+- `config`, `errors`, `api`: what a user meets.
+- `layout`, `units`, `flat_unit`, `fill`, `sharded_init`: parameters -> units -> flat buffers -> shards.
+- `params`, `gather_plan`, `gather`: stage 3: parameters whole around their use.
+- `hooks` -> `buckets` -> `collectives` -> `accumulate` -> `precision`, `norms` -> `optimizer`, `steppers` ->
+  `publish`: a gradient's way.
+- `materialize`, `state`, `memory`: full values, descriptions for checkpoints, plans.
+"""
+
+from .api import Sharded, no_sync, shard, sharded
+from .collectives import Collectives, Handle, PlainCollectives
+from .config import Overlap, Precision
+from .errors import CollectiveError, ReleasedParameterError, ZeroConfigError, ZeroError, ZeroStateError
+from .materialize import full_state_dict, load_full_state_dict, materialized, stream_full
+from .memory import MemoryPlan, plan_memory
+from .optimizer import ShardedOptimizer, clip_grad_norm, grad_norm
+from .precision import LossScaler, OverflowReport
+from .sharded_init import sharded_init
+from .state import Shard, load_optimizer_scalars, load_sharded_state, optimizer_scalars, sharded_state
+from .steppers import ShardOptimizer
+from .version import __version__
+
+__all__ = [
+    "CollectiveError",
+    "Collectives",
+    "Handle",
+    "LossScaler",
+    "MemoryPlan",
+    "OverflowReport",
+    "Overlap",
+    "PlainCollectives",
+    "Precision",
+    "ReleasedParameterError",
+    "Shard",
+    "ShardOptimizer",
+    "Sharded",
+    "ShardedOptimizer",
+    "ZeroConfigError",
+    "ZeroError",
+    "ZeroStateError",
+    "__version__",
+    "clip_grad_norm",
+    "full_state_dict",
+    "grad_norm",
+    "load_full_state_dict",
+    "load_optimizer_scalars",
+    "load_sharded_state",
+    "materialized",
+    "no_sync",
+    "optimizer_scalars",
+    "plan_memory",
+    "shard",
+    "sharded",
+    "sharded_init",
+    "sharded_state",
+    "stream_full",
+]

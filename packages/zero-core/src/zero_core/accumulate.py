@@ -1,0 +1,74 @@
+"""What happens to a reduced gradient: it becomes this rank's gradient shard, or is added to it.
+
+In: the mean over ranks of a unit's gradient, this rank's slice (stage 0: all of it). Out: `GradShard.value`, which
+`norms` measures and `optimizer` consumes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from .buckets import BufferPool
+from .flat_unit import FlatUnit
+
+
+class GradShard:
+    """The reduced gradients of one unit on this rank, from the first reduction to `zero`.
+
+    In stages 0 and 1 it is the matching part of the bucket's own buffer, if the dtypes agree; else a buffer of
+    [local numel] in the accumulate dtype.
+    """
+
+    def __init__(self, unit: FlatUnit, dtype: torch.dtype, *, in_place: bool, pool: BufferPool) -> None:
+        self.unit = unit
+        self.dtype = dtype
+        self.in_place = in_place
+        self.filled = False
+        self._buffer: torch.Tensor | None = None
+        self._pool = pool
+
+    @property
+    def value(self) -> torch.Tensor | None:
+        """[local numel] in the accumulate dtype; None if nothing was reduced since gradients were zeroed."""
+        return self._buffer if self.filled else None
+
+    def landing(self) -> torch.Tensor:
+        """Where a reduction may write: the shard itself while it is empty, else a borrowed buffer."""
+        if not self.filled:
+            return self._own()
+        return self._pool.take(self.unit.layout.shard_numel, self.dtype, self.unit.full.device)
+
+    def accept(self, reduced: torch.Tensor) -> None:
+        """Take a reduced gradient over."""
+        if self.in_place:
+            self._buffer = reduced
+        elif not self.filled:
+            own = self._own()
+            if own.data_ptr() != reduced.data_ptr():
+                own.copy_(reduced)
+        else:
+            own = self._own()
+            own.add_(reduced)
+            if self.unit.stage >= 2:
+                self._pool.give(reduced)
+        self.filled = True
+
+    def zero(self) -> None:
+        """Forget the gradient; the memory stays for the next one."""
+        self.filled = False
+
+    def zero_slots(self, slots: Iterable[int]) -> None:
+        """Forget the gradients of some slots, where the others belong to another optimizer."""
+        wanted = set(slots)
+        for part in self.unit.local_slots if self.value is not None else ():
+            if part.index in wanted:
+                assert self._buffer is not None
+                self._buffer[part.start : part.stop].zero_()
+
+    def _own(self) -> torch.Tensor:
+        if self._buffer is None:
+            start, stop = self.unit.local
+            self._buffer = torch.empty(stop - start, dtype=self.dtype, device=self.unit.full.device)
+        return self._buffer

@@ -1,0 +1,104 @@
+"""The policies a user hands to `shard`: which dtype each thing has, and how much may be in flight.
+
+Frozen, keyword-only, validated on construction. Nothing here touches a tensor's values or a process group.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from .errors import ZeroConfigError
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precision:
+    """The five dtypes of mixed-precision training; `None` means "as the line before it".
+
+    Args:
+        compute: dtype of the forward and backward maths; floating-point inputs of the model are cast to it.
+            `None`: whatever the parameters have.
+        param: dtype of the parameters as the model sees them, and of their bytes on the wire. `None`: `compute`.
+            Where both are given and differ, forward runs under `torch.autocast(compute)`.
+        reduce: dtype of the full gradient buffer of a unit, and of gradients on the wire. `None`: the parameter's.
+        accumulate: dtype of the reduced gradients kept from one backward to the next. `None`: `reduce`.
+        master: dtype of the copy that the optimizer updates; where it equals the parameter's dtype there is no
+            copy and the shard itself is updated.
+
+    Raises:
+        ZeroConfigError: a dtype that is not floating-point, or a `compute` autocast cannot provide.
+
+    Source: Micikevicius et al., Mixed Precision Training (2018), section 3; ZeRO (2020), section 3.1.
+    """
+
+    compute: torch.dtype | None = None
+    param: torch.dtype | None = None
+    reduce: torch.dtype | None = None
+    accumulate: torch.dtype | None = None
+    master: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        for field in ("compute", "param", "reduce", "accumulate", "master"):
+            dtype = getattr(self, field)
+            if dtype is None and field != "master":
+                continue
+            if dtype not in FLOAT_DTYPES:
+                raise ZeroConfigError(
+                    f"Precision({field}=...): expected one of {', '.join(map(str, FLOAT_DTYPES))}, got {dtype!r}"
+                )
+        if self.autocast and self.compute not in (torch.bfloat16, torch.float16):
+            raise ZeroConfigError(
+                f"Precision(param={self.param}, compute={self.compute}): with a param dtype of its own, compute "
+                "runs under torch.autocast, which offers torch.bfloat16 and torch.float16; leave one of the two out"
+            )
+
+    @property
+    def autocast(self) -> bool:
+        """Whether parameters and maths have different dtypes, so that forward runs under autocast."""
+        return self.param is not None and self.compute is not None and self.param != self.compute
+
+    def param_dtype(self, own: torch.dtype) -> torch.dtype:
+        """The dtype that a parameter of dtype `own` has once sharded; integer parameters keep theirs."""
+        if not own.is_floating_point:
+            return own
+        return self.param or self.compute or own
+
+    def reduce_dtype(self, param: torch.dtype) -> torch.dtype:
+        """The dtype of the full gradients of parameters of dtype `param`."""
+        return self.reduce or param
+
+    def accumulate_dtype(self, param: torch.dtype) -> torch.dtype:
+        """The dtype of the reduced gradients of parameters of dtype `param`."""
+        return self.accumulate or self.reduce_dtype(param)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overlap:
+    """How many bytes may be on their way while compute goes on; no setting changes a bit of the result.
+
+    Args:
+        enabled: False waits for every collective where it is launched.
+        reduce_bytes: full gradients in reduction at once, per rank; at the limit the oldest is waited for.
+        prefetch_bytes: stage 3: full parameters gathered ahead of use, per rank. `None`: one largest unit.
+        timeout_s: seconds after which a collective that has not finished is an error (where the back end of
+            the process group lets a wait end).
+    """
+
+    enabled: bool = True
+    reduce_bytes: int = 128 << 20
+    prefetch_bytes: int | None = None
+    timeout_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        for field in ("reduce_bytes", "prefetch_bytes"):
+            value = getattr(self, field)
+            if value is None and field == "prefetch_bytes":
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise ZeroConfigError(f"Overlap({field}=...): expected a number of bytes >= 0, got {value!r}")
+        if not (isinstance(self.timeout_s, (int, float)) and 0 < self.timeout_s < math.inf):
+            raise ZeroConfigError(f"Overlap(timeout_s=...): expected seconds > 0, got {self.timeout_s!r}")

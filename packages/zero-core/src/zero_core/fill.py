@@ -1,0 +1,106 @@
+"""The first values of every unit: from a model in memory, from `sharded_init`, or by initialising a meta model.
+
+In: a model and its empty units. Out: filled flat buffers, parameters that are views into them, shards cut. One unit
+at a time, so that beyond the shards (stage 3) no rank needs memory for more than the largest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.utils import swap_tensors
+
+from .collectives import Wire
+from .config import Precision
+from .errors import ZeroConfigError
+from .flat_unit import FlatUnit
+from .params import ReleasedParameter, free_storage
+
+
+def fill_units(
+    model: nn.Module,
+    units: list[FlatUnit],
+    precision: Precision,
+    wire: Wire,
+    init_module: Callable[[nn.Module], None] | None,
+) -> None:
+    """Give every unit its buffers and values, and make the parameters views of them."""
+    initialisers = _meta_initialisers(model, units, init_module)
+    for unit, initialise in zip(units, initialisers, strict=True):
+        own = unit.params[0].dtype
+        views = unit.allocate(precision.param_dtype(own), wire.device)
+        agreed = True
+        for position, (param, view) in enumerate(zip(unit.params, views, strict=True)):
+            if param.is_meta:
+                view.zero_()
+                swap_tensors(param, nn.Parameter(view, requires_grad=param.requires_grad))
+                unit.params[position] = param
+                agreed = False
+                continue
+            if isinstance(param, ReleasedParameter):
+                type(param).restore(param)
+                unit.classes[position] = type(param)
+            else:
+                agreed = False
+            with torch.no_grad():
+                view.copy_(param)
+            param.data = view
+        for module in initialise:
+            with torch.no_grad():
+                (init_module or _reset)(module)
+        if not agreed:
+            wire.broadcast(unit.label, unit.full)
+        unit.cut()
+        if unit.stage == 3:
+            free_storage(unit.full)
+
+
+def fill_buffers(model: nn.Module, wire: Wire) -> None:
+    """Buffers stay whole on every rank: move them to the device, with the first rank's values."""
+    for prefix, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                placed = buffer.to(wire.device)
+                module._buffers[name] = placed
+                wire.broadcast(f"buffer '{prefix}.{name}'", placed)
+
+
+def _meta_initialisers(
+    model: nn.Module, units: list[FlatUnit], init_module: Callable[[nn.Module], None] | None
+) -> list[list[nn.Module]]:
+    """For each unit, the modules to initialise once it has memory.
+
+    Raises:
+        ZeroConfigError: a module on the meta device cannot initialise itself, or spans units.
+    """
+    unit_of = {id(param): unit.index for unit in units for param in unit.params}
+    per_unit: list[list[nn.Module]] = [[] for _ in units]
+    for name, module in model.named_modules():
+        params = [param for param in module._parameters.values() if param is not None and param.is_meta]
+        buffers = [key for key, buffer in module._buffers.items() if buffer is not None and buffer.is_meta]
+        if not params and not buffers:
+            continue
+        homes = {unit_of[id(param)] for param in params}
+        label = f"module '{name}' ({type(module).__name__})"
+        if init_module is None and not callable(getattr(module, "reset_parameters", None)):
+            raise ZeroConfigError(
+                f"{label} is on the meta device and has no reset_parameters: pass init_module=, or build the model "
+                "under zero_core.sharded_init"
+            )
+        if len(homes) > 1:
+            raise ZeroConfigError(
+                f"{label} is on the meta device and its parameters belong to several units (different dtypes, or "
+                "tied elsewhere): build the model under zero_core.sharded_init"
+            )
+        for key in buffers:
+            buffer = module._buffers[key]
+            assert buffer is not None
+            module._buffers[key] = torch.zeros(buffer.shape, dtype=buffer.dtype)
+        per_unit[homes.pop() if homes else 0].append(module)
+    return per_unit
+
+
+def _reset(module: nn.Module) -> None:
+    module.reset_parameters()  # type: ignore[operator]  # _meta_initialisers has checked that it is there

@@ -1,0 +1,210 @@
+"""A gradient is ready: the hooks that autograd calls, and one backward pass from its first gradient to its end.
+
+In: autograd's post-accumulate hooks. Out: reduced gradients in every unit's `GradShard`. Follow `_arrive` ->
+`buckets.GradBucket.land` -> `_launch` -> `collectives.Wire.reduce` -> `_finish` -> `accumulate.GradShard.accept`.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+from torch.autograd import Variable
+from torch.utils.hooks import RemovableHandle
+
+from .accumulate import GradShard
+from .buckets import BufferPool, GradBucket, ReduceOrder
+from .collectives import Pending, Wire
+from .config import Overlap, Precision
+from .errors import CollectiveError
+from .flat_unit import FlatUnit
+
+
+@dataclass(frozen=True)
+class _InFlight:
+    lane: Lane
+    pending: Pending
+    out: torch.Tensor
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Lane:
+    """One trainable unit's way: the bucket where gradients land, the shard where their mean is kept."""
+
+    unit: FlatUnit
+    bucket: GradBucket
+    shard: GradShard
+
+    @property
+    def shows_grad(self) -> bool:
+        """Whether `param.grad` is the averaged gradient, as under DDP: stage 0 keeps it whole."""
+        return self.unit.stage == 0 and self.shard.in_place and self.bucket.dtype == self.unit.full.dtype
+
+
+class Reducer:
+    """Takes gradients as autograd makes them and reduces each unit as soon as it is complete.
+
+    Every backward pass that is not under `no_sync` reduces every trainable unit once, in one order on all ranks;
+    what no gradient reached counts as zero.
+
+    Attributes:
+        lanes: one for each trainable unit.
+        sync: False under `no_sync`: gradients stay local.
+        listeners: called with a unit when its gradients are complete, and with None at the end of a pass.
+    """
+
+    def __init__(self, units: list[FlatUnit], wire: Wire, precision: Precision, overlap: Overlap) -> None:
+        self.wire = wire
+        self.overlap = overlap
+        self.sync = True
+        self.listeners: list[Callable[[FlatUnit | None], None]] = []
+        self.pool = BufferPool()
+        self.lanes = [self._lane(unit, precision) for unit in units if unit.trainable]
+        self._order = ReduceOrder(len(self.lanes))
+        self._order_agreed = False
+        self._in_flight: deque[_InFlight] = deque()
+        self._pass_open = False
+        self._unsynced = False
+        self._removers: list[RemovableHandle] = []
+        for position, lane in enumerate(self.lanes):
+            for index, param in enumerate(lane.unit.params):
+                hook = partial(self._arrive, position, index)
+                self._removers.append(param.register_post_accumulate_grad_hook(hook))
+
+    def _lane(self, unit: FlatUnit, precision: Precision) -> Lane:
+        param = unit.full.dtype
+        reduce, accumulate = precision.reduce_dtype(param), precision.accumulate_dtype(param)
+        bucket = GradBucket(unit, reduce, self.pool)
+        in_place = unit.stage <= 1 and reduce == accumulate
+        return Lane(unit, bucket, GradShard(unit, accumulate, in_place=in_place, pool=self.pool))
+
+    # -- one backward pass ------------------------------------------------------------------------------------
+
+    def open_pass(self) -> None:
+        """A backward pass has begun (any hook may be the first to see it)."""
+        if not self._pass_open:
+            self._pass_open = True
+            self._order.restart()
+            Variable._execution_engine.queue_callback(self._close_pass)  # type: ignore[no-untyped-call]
+
+    def _arrive(self, position: int, index: int, param: nn.Parameter) -> None:
+        self.open_pass()
+        lane = self.lanes[position]
+        grad = param.grad
+        assert grad is not None
+        lane.bucket.land(index, grad.to_dense() if grad.is_sparse else grad, overwrite=lane.shows_grad)
+        param.grad = lane.bucket.views[index] if lane.shows_grad else None
+        if lane.bucket.complete:
+            if self.sync:
+                for ready in self._order.ready(position):
+                    self._launch(self.lanes[ready])
+            self._tell(lane.unit)
+
+    def _close_pass(self) -> None:
+        if self.sync:
+            for position in self._order.rest():
+                self._launch(self.lanes[position])
+            self._finish_all()
+            self._agree_on_order()
+        self._unsynced = not self.sync
+        self._end_pass()
+
+    def _end_pass(self) -> None:
+        self._pass_open = False
+        for lane in self.lanes:
+            lane.bucket.this_pass.clear()
+        self.pool.clear()
+        self.wire.collectives.trim()
+        self._tell(None)
+
+    def _tell(self, unit: FlatUnit | None) -> None:
+        for listener in self.listeners:
+            listener(unit)
+
+    def abandon(self) -> None:
+        """End a pass that an exception cut off; called where no backward can be under way."""
+        if self._pass_open:
+            with suppress(CollectiveError):
+                self._finish_all()
+            self._unsynced = True
+            self._end_pass()
+
+    # -- reductions -------------------------------------------------------------------------------------------
+
+    def _launch(self, lane: Lane) -> None:
+        unit, full = lane.unit, lane.bucket.seal()
+        out = lane.shard.landing() if unit.stage >= 2 else full[slice(*unit.slice)]
+        nbytes = full.numel() * full.element_size()
+        while self._in_flight and nbytes + sum(f.nbytes for f in self._in_flight) > self.overlap.reduce_bytes:
+            self._finish(self._in_flight.popleft())
+        self._in_flight.append(_InFlight(lane, self.wire.reduce(unit.label, full, out), out, nbytes))
+        if not self.overlap.enabled:
+            self._finish_all()
+
+    def _finish_all(self) -> None:
+        while self._in_flight:
+            self._finish(self._in_flight.popleft())
+
+    def _finish(self, flight: _InFlight) -> None:
+        lane, unit, reduced = flight.lane, flight.lane.unit, flight.out
+        flight.pending.wait()
+        if unit.stage == 0:
+            full = lane.bucket.flat
+            assert full is not None
+            self.wire.gather(unit.label, reduced, full).wait()
+            reduced = full
+        lane.shard.accept(reduced)
+        lane.bucket.retire(keep=lane.shard.in_place)
+        if lane.shows_grad:
+            for param, view in zip(unit.params, lane.bucket.views, strict=True):
+                param.grad = view
+
+    def _agree_on_order(self) -> None:
+        """After the first pass: reduce from now on in the order in which the first rank's units completed."""
+        if not self._order_agreed and self.lanes:
+            seen = [int(i) for i in self.wire.broadcast_text("order", " ".join(map(str, self._order.seen))).split()]
+            self._order.rebuild(seen)
+            self._order_agreed = True
+
+    # -- between passes ---------------------------------------------------------------------------------------
+
+    def finish(self) -> None:
+        """Reduce what `no_sync` left local, so that every `GradShard` is final; collective."""
+        self.abandon()
+        if self._unsynced:
+            for lane in reversed(self.lanes):
+                self._launch(lane)
+            self._finish_all()
+            self.pool.clear()
+            self.wire.collectives.trim()
+            self._unsynced = False
+
+    def zero_grad(self, owned: Mapping[int, set[int]] | None = None) -> None:
+        """Forget gradients: all, or those of some slots (several optimizers may share a model).
+
+        Args:
+            owned: unit index -> slots.
+        """
+        self.abandon()
+        for lane in self.lanes:
+            slots = set(range(len(lane.unit.params))) if owned is None else owned.get(lane.unit.index, set())
+            if len(slots) == len(lane.unit.params):
+                lane.bucket.zero()
+                lane.shard.zero()
+            else:
+                lane.bucket.zero_slots(slots)
+                lane.shard.zero_slots(slots)
+            for index in slots:
+                lane.unit.params[index].grad = None
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        for remover in self._removers:
+            remover.remove()
+        self._removers.clear()

@@ -1,0 +1,191 @@
+"""Full values for whoever needs them: in place for a block, as a stream unit by unit, or as a state dict.
+
+In: a sharded model, or any part of it. Out: true values under plain torch names; and back from them. At most one
+unit beyond the shards is whole at a time, except inside `materialized` and in a dict that holds everything.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import nn
+
+from .api import Sharded, sharded
+from .errors import ZeroConfigError, ZeroStateError
+from .flat_unit import FlatUnit
+
+
+@contextmanager
+def materialized(module: nn.Module, *, write: bool = False) -> Iterator[nn.Module]:
+    """Have the parameters of `module` (a sharded model or any part of it) whole inside the block.
+
+    Every rank must enter and leave it together.
+
+    Args:
+        module: what to make whole.
+        write: keep what the block changes: each rank's own part of each parameter counts, so a block that does the
+            same on every rank changes the same everywhere; masters follow.
+
+    Raises:
+        ZeroStateError: a parameter was changed without `write`.
+    """
+    state = sharded(module)
+    units = state.units_of(module)
+    with state.gatherer.hold(units) if state.gatherer else nullcontext():
+        before = [param._version for unit in units for param in unit.params]
+        yield module
+        changed = [
+            slot.name
+            for (unit, slot, param), version in zip(_slots(units), before, strict=True)
+            if param._version != version
+        ]
+        if changed and not write:
+            raise ZeroStateError(
+                f"materialized: {', '.join(changed[:4])} changed inside the block, and stages would differ in whether "
+                "that lasts; pass write=True to keep changes"
+            )
+        if write:
+            for unit in units:
+                _take_over(state, unit)
+
+
+def stream_full(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every parameter and persistent buffer under its torch name, whole, one unit at a time.
+
+    Every rank must run it to the end. A tensor's values last until the next one is asked for; tied names follow each
+    other with the same tensor.
+    """
+    state = sharded(model)
+    prefix_free = {id(p): p for p in model.parameters()}
+    for unit in state.units_of(model):
+        with state.gatherer.hold([unit]) if state.gatherer else nullcontext():
+            for slot, param in zip(unit.layout.slots, unit.params, strict=True):
+                if id(param) in prefix_free:
+                    for name in _local_names(state, model, slot.names):
+                        yield name, param.detach()
+    for name, buffer in _persistent_buffers(model).items():
+        yield name, buffer
+
+
+def full_state_dict(
+    model: nn.Module, *, rank0_only: bool = False, device: torch.device | str = "cpu"
+) -> dict[str, torch.Tensor]:
+    """The state dict of the unsharded model: plain names, shapes and the parameters' dtypes.
+
+    Every rank must call it.
+
+    Args:
+        model: a sharded model or a part of it.
+        rank0_only: other ranks get an empty dict and hold nothing.
+        device: where the copies go.
+
+    Bytes per rank: the whole model on `device` where a dict is returned, plus one unit.
+    """
+    keep = not rank0_only or sharded(model).wire.group.rank() == 0
+    found: dict[str, torch.Tensor] = {}
+    copies: dict[int, torch.Tensor] = {}
+    for name, tensor in stream_full(model):
+        if keep:
+            if tensor.data_ptr() not in copies or copies[tensor.data_ptr()].shape != tensor.shape:
+                copies = {tensor.data_ptr(): tensor.to(device, copy=True)}  # tied names follow each other
+            found[name] = copies[tensor.data_ptr()]
+    return {name: found[name] for name in _expected(model) if name in found}
+
+
+def load_full_state_dict(
+    model: nn.Module, state_dict: Mapping[str, torch.Tensor] | None, *, strict: bool = True
+) -> None:
+    """Load plain torch names and shapes; the first rank's dict counts, other ranks may pass None.
+
+    Every rank must call it. Values travel one unit at a time and are cast to the parameters' dtypes; masters follow.
+
+    Raises:
+        ZeroConfigError: names are missing or unexpected (`strict`), or a shape is not the parameter's; on every rank,
+            before anything has changed.
+    """
+    state = sharded(model)
+    wire, reads = state.wire, state.wire.group.rank() == 0
+    if reads and state_dict is None:
+        raise ZeroConfigError("load_full_state_dict: the first rank must pass the state dict, got None")
+    expected = _expected(model)
+    problems = _mismatch(expected, state_dict or {}, strict=strict) if reads else []
+    problems = json.loads(wire.broadcast_text("check of the state dict", json.dumps(problems)))
+    if problems:
+        raise ZeroConfigError("load_full_state_dict: " + "; ".join(problems))
+    given = json.loads(wire.broadcast_text("names of the state dict", json.dumps(sorted(state_dict or {}))))
+    present = set(given)
+    with torch.no_grad():
+        for unit in state.units_of(model):
+            with state.gatherer.hold([unit]) if state.gatherer else nullcontext():
+                for slot, param in zip(unit.layout.slots, unit.params, strict=True):
+                    names = [n for n in _local_names(state, model, slot.names) if n in present]
+                    if reads and names:
+                        assert state_dict is not None
+                        param.copy_(state_dict[names[0]])
+                wire.broadcast(unit.label, unit.full)
+                _take_over(state, unit)
+        for name, buffer in _persistent_buffers(model).items():
+            if name in present:
+                if reads and state_dict is not None:
+                    buffer.copy_(state_dict[name])
+                wire.broadcast(f"buffer '{name}'", buffer)
+
+
+@torch.no_grad()
+def _take_over(state: Sharded, unit: FlatUnit) -> None:
+    """The full buffer has new values: each rank keeps its own slice of them, and all agree again."""
+    if unit.stage == 3:
+        unit.shard.copy_(unit.own_slice())
+    else:
+        state.wire.gather(unit.label, unit.own_slice(), unit.full).wait()
+    unit.refresh_master()
+
+
+def _slots(units: list[FlatUnit]):  # type: ignore[no-untyped-def]  # (unit, slot, param) triples
+    return ((u, slot, param) for u in units for slot, param in zip(u.layout.slots, u.params, strict=True))
+
+
+def _expected(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of `model.state_dict()`, in its order, without touching values."""
+    expected: dict[str, tuple[int, ...]] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        dot = f"{prefix}." if prefix else ""
+        expected.update({dot + n: tuple(p.shape) for n, p in module._parameters.items() if p is not None})
+        expected.update(
+            {
+                dot + n: tuple(b.shape)
+                for n, b in module._buffers.items()
+                if b is not None and n not in module._non_persistent_buffers_set
+            }
+        )
+    return expected
+
+
+def _persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    expected = _expected(model)
+    return {name: buffer for name, buffer in model.named_buffers(remove_duplicate=False) if name in expected}
+
+
+def _local_names(state: Sharded, model: nn.Module, names: tuple[str, ...]) -> list[str]:
+    """Names under `model`, which may be a part of the sharded model."""
+    if model is state.model:
+        return list(names)
+    prefixes = [name for name, module in state.model.named_modules(remove_duplicate=False) if module is model]
+    return [name[len(p) + 1 :] for name in names for p in prefixes if name.startswith(p + ".")]
+
+
+def _mismatch(expected: dict[str, tuple[int, ...]], given: Mapping[str, torch.Tensor], *, strict: bool) -> list[str]:
+    problems = []
+    missing, unexpected = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
+    if strict and missing:
+        problems.append(f"missing: {', '.join(missing[:8])}" + (f" and {len(missing) - 8} more" if missing[8:] else ""))
+    if strict and unexpected:
+        more = f" and {len(unexpected) - 8} more" if unexpected[8:] else ""
+        problems.append(f"unexpected: {', '.join(unexpected[:8])}{more}")
+    for name in expected.keys() & given.keys():
+        if tuple(given[name].shape) != expected[name]:
+            problems.append(f"'{name}': expected shape {expected[name]}, got {tuple(given[name].shape)}")
+    return problems

@@ -1,0 +1,285 @@
+"""The optimizer a user holds: an ordinary torch optimizer, stepping this rank's shards.
+
+In: gradient shards, complete after `backward`. Out: published parameters. `step` is the whole story: finish the
+reductions, agree on overflow, fold unscaling and clipping into one factor, step each unit, publish it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.optim import Optimizer
+
+from .errors import ZeroConfigError
+from .hooks import Lane
+from .norms import clip_factor, global_norm
+from .precision import LossScaler, OverflowReport, locate_overflow
+from .publish import Publisher
+from .steppers import ShardOptimizer, ShardSlot, UnitStep, choose_stepper
+
+if TYPE_CHECKING:
+    from .api import Sharded
+
+
+class ShardedOptimizer(Optimizer):
+    """Steps a sharded model with any elementwise torch optimizer.
+
+    The groups, hyperparameters and state of `optimizer` stay where they are; only the parameters in its groups are
+    replaced by this rank's shards of them, so LR schedulers attach to either object as usual. AdamW, Adam, Adagrad
+    and SGD run as one fused pass over each flat shard; others run themselves.
+
+    Args:
+        model: a model that `zero_core.shard` returned.
+        optimizer: built on `model.parameters()` (or some of them, in any groups), before or after sharding.
+        scaler: scales losses and skips steps that overflow; the caller calls `scaler.scale(loss).backward()`.
+        stepper: where and how a shard is stepped; None chooses.
+
+    Attributes:
+        inner: the torch optimizer, with its groups and state.
+        slots: unit index -> the parts of parameters that this rank steps.
+        last_step_skipped: the last `step` found a non-finite gradient under a scaler and changed nothing.
+        overflow_report: where that gradient was.
+
+    Raises:
+        ZeroConfigError: the optimizer holds a parameter that is not the model's, or that is frozen.
+
+    Bytes per rank: the state of `optimizer` and the master copy, for this rank's shards only.
+    Source: ZeRO (Rajbhandari et al., 2020), section 5.1.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        scaler: LossScaler | None = None,
+        stepper: ShardOptimizer | None = None,
+    ) -> None:
+        from .api import sharded
+
+        self._sharded: Sharded = sharded(model)
+        self.inner = optimizer
+        self.scaler = scaler
+        master_dtype = self._sharded.precision.master
+        self.slots = self._take_over(optimizer, master_dtype)
+        super().__init__(optimizer.param_groups, optimizer.defaults)
+        self.state = optimizer.state
+        self._lanes = [lane for lane in self._sharded.reducer.lanes if lane.unit.index in self._owned]
+        self._stepper = stepper or choose_stepper(optimizer, master_dtype)
+        overlap = self._sharded.overlap.enabled
+        gatherer = self._sharded.gatherer
+        self._publisher = Publisher(self._sharded.wire, gatherer.refresh if gatherer else None, overlap=overlap)
+        self._norm: torch.Tensor | None = None
+        self._clip: torch.Tensor | None = None
+        self._num_steps = 0
+        self.last_step_skipped = False
+        self.overflow_report: OverflowReport | None = None
+
+    def _take_over(self, optimizer: Optimizer, master_dtype: torch.dtype) -> dict[int, list[ShardSlot]]:
+        """Put this rank's shards in the place of the parameters; returns the slots of each unit, in order."""
+        where = {id(p): (unit, i) for unit in self._sharded.units for i, p in enumerate(unit.params)}
+        foreign = [tuple(p.shape) for g in optimizer.param_groups for p in g["params"] if id(p) not in where]
+        if foreign:
+            raise ZeroConfigError(
+                f"ShardedOptimizer: {len(foreign)} parameter(s) of the optimizer, of shapes {foreign[:4]}, are not the "
+                "model's; build the optimizer on the parameters of the model that was sharded, and shard every "
+                "model once"
+            )
+        frozen = [where[id(p)] for g in optimizer.param_groups for p in g["params"] if not where[id(p)][0].trainable]
+        trainable = [p for g in optimizer.param_groups for p in g["params"] if where[id(p)][0].trainable]
+        if frozen and not trainable:
+            raise ZeroConfigError("ShardedOptimizer: every parameter of the optimizer is frozen; nothing can be trained")
+        self._owned: dict[int, set[int]] = {}
+        slots: dict[int, list[ShardSlot]] = {}
+        for group in optimizer.param_groups:
+            masters: list[nn.Parameter] = []
+            for param in group["params"]:
+                unit, index = where[id(param)]
+                if not unit.trainable:
+                    optimizer.state.pop(param, None)
+                    continue
+                self._owned.setdefault(unit.index, set()).add(index)
+                place = next((part for part in unit.local_slots if part.index == index), None)
+                state = optimizer.state.pop(param, None)
+                if place is None:
+                    continue
+                flat = unit.ensure_master(master_dtype)
+                master = nn.Parameter(flat[place.start : place.stop])
+                if state:
+                    lo, hi = place.param_start, place.param_start + place.numel
+                    optimizer.state[master] = {
+                        key: value.reshape(-1)[lo:hi].to(flat.device, copy=True)
+                        if isinstance(value, torch.Tensor) and value.shape == param.shape and value.dim() > 0
+                        else value
+                        for key, value in state.items()
+                    }
+                masters.append(master)
+                slots.setdefault(unit.index, []).append(ShardSlot(place, master, group))
+            group["params"] = masters
+        for parts in slots.values():
+            parts.sort(key=lambda slot: slot.place.start)
+        return slots
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update the parameters from the gradients accumulated since `zero_grad`; every rank calls it.
+
+        Raises:
+            CollectiveError: another rank died or did not come.
+            OverflowError: a dynamic loss scale has reached its minimum and gradients still overflow.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._sharded.reducer.finish()
+        self._num_steps += 1
+        used = self._agree_on_used()
+        self.overflow_report = self._find_overflow()
+        self.last_step_skipped = self.overflow_report is not None
+        if not self.last_step_skipped:
+            work = [self._unit_step(lane, used) for lane in self._lanes if lane.shard.value is not None]
+            for item in self._stepper.step(work, self._factor()):
+                self._publisher.publish(item.unit, cast=not self._stepper.casts)
+            self._publisher.finish()
+        if self.scaler is not None:
+            self.scaler.update(overflow=self.last_step_skipped)
+        self._norm = self._clip = None
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients of this optimizer's parameters (`set_to_none` is accepted for torch's sake)."""
+        self._sharded.reducer.zero_grad(self._owned)
+        self._norm = self._clip = None
+
+    def grad_norm(self) -> torch.Tensor:
+        """The global 2-norm of the averaged, unscaled, unclipped gradients; every rank calls it.
+
+        Returns:
+            float32 scalar tensor, equal on all ranks.
+        """
+        norm = self._scaled_norm()
+        return (norm if self.scaler is None else norm / self.scaler.value).float()
+
+    def clip_grad_norm(self, max_norm: float) -> torch.Tensor:
+        """Scale the next step's gradients so that their global norm is at most `max_norm`; returns the norm before."""
+        if not max_norm > 0:
+            raise ZeroConfigError(f"clip_grad_norm: expected max_norm > 0, got {max_norm!r}")
+        norm = self.grad_norm()
+        self._clip = clip_factor(norm, max_norm)
+        return norm
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's part of the state, for the same world size and stage; see `sharded_state` for any other."""
+        masters = {u.name: u.master for u in self._sharded.units if u.index in self.slots and u.master is not None}
+        scaler = None if self.scaler is None else self.scaler.state_dict()
+        return {"inner": self.inner.state_dict(), "masters": masters, "scaler": scaler, "num_steps": self._num_steps}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from this rank's `state_dict()`.
+
+        Raises:
+            ZeroConfigError: the state is of another world size, stage or model.
+        """
+        held = {u.name: u for u in self._sharded.units if u.index in self.slots}
+        saved = state_dict["masters"]
+        mismatch = sorted(set(held) ^ set(saved)) or [
+            name for name, unit in held.items() if unit.master is None or unit.master.shape != saved[name].shape
+        ]
+        if mismatch:
+            raise ZeroConfigError(
+                f"load_state_dict: the shards of {', '.join(map(repr, mismatch[:4]))} differ in presence or size from "
+                "those of this model; it was saved at another world size or stage: use sharded_state for that"
+            )
+        self.inner.load_state_dict(state_dict["inner"])
+        self.state = self.inner.state
+        if self.scaler is not None and state_dict["scaler"] is not None:
+            self.scaler.load_state_dict(state_dict["scaler"])
+        self._num_steps = state_dict["num_steps"]
+        for name, unit in held.items():
+            assert unit.master is not None
+            unit.master.copy_(saved[name])
+            self._publisher.publish(unit, cast=True)
+        self._publisher.finish()
+
+    def unit_of(self, slot: ShardSlot) -> FlatUnit:
+        """The unit that a slot lies in."""
+        return next(self._sharded.units[index] for index, slots in self.slots.items() if slot in slots)
+
+    # -- parts of a step --------------------------------------------------------------------------------------
+
+    def _agree_on_used(self) -> set[tuple[int, int]] | None:
+        """The (unit, slot) pairs that had a gradient on some rank; None for all.
+
+        A rank that used every parameter knows the answer, and need not wait for it.
+        """
+        slots = [(lane.unit.index, i) for lane in self._lanes for i in range(len(lane.unit.params))]
+        mine = [i in lane.bucket.used for lane in self._lanes for i in range(len(lane.unit.params))]
+        flags = torch.tensor(mine, dtype=torch.uint8, device=self._sharded.wire.device)
+        pending = self._sharded.wire.all_reduce("agreement on used parameters", flags, dist.ReduceOp.MAX)
+        if all(mine):
+            self._publisher.after(pending)
+            return None
+        pending.wait()
+        return {slot for slot, flag in zip(slots, flags.tolist(), strict=True) if flag}
+
+    def _unit_step(self, lane: Lane, used: set[tuple[int, int]] | None) -> UnitStep:
+        unit, grad = lane.unit, lane.shard.value
+        assert grad is not None
+        slots = self.slots.get(unit.index, [])
+        if used is not None:
+            slots = [slot for slot in slots if (unit.index, slot.place.index) in used]
+        return UnitStep(unit, grad, slots)
+
+    def _scaled_norm(self) -> torch.Tensor:
+        if self._norm is None:
+            self._sharded.reducer.finish()
+            shards: list[torch.Tensor] = []
+            for lane in self._lanes:
+                value = lane.shard.value
+                if value is None:
+                    continue
+                if len(self._owned[lane.unit.index]) == len(lane.unit.params):
+                    shards.append(value)
+                else:
+                    parts = (slot.place for slot in self.slots.get(lane.unit.index, []))
+                    shards += [value[part.start : part.stop] for part in parts]
+            self._norm = global_norm(shards, self._sharded.wire, replicated=self._sharded.stage == 0)
+        return self._norm
+
+    def _find_overflow(self) -> OverflowReport | None:
+        if self.scaler is None or bool(torch.isfinite(self._scaled_norm())):
+            return None
+        return locate_overflow(self._lanes, self._sharded.wire, self._num_steps, self.scaler.value)
+
+    def _factor(self) -> torch.Tensor | float:
+        """What gradients are multiplied by in the step: unscaling and clipping."""
+        unscale = 1.0 if self.scaler is None else 1.0 / self.scaler.value
+        if self._clip is None:
+            return unscale
+        factor = self._clip * unscale
+        return factor if factor.is_cuda else float(factor)
+
+
+def clip_grad_norm(optimizer: ShardedOptimizer, max_norm: float) -> torch.Tensor:
+    """Clip the gradients of the next step by their global norm over all shards; every rank calls it.
+
+    Costs one read of this rank's gradients and one all-reduce of two numbers; the scaling itself rides on the step.
+
+    Returns:
+        float32 scalar tensor: the norm before clipping, equal on all ranks.
+
+    Raises:
+        ZeroConfigError: `max_norm` is not positive.
+    """
+    return optimizer.clip_grad_norm(max_norm)
+
+
+def grad_norm(optimizer: ShardedOptimizer) -> torch.Tensor:
+    """The global norm that `clip_grad_norm` would report, without clipping; every rank calls it."""
+    return optimizer.grad_norm()

@@ -1,0 +1,159 @@
+"""Loss scaling, and the verdict that all ranks share on whether a step overflowed.
+
+In: gradient shards of scaled losses. Out: the factor that unscales them, and whether to skip the step, with a report
+that names the parameter. Next: `norms` clips, `optimizer` steps.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .collectives import Wire
+from .errors import ZeroConfigError
+from .hooks import Lane
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class OverflowReport:
+    """Where a step's first non-finite gradient was found: the lowest rank that has one, and its first parameter."""
+
+    step: int
+    rank: int
+    parameter: str
+    module: str
+    loss_scale: float
+
+    def __str__(self) -> str:
+        return (
+            f"step {self.step}: non-finite gradient of '{self.parameter}' (module '{self.module}') in the shard of "
+            f"rank {self.rank} at loss scale {self.loss_scale:g}; step skipped"
+        )
+
+
+class LossScaler:
+    """Multiplies the loss so that small fp16 gradients survive, and adapts the factor.
+
+    Args:
+        init_scale: the factor at the start.
+        dynamic: False keeps `init_scale` for ever (a non-finite gradient still skips the step).
+        growth_interval: finite steps in a row after which the scale grows.
+        growth_factor, backoff_factor: what it is multiplied by when it grows, or backs off.
+        hysteresis: overflows that are tolerated (skipped) before the scale backs off.
+        consecutive_hysteresis: a finite step restores the tolerance; otherwise only growth does.
+        min_scale: the scale never goes below; overflowing there is an error, since training would stand still.
+
+    Raises:
+        ZeroConfigError: a factor or interval out of range.
+
+    Source: Micikevicius et al., Mixed Precision Training (2018), section 3.2.
+    """
+
+    def __init__(
+        self,
+        init_scale: float = 2.0**16,
+        *,
+        dynamic: bool = True,
+        growth_interval: int = 2000,
+        growth_factor: float = 2.0,
+        backoff_factor: float = 0.5,
+        hysteresis: int = 1,
+        consecutive_hysteresis: bool = False,
+        min_scale: float = 1.0,
+    ) -> None:
+        checks = {
+            "init_scale > 0": math.isfinite(init_scale) and init_scale > 0,
+            "growth_interval >= 1": growth_interval >= 1,
+            "growth_factor > 1": growth_factor > 1,
+            "0 < backoff_factor < 1": 0 < backoff_factor < 1,
+            "hysteresis >= 1": hysteresis >= 1,
+            "0 < min_scale <= init_scale": 0 < min_scale <= init_scale,
+        }
+        broken = [rule for rule, holds in checks.items() if not holds]
+        if broken:
+            raise ZeroConfigError(f"LossScaler: expected {' and '.join(broken)}")
+        self.value = float(init_scale)
+        self.dynamic = dynamic
+        self.growth_interval = growth_interval
+        self.growth_factor = growth_factor
+        self.backoff_factor = backoff_factor
+        self.hysteresis = hysteresis
+        self.consecutive_hysteresis = consecutive_hysteresis
+        self.min_scale = min_scale
+        self._finite_steps = 0
+        self._tolerance = hysteresis
+
+    def scale(self, loss: torch.Tensor) -> torch.Tensor:
+        """The loss to call `backward` on."""
+        return loss * self.value
+
+    def update(self, *, overflow: bool) -> None:
+        """Adapt to one step's outcome; the optimizer calls it, with the verdict all ranks agreed on."""
+        if not self.dynamic:
+            return
+        if overflow:
+            self._finite_steps = 0
+            if self._tolerance > 1:
+                self._tolerance -= 1
+            else:
+                if self.value <= self.min_scale:
+                    raise OverflowError(
+                        f"LossScaler: gradients overflow at the smallest scale, {self.min_scale:g}; training cannot "
+                        "go on: look for a non-finite loss, or lower min_scale"
+                    )
+                self.value = max(self.value * self.backoff_factor, self.min_scale)
+            return
+        self._finite_steps += 1
+        if self.consecutive_hysteresis:
+            self._tolerance = self.hysteresis
+        if self._finite_steps % self.growth_interval == 0:
+            self.value *= self.growth_factor
+            self._tolerance = self.hysteresis
+
+    def state_dict(self) -> dict[str, Any]:
+        """What changes while training."""
+        return {"value": self.value, "finite_steps": self._finite_steps, "tolerance": self._tolerance}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict()`."""
+        self.value = float(state["value"])
+        self._finite_steps = int(state["finite_steps"])
+        self._tolerance = int(state["tolerance"])
+
+
+def locate_overflow(lanes: Sequence[Lane], wire: Wire, step: int, loss_scale: float) -> OverflowReport:
+    """Agree on the first non-finite gradient; every rank calls it once a step is known to have overflowed."""
+    position, names = _first_non_finite(lanes)
+    nowhere = torch.iinfo(torch.int64).max
+    # Rank and parameter in one integer, so that one MIN over ranks finds both.
+    key = nowhere if position is None else wire.group.rank() * len(names) + position
+    agreed = torch.tensor([key], dtype=torch.int64, device=wire.device)
+    wire.all_reduce("overflow report", agreed, dist.ReduceOp.MIN).wait()
+    found = int(agreed)
+    if found == nowhere:  # finite gradients whose norm is not
+        return OverflowReport(step, -1, "(the norm itself)", "(root)", loss_scale)
+    parameter = names[found % len(names)]
+    return OverflowReport(
+        step, found // len(names), parameter, parameter.rpartition(".")[0] or "(root)", loss_scale
+    )
+
+
+def _first_non_finite(lanes: Sequence[Lane]) -> tuple[int | None, list[str]]:
+    names = [slot.name for lane in lanes for slot in lane.unit.layout.slots]
+    base = 0
+    for lane in lanes:
+        value = lane.shard.value
+        for part in lane.unit.local_slots if value is not None else ():
+            assert value is not None
+            if not torch.isfinite(value[part.start : part.stop]).all():
+                return base + part.index, names
+        base += len(lane.unit.layout.slots)
+    return None, names

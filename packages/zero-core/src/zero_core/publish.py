@@ -1,0 +1,53 @@
+"""Updated shards back to the parameters: stage 1 and 2 gather them, stage 3 frees what it gathered of the old ones.
+
+In: a unit whose master the optimizer has just updated. Out: `shard` in the parameters' dtype, and in stages 1 and 2
+the full parameters on every rank. This ends a gradient's way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from .collectives import Pending, Wire
+from .flat_unit import FlatUnit
+
+
+class Publisher:
+    """Publishes one unit after another, so that the gather of one runs beside the step of the next.
+
+    Args:
+        wire: the collectives for parameters.
+        refresh: stage 3's word to the gatherer that a shard has new values.
+        overlap: False waits for every gather where it is launched.
+    """
+
+    def __init__(self, wire: Wire, refresh: Callable[[FlatUnit], None] | None, *, overlap: bool) -> None:
+        self.wire = wire
+        self.refresh = refresh
+        self.overlap = overlap
+        self._pending: list[Pending] = []
+
+    def publish(self, unit: FlatUnit, *, cast: bool) -> None:
+        """Start to publish `unit`.
+
+        Args:
+            unit: one whose master has new values.
+            cast: the master has yet to be written to the shard (a fused step has done so).
+        """
+        if cast and unit.master is not None and unit.master.data_ptr() != unit.shard.data_ptr():
+            unit.shard.copy_(unit.master)
+        if self.refresh is not None:
+            self.refresh(unit)
+        elif unit.stage > 0:
+            self._pending.append(self.wire.gather(unit.label, unit.shard, unit.full))
+            if not self.overlap:
+                self.finish()
+
+    def after(self, pending: Pending) -> None:
+        """Wait in `finish` for something else too."""
+        self._pending.append(pending)
+
+    def finish(self) -> None:
+        """Return when every parameter published may be used."""
+        while self._pending:
+            self._pending.pop(0).wait()

@@ -1,0 +1,153 @@
+"""How a sharded model describes itself to whoever saves it: `name -> (global shape, dtype, this rank's slice)`.
+
+In: a sharded model and its optimizer. Out: `Shard`s, whose `local` is a contiguous range of the flattened (row-major)
+tensor; and back from tensors of the same ranges. A saver needs to know nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .api import sharded
+from .errors import ZeroConfigError
+from .optimizer import ShardedOptimizer
+from .steppers import ShardSlot
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One rank's part of a logical tensor.
+
+    Attributes:
+        global_shape: shape of the whole tensor.
+        dtype: its dtype.
+        offsets: `(start,)`: the first element of the part, in the flattened tensor.
+        local: the part, 1-D; a view of live memory.
+    """
+
+    global_shape: tuple[int, ...]
+    dtype: torch.dtype
+    offsets: tuple[int, ...]
+    local: torch.Tensor
+
+
+def sharded_state(model: nn.Module, optimizer: ShardedOptimizer | None = None) -> dict[str, Shard]:
+    """Describe parameters, persistent buffers and optimizer state; no communication, no copy.
+
+    Parameters go by their torch name (the first, where tied), optimizer state by `optimizer.<name>.<key>`, with
+    `master` among the keys where masters are separate. A rank lists the tensors that it holds a part of; what is
+    replicated (buffers; everything at stage 0) is whole on every rank.
+    """
+    state = sharded(model)
+    found: dict[str, Shard] = {}
+    for unit in state.units:
+        for part in unit.local_slots:
+            local = unit.shard[part.start : part.stop]
+            found[part.slot.name] = Shard(part.slot.shape, local.dtype, (part.param_start,), local)
+        for slot in unit.layout.slots:
+            if slot.numel == 0:
+                found[slot.name] = Shard(slot.shape, unit.shard.dtype, (0,), unit.shard[:0])
+    for prefix, module in state.model.named_modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                full = f"{prefix}.{name}" if prefix else name
+                found[full] = Shard(tuple(buffer.shape), buffer.dtype, (0,), buffer.detach().view(-1))
+    for slot, key, value in _optimizer_tensors(optimizer):
+        place = slot.place
+        found[f"optimizer.{slot.name}.{key}"] = Shard(place.slot.shape, value.dtype, (place.param_start,), value)
+    return found
+
+
+@torch.no_grad()
+def load_sharded_state(
+    model: nn.Module, optimizer: ShardedOptimizer | None, tensors: Mapping[str, torch.Tensor], *, strict: bool = True
+) -> None:
+    """Take over values for the very ranges that `sharded_state` describes; every rank calls it.
+
+    Optimizer state that does not exist yet (before the first step) is created. Where no masters are given they are
+    taken from the parameters.
+
+    Raises:
+        ZeroConfigError: a name is missing or unexpected (`strict`), or a range has another size; nothing was changed
+            on this rank.
+    """
+    state = sharded(model)
+    described = sharded_state(model, optimizer)
+    known = {f"optimizer.{slot.name}.": slot for slot in _slots(optimizer)}
+    fresh: dict[str, tuple[ShardSlot, str]] = {}
+    for name in tensors.keys() - described.keys():
+        prefix, _, key = name.rpartition(".")
+        if f"{prefix}." in known:
+            fresh[name] = (known[f"{prefix}."], key)
+    problems = [f"unexpected '{name}'" for name in tensors.keys() - described.keys() - fresh.keys() if strict]
+    if strict:
+        problems += [f"missing '{name}'" for name in described.keys() - tensors.keys()]
+    sizes = {name: shard.local.numel() for name, shard in described.items()}
+    sizes |= {name: slot.place.numel for name, (slot, _) in fresh.items()}
+    problems += [
+        f"'{name}': expected {size} elements, got {tensors[name].numel()}"
+        for name, size in sizes.items()
+        if name in tensors and tensors[name].numel() != size
+    ]
+    if problems:
+        raise ZeroConfigError("load_sharded_state: " + "; ".join(sorted(problems)[:8]))
+    for name, shard in described.items():
+        if name in tensors:
+            shard.local.copy_(tensors[name].reshape(-1))
+    masters = {name for name in tensors if name.startswith("optimizer.") and name.endswith(".master")}
+    for unit in state.units:
+        if not masters:
+            unit.refresh_master()
+        if state.gatherer is not None:
+            state.gatherer.refresh(unit)
+        elif unit.stage > 0:
+            state.wire.gather(unit.label, unit.shard, unit.full).wait()
+    for name, (slot, key) in fresh.items():
+        assert optimizer is not None
+        optimizer.inner.state[slot.master][key] = tensors[name].reshape(-1).to(slot.master.device, copy=True)
+
+
+def optimizer_scalars(optimizer: ShardedOptimizer) -> dict[str, dict[str, float]]:
+    """The optimizer's per-parameter numbers (step counts and the like), for the parameters this rank has a part of."""
+    return {
+        slot.name: {
+            key: float(value)
+            for key, value in optimizer.inner.state.get(slot.master, {}).items()
+            if _is_number(value)
+        }
+        for slot in _slots(optimizer)
+    }
+
+
+def load_optimizer_scalars(optimizer: ShardedOptimizer, scalars: Mapping[str, Mapping[str, Any]]) -> None:
+    """Take over what `optimizer_scalars` gave, of this or any other rank; names of other ranks' parts are ignored."""
+    for slot in _slots(optimizer):
+        for key, value in scalars.get(slot.name, {}).items():
+            optimizer.inner.state[slot.master][key] = torch.tensor(float(value))
+
+
+def _slots(optimizer: ShardedOptimizer | None) -> Iterator[ShardSlot]:
+    if optimizer is not None:
+        for slots in optimizer.slots.values():
+            yield from slots
+
+
+def _optimizer_tensors(optimizer: ShardedOptimizer | None) -> Iterator[tuple[ShardSlot, str, torch.Tensor]]:
+    """Every flat state tensor of every slot, masters first where they are separate from the parameters."""
+    for slot in _slots(optimizer):
+        assert optimizer is not None
+        unit = optimizer.unit_of(slot)
+        if unit.master is not None and unit.master.data_ptr() != unit.shard.data_ptr():
+            yield slot, "master", slot.master.detach()
+        for key, value in optimizer.inner.state.get(slot.master, {}).items():
+            if isinstance(value, torch.Tensor) and not _is_number(value):
+                yield slot, key, value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) or (isinstance(value, torch.Tensor) and value.dim() == 0)

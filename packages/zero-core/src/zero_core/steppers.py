@@ -1,0 +1,217 @@
+"""The arithmetic of a step on this rank's shards: torch's own optimizer, or one fused pass over each flat shard.
+
+In: `UnitStep`s (master, gradient, low-precision shard, and which slots move). Out: the same units, one after another
+as they are done, so that `optimizer` can publish each at once. `ShardOptimizer` is the seam for other places where a
+step may run (a CPU, a thread, an older gradient).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import accel_kernels as ak
+import torch
+from torch import nn
+from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
+
+from .flat_unit import FlatUnit
+from .layout import ALIGN_ELEMENTS, LocalSlot
+
+
+@dataclass(frozen=True)
+class ShardSlot:
+    """One parameter's part of this rank's shard, as the optimizer sees it."""
+
+    place: LocalSlot
+    master: nn.Parameter
+    group: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.place.slot.name
+
+
+@dataclass(frozen=True)
+class UnitStep:
+    """What one unit brings to a step.
+
+    Attributes:
+        unit: whose `master` [local numel] is updated.
+        grad: [local numel] in the accumulate dtype.
+        slots: the parts that move (a parameter that no rank used stays as it is, as under DDP).
+    """
+
+    unit: FlatUnit
+    grad: torch.Tensor
+    slots: Sequence[ShardSlot]
+
+
+class ShardOptimizer(Protocol):
+    """Steps flat shards given gradients."""
+
+    casts: bool
+    """Whether the step also writes the low-precision shard."""
+
+    def step(self, work: Sequence[UnitStep], scale: torch.Tensor | float) -> Iterator[UnitStep]:
+        """Update every unit's master with `grad * scale`; yields each unit when its master is final."""
+
+
+class TorchStepper:
+    """Any elementwise torch optimizer, given each slot's master as a parameter and its gradient in that dtype."""
+
+    casts = False
+
+    def __init__(self, inner: Optimizer) -> None:
+        self.inner = inner
+
+    def step(self, work: Sequence[UnitStep], scale: torch.Tensor | float) -> Iterator[UnitStep]:
+        """See `ShardOptimizer.step`; holds the gradients in the master's dtype meanwhile."""
+        unscaled = isinstance(scale, float) and scale == 1.0
+        for item in work:
+            for slot in item.slots:
+                grad = item.grad[slot.place.start : slot.place.stop].to(slot.master.dtype)
+                slot.master.grad = grad if unscaled else grad * scale
+        self.inner.step()
+        for item in work:
+            for slot in item.slots:
+                slot.master.grad = None
+        yield from work
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """How one torch optimizer maps to a fused kernel: its state tensors, and a slot's segment."""
+
+    states: Callable[[dict[str, Any]], tuple[str, ...]]
+    segment: Callable[[int, int, dict[str, Any], int], Any]
+    kernel: Callable[..., None]
+    initial: Callable[[dict[str, Any]], float] = lambda group: 0.0
+
+
+def _adam_segment(start: int, stop: int, group: dict[str, Any], step: int, *, decoupled: bool) -> ak.AdamSegment:
+    beta1, beta2 = group["betas"]
+    return ak.AdamSegment(
+        start=start, stop=stop, lr=float(group["lr"]), beta1=float(beta1), beta2=float(beta2), eps=group["eps"],
+        weight_decay=group["weight_decay"], step=step, decoupled=decoupled,
+    )  # fmt: skip
+
+
+def _adagrad_segment(start: int, stop: int, group: dict[str, Any], step: int) -> ak.AdagradSegment:
+    return ak.AdagradSegment(
+        start=start, stop=stop, lr=float(group["lr"]), lr_decay=group["lr_decay"], eps=group["eps"],
+        weight_decay=group["weight_decay"], step=step,
+    )  # fmt: skip
+
+
+def _sgd_segment(start: int, stop: int, group: dict[str, Any], step: int) -> ak.SgdSegment:
+    return ak.SgdSegment(
+        start=start, stop=stop, lr=float(group["lr"]), momentum=group["momentum"], dampening=group["dampening"],
+        weight_decay=group["weight_decay"], nesterov=group["nesterov"], first_step=step == 1,
+    )  # fmt: skip
+
+
+_RULES: dict[type[Optimizer], _Rule] = {
+    AdamW: _Rule(
+        lambda group: ("exp_avg", "exp_avg_sq"),
+        lambda *a: _adam_segment(*a, decoupled=True),
+        ak.adam_step,
+    ),
+    Adam: _Rule(
+        lambda group: ("exp_avg", "exp_avg_sq"),
+        lambda *a: _adam_segment(*a, decoupled=bool(a[2].get("decoupled_weight_decay", False))),
+        ak.adam_step,
+    ),
+    Adagrad: _Rule(
+        lambda group: ("sum",), _adagrad_segment, ak.adagrad_step, lambda group: group["initial_accumulator_value"]
+    ),
+    SGD: _Rule(lambda group: ("momentum_buffer",) if group["momentum"] else (), _sgd_segment, ak.sgd_step),
+}
+
+
+class FusedStepper:
+    """AdamW, Adam, Adagrad and SGD as one fused pass over each unit's flat shard.
+
+    Unscaling, clipping, the step and the write of the low-precision shard share that pass. State lies flat beside the
+    master; `inner.state` holds views of it under torch's own names, so that both kinds of step read the same state.
+    """
+
+    casts = True
+
+    def __init__(self, inner: Optimizer) -> None:
+        self.inner = inner
+        self._rule = _RULES[type(inner)]
+        self._flat: dict[int, tuple[torch.Tensor, ...]] = {}
+
+    @staticmethod
+    def supports(inner: Optimizer, master_dtype: torch.dtype) -> bool:
+        """Whether a kernel does exactly what `inner` would do."""
+        unusual = ("amsgrad", "maximize", "differentiable", "capturable")
+        return (
+            type(inner) in _RULES
+            and master_dtype == torch.float32
+            and not any(group.get(option) for group in inner.param_groups for option in unusual)
+            and len({bool(group.get("momentum")) for group in inner.param_groups}) == 1
+        )
+
+    def step(self, work: Sequence[UnitStep], scale: torch.Tensor | float) -> Iterator[UnitStep]:
+        """See `ShardOptimizer.step`."""
+        for item in work:
+            unit = item.unit
+            assert unit.master is not None
+            segments = [self._advance(slot) for slot in item.slots]
+            if segments:
+                low = None if unit.shard.data_ptr() == unit.master.data_ptr() else unit.shard
+                states = self._flat_state(item)
+                if self._rule.kernel is ak.sgd_step and not states:
+                    states = (None,)  # type: ignore[assignment]  # plain SGD has no momentum
+                self._rule.kernel(
+                    unit.master, item.grad, *states, _merge(segments), grad_scale=scale, low_precision=low
+                )
+            yield item
+
+    def _advance(self, slot: ShardSlot) -> Any:
+        """Count the step of one slot; returns its segment."""
+        state = self.inner.state[slot.master]
+        if "step" not in state:  # torch's SGD counts no steps, but its buffer says that there was one
+            state["step"] = torch.tensor(1.0 if "momentum_buffer" in state else 0.0)
+        state["step"] += 1
+        return self._rule.segment(slot.place.start, slot.place.stop, slot.group, int(state["step"]))
+
+    def _flat_state(self, item: UnitStep) -> tuple[torch.Tensor, ...]:
+        """The unit's flat state tensors; per-slot entries of `inner.state` that are not views of them are moved in."""
+        unit, group = item.unit, self.inner.param_groups[0]
+        assert unit.master is not None
+        names = self._rule.states(group)
+        if unit.index not in self._flat:
+            initial = self._rule.initial(group)
+            self._flat[unit.index] = tuple(torch.full_like(unit.master, initial) for _ in names)
+        for slot in item.slots:
+            state = self.inner.state[slot.master]
+            for name, flat in zip(names, self._flat[unit.index], strict=True):
+                view = flat[slot.place.start : slot.place.stop]
+                held = state.get(name)
+                if held is None or held.data_ptr() != view.data_ptr():
+                    if held is not None:
+                        view.copy_(held)
+                    state[name] = view
+        return self._flat[unit.index]
+
+
+def _merge(segments: list[Any]) -> list[Any]:
+    """Neighbours that differ only in their range, as one segment; the zeros of the alignment between may move along."""
+    merged = [segments[0]]
+    for segment in segments[1:]:
+        last = merged[-1]
+        adjacent = segment.start - last.stop < ALIGN_ELEMENTS  # a slot left out takes at least that much
+        if adjacent and replace(segment, start=last.start, stop=last.stop) == last:
+            merged[-1] = replace(last, stop=segment.stop)
+        else:
+            merged.append(segment)
+    return merged
+
+
+def choose_stepper(inner: Optimizer, master_dtype: torch.dtype) -> ShardOptimizer:
+    """The fused pass where it does what `inner` would do, else `inner` itself."""
+    return FusedStepper(inner) if FusedStepper.supports(inner, master_dtype) else TorchStepper(inner)

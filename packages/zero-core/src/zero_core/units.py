@@ -1,0 +1,144 @@
+"""Which parameters are gathered, reduced and freed together, and at which modules that happens.
+
+In: an `nn.Module` and the user's choice of units. Out: `UnitSpec`s in order of definition. Only reads the module
+tree; moves no data. Next: `flat_unit` gives each spec its flat buffer.
+
+By default a unit is one of the model's repeated blocks (two or more children of one class in a `ModuleList` or
+`Sequential`), so that a branch taken inside a block never changes which collectives run. A leaf outside the blocks
+that is as large as a block (an embedding, an output head) is a unit of its own; the rest belongs to the root.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .errors import ZeroConfigError
+
+UnitChoice = type[nn.Module] | Iterable[type[nn.Module]] | Callable[[str, nn.Module], bool] | None
+
+
+@dataclass(frozen=True)
+class UnitSpec:
+    """Parameters of one dtype and one `requires_grad`, and the modules whose forward needs them.
+
+    Attributes:
+        name: name of the unit's module ("(root)" for the rest), with what sets it apart where a module has more.
+        params: each distinct parameter with all its names.
+        anchors: modules at whose entry the unit must be whole and at whose exit it may be freed.
+    """
+
+    name: str
+    params: tuple[tuple[tuple[str, ...], nn.Parameter], ...]
+    anchors: tuple[nn.Module, ...]
+    trainable: bool
+
+
+def find_units(model: nn.Module, units: UnitChoice = None) -> list[UnitSpec]:
+    """Split the parameters of `model` into units; every parameter is in exactly one.
+
+    A parameter that several modules hold goes to the innermost unit that contains all of them.
+
+    Raises:
+        ZeroConfigError: `units` matches no module, or is neither classes nor a predicate.
+    """
+    names, owners = _names_and_owners(model)
+    boundaries = _boundaries(model, units)
+    grouped: dict[tuple[str, torch.dtype, bool], list[nn.Parameter]] = {}
+    for param in names:
+        home = _common_boundary([prefix for prefix, _ in owners[param]], boundaries)
+        grouped.setdefault((home, param.dtype, param.requires_grad), []).append(param)
+
+    kinds = Counter(home for home, _, _ in grouped)
+    order = {name: position for position, (name, _) in enumerate(model.named_modules())}
+    specs = []
+    for (home, dtype, trainable), params in sorted(grouped.items(), key=lambda item: order[item[0][0]]):
+        anchors = [model.get_submodule(home)]
+        if home not in boundaries:  # the root's own: also reachable by calling a submodule directly
+            anchors += [module for param in params for _, module in owners[param]]
+        label = home or "(root)"
+        if kinds[home] > 1:
+            label += f"[{str(dtype).removeprefix('torch.')}{'' if trainable else ', frozen'}]"
+        specs.append(
+            UnitSpec(label, tuple((tuple(names[p]), p) for p in params), tuple(dict.fromkeys(anchors)), trainable)
+        )
+    return specs
+
+
+def _names_and_owners(
+    model: nn.Module,
+) -> tuple[dict[nn.Parameter, list[str]], dict[nn.Parameter, list[tuple[str, nn.Module]]]]:
+    """Every name of every parameter, and the modules (with their names) that hold it, in order of definition."""
+    names: dict[nn.Parameter, list[str]] = {}
+    owners: dict[nn.Parameter, list[tuple[str, nn.Module]]] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for name, param in module._parameters.items():
+            if param is not None:
+                names.setdefault(param, []).append(f"{prefix}.{name}" if prefix else name)
+                owners.setdefault(param, []).append((prefix, module))
+    return names, owners
+
+
+def _boundaries(model: nn.Module, units: UnitChoice) -> set[str]:
+    """Names of the modules that are units; the root ("") is not among them."""
+    if units is None:
+        return _repeated_blocks(model)
+    if isinstance(units, type) or not callable(units):
+        classes = (units,) if isinstance(units, type) else tuple(units)
+        wrong = [c for c in classes if not (isinstance(c, type) and issubclass(c, nn.Module))]
+        if wrong or not classes:
+            raise ZeroConfigError(
+                f"units: expected nn.Module classes or a predicate (name, module) -> bool, got {wrong or units!r}"
+            )
+        chosen = {name for name, module in model.named_modules() if name and isinstance(module, classes)}
+        wanted = ", ".join(c.__name__ for c in classes)
+    else:
+        chosen = {name for name, module in model.named_modules() if name and units(name, module)}
+        wanted = "the predicate"
+    if not chosen:
+        present = sorted({type(module).__name__ for module in model.modules()})
+        raise ZeroConfigError(f"units: no module matches {wanted}; the model is made of {', '.join(present)}")
+    return chosen
+
+
+def _repeated_blocks(model: nn.Module) -> set[str]:
+    blocks: dict[str, nn.Module] = {}
+    for prefix, container in model.named_modules():
+        if not isinstance(container, (nn.ModuleList, nn.Sequential)) or _inside(prefix, blocks):
+            continue
+        filled = {n: child for n, child in container.named_children() if _num_elements(child)}
+        repeats = Counter(type(child) for child in filled.values())
+        for name, child in filled.items():
+            if repeats[type(child)] > 1:
+                blocks[f"{prefix}.{name}" if prefix else name] = child
+    if not blocks:
+        return set()
+    largest = max(_num_elements(block) for block in blocks.values())
+    leaves = {
+        name
+        for name, module in model.named_modules()
+        if name and not _inside(name, blocks) and not list(module.children()) and _num_elements(module) >= largest
+    }
+    return set(blocks) | leaves
+
+
+def _num_elements(module: nn.Module) -> int:
+    return sum(param.numel() for param in module.parameters())
+
+
+def _inside(name: str, boundaries: Iterable[str]) -> bool:
+    return any(name == b or name.startswith(b + ".") for b in boundaries)
+
+
+def _common_boundary(prefixes: list[str], boundaries: set[str]) -> str:
+    """The innermost boundary that contains every one of the modules named; "" is the root."""
+    path = prefixes[0].split(".") if prefixes[0] else []
+    for depth in range(len(path), 0, -1):
+        candidate = ".".join(path[:depth])
+        if candidate in boundaries and all(_inside(prefix, (candidate,)) for prefix in prefixes):
+            return candidate
+    return ""

@@ -1,0 +1,1 @@
+"""A DeepSpeed-shaped front for small ML-systems packages."""

@@ -1,0 +1,221 @@
+"""Every documented DeepSpeed key and what becomes of it: the one table behind errors, `explain` and the docs.
+
+Source: DeepSpeed's public configuration page (deepspeed.ai/docs/config-json) and API reference
+(deepspeed.readthedocs.io) of 0.19. The keys that need a package of their own are in `key_table_later`.
+"""
+
+from __future__ import annotations
+
+from .key_table_later import LATER
+from .keys import Key, KeyTable, Rows, honoured, no_effect, refused
+
+_OFFLOAD = "needs package zero-offload-nvme"
+_COMPRESS = "needs package comm-compress"
+_UNITS = "parameters are gathered and freed in whole units (repeated blocks): nothing to tune"
+_ONE_GATHER = "a unit is one all-gather, whatever the sizes of its parameters"
+
+_OPTIMIZER: Rows = {
+    "type": honoured('the optimizer\'s class; "Adam" means AdamW unless adam_w_mode is false'),
+    "params": {
+        "lr": honoured("constructor of the optimizer"),
+        "betas": honoured("constructor (Adam, AdamW, Lion)"),
+        "eps": honoured("constructor (Adam, AdamW, Adagrad)"),
+        "weight_decay": honoured("constructor; absent means 0, as in DeepSpeed (torch's AdamW: 0.01)"),
+        "amsgrad": honoured("constructor (Adam, AdamW)"),
+        "adam_w_mode": honoured("Adam: decoupled weight decay (true) or L2 added to the gradient (false)"),
+        "momentum": honoured("constructor (SGD)"),
+        "dampening": honoured("constructor (SGD)"),
+        "nesterov": honoured("constructor (SGD)"),
+        "lr_decay": honoured("constructor (Adagrad)"),
+        "initial_accumulator_value": honoured("constructor (Adagrad)"),
+        "torch_adam": no_effect("there is one implementation of each optimizer here: torch's, on the shards"),
+        "bias_correction": refused("the optimizers here always correct the bias", True),
+        "max_grad_norm": refused("clipping is the engine's: use gradient_clipping", 0),
+    },
+    "legacy_fusion": refused("there is one implementation of each optimizer", False),
+}
+
+_RANGE_TEST = honoured("schedules.LRRangeTest")
+_ONE_CYCLE = honoured("schedules.OneCycle")
+_WARMUP = honoured("schedules.WarmupLR, WarmupDecayLR")
+_ANY_WARMUP = honoured("schedules.WarmupLR, WarmupDecayLR, WarmupCosineLR")
+_COSINE = honoured("schedules.WarmupCosineLR")
+
+_SCHEDULER: Rows = {
+    "type": honoured("the class in schedules"),
+    "params": {
+        "lr_range_test_min_lr": _RANGE_TEST,
+        "lr_range_test_step_size": _RANGE_TEST,
+        "lr_range_test_step_rate": _RANGE_TEST,
+        "lr_range_test_staircase": _RANGE_TEST,
+        "cycle_min_lr": _ONE_CYCLE,
+        "cycle_max_lr": _ONE_CYCLE,
+        "cycle_first_step_size": _ONE_CYCLE,
+        "cycle_second_step_size": _ONE_CYCLE,
+        "cycle_first_stair_count": _ONE_CYCLE,
+        "cycle_second_stair_count": _ONE_CYCLE,
+        "decay_step_size": _ONE_CYCLE,
+        "decay_lr_rate": _ONE_CYCLE,
+        "cycle_momentum": _ONE_CYCLE,
+        "cycle_min_mom": _ONE_CYCLE,
+        "cycle_max_mom": _ONE_CYCLE,
+        "decay_mom_rate": _ONE_CYCLE,
+        "warmup_min_lr": _WARMUP,
+        "warmup_max_lr": _WARMUP,
+        "warmup_num_steps": _ANY_WARMUP,
+        "warmup_type": _ANY_WARMUP,
+        "total_num_steps": honoured("schedules.WarmupDecayLR, WarmupCosineLR"),
+        "warmup_min_ratio": _COSINE,
+        "cos_min_ratio": _COSINE,
+        "last_batch_iteration": refused("the position comes from load_checkpoint()", -1),
+    },
+}
+
+_FP16: Rows = {
+    "enabled": honoured("zero_core.Precision(compute=float16) and a loss scaler"),
+    "auto_cast": no_effect("floating-point inputs are always cast to the dtype of the maths"),
+    "loss_scale": honoured("zero_core.LossScaler: 0 is dynamic, anything else static"),
+    "initial_scale_power": honoured("zero_core.LossScaler(init_scale=2**n)"),
+    "loss_scale_window": honoured("zero_core.LossScaler(growth_interval=)"),
+    "hysteresis": honoured("zero_core.LossScaler(hysteresis=)"),
+    "consecutive_hysteresis": honoured("zero_core.LossScaler(consecutive_hysteresis=)"),
+    "min_loss_scale": honoured("zero_core.LossScaler(min_scale=)"),
+    "fp16_master_weights_and_grads": refused(_OFFLOAD, False),
+}
+
+_BF16: Rows = {
+    "enabled": honoured("zero_core.Precision(compute=bfloat16)"),
+    "check_grad_overflow": honoured("true: a step with a non-finite gradient is skipped on every rank"),
+    "immediate_grad_update": no_effect("a gradient is always handed on as soon as it is ready"),
+    "bf16_master_weights_and_grads": honoured(
+        "zero_core.Precision(master=bfloat16); with bf16_optimizer_states"
+    ),
+    "bf16_optimizer_states": honoured("follows the master's dtype; with bf16_master_weights_and_grads"),
+}
+
+_AUTOCAST: Rows = {
+    "enabled": honoured("zero_core.Precision(param=float32, compute=dtype): forward under torch.autocast"),
+    "dtype": honoured("zero_core.Precision(compute=)"),
+    "lower_precision_safe_modules": refused("gradients of all modules travel in one dtype", None),
+}
+
+_ZERO: Rows = {
+    "stage": honoured("zero_core.shard(stage=)"),
+    "overlap_comm": honoured("zero_core.Overlap(enabled=); absent means true (the results are the same)"),
+    "reduce_bucket_size": honoured("zero_core.Overlap(reduce_bytes=): elements x bytes on the wire"),
+    "stage3_prefetch_bucket_size": honoured("zero_core.Overlap(prefetch_bytes=): elements x bytes of one"),
+    "contiguous_gradients": no_effect("gradients always accumulate in one contiguous buffer per unit"),
+    "reduce_scatter": no_effect("stages 1-3 reduce-scatter and stage 0 all-reduces; the values are the same"),
+    "use_multi_rank_bucket_allreduce": no_effect("one reduce-scatter serves all ranks"),
+    "allgather_partitions": no_effect("updated values are always all-gathered"),
+    "allgather_bucket_size": no_effect("updated values are gathered unit by unit, which bounds the buffer"),
+    "compute_grad_norm": no_effect("the norm is computed when clipping or get_global_grad_norm() needs it"),
+    "load_from_fp32_weights": refused("a checkpoint always restores the fp32 master values", True),
+    "elastic_checkpoint": no_effect("every checkpoint loads on any number of ranks and at any stage"),
+    "sub_group_size": no_effect(
+        "the optimizer steps unit by unit; there is no whole-model temporary to split"
+    ),
+    "round_robin_gradients": no_effect("concerns copies of gradients to the host, which are refused here"),
+    "parameter_alignment": no_effect(
+        "the layout of a unit decides alignment; checkpoints do not depend on it"
+    ),
+    "stage3_param_persistence_threshold": no_effect("small parameters travel in their unit's one collective"),
+    "stage3_model_persistence_threshold": no_effect("small parameters travel in their unit's one collective"),
+    "stage3_max_live_parameters": no_effect(
+        "live are the unit in use and what stage3_prefetch_bucket_size allows"
+    ),
+    "stage3_max_reuse_distance": no_effect(_UNITS),
+    "stage3_module_granularity_threshold": no_effect(_UNITS),
+    "stage3_gather_16bit_weights_on_model_save": no_effect("save_16bit_model() always gathers, unit by unit"),
+    "stage3_gather_fp16_weights_on_model_save": no_effect("save_16bit_model() always gathers, unit by unit"),
+    "stage3_use_all_reduce_for_fetch_params": no_effect(_ONE_GATHER),
+    "stage3_allgather_sequential": no_effect(_ONE_GATHER),
+    "leaf_module": no_effect("units are whole repeated blocks, so branches inside one need no mark"),
+    "ignore_unused_parameters": refused("an unused parameter is never an error: it is left as it is", True),
+    "legacy_stage1": refused("there is one implementation of stage 1", False),
+    "memory_efficient_linear": no_effect("linear layers are torch's own"),
+    "pipeline_loading_checkpoint": no_effect("each rank reads only the ranges that it holds"),
+    "override_module_apply": no_effect("zero_core.sharded_init needs no patched Module.apply"),
+    "log_trace_cache_warnings": no_effect("a change in the order of use is logged whenever it happens"),
+    "enable_sanity_checks": no_effect("checks are always on"),
+    "save_muon_momentum_buffer_in_memory": refused("Muon's update needs whole matrices", False),
+    "offload_param": refused(
+        _OFFLOAD,
+        inside='device="none" nvme_path=null pin_memory=true buffer_count=5 buffer_size=1e8 max_in_cpu=1e9',
+    ),
+    "offload_optimizer": refused(
+        _OFFLOAD,
+        inside='device="none" nvme_path=null pin_memory=true buffer_count=4 ratio=1.0 fast_init=false '
+        "pipeline=false pipeline_read=false pipeline_write=false super_offload=false cpuadam_cores_perc=0.8",
+    ),
+    "zenflow": refused(
+        _OFFLOAD,
+        inside="topk_ratio select_strategy select_interval update_interval overlap_step offload auto_ratio "
+        "full_warm_up_rounds pt_reserved_cores_perc steps_per_epoch",
+    ),
+    "cpu_offload": refused(_OFFLOAD, False, None),
+    "cpu_offload_param": refused(_OFFLOAD, False, None),
+    "cpu_offload_use_pin_memory": refused(_OFFLOAD, False, None),
+    "zero_hpz_partition_size": refused(_COMPRESS, 1),
+    "zero_quantized_weights": refused(_COMPRESS, False),
+    "zero_quantized_nontrainable_weights": refused(_COMPRESS, False),
+    "zero_quantized_gradients": refused(_COMPRESS, False),
+    "zeropp_loco_param": refused(_COMPRESS, None),
+    "mics_shard_size": refused(_COMPRESS, -1, 0),
+    "mics_hierarchical_params_gather": refused(_COMPRESS, False),
+}
+
+ROWS: dict[str, Key | Rows] = {
+    "train_batch_size": honoured("batch equation: samples in one optimizer step, over all ranks"),
+    "train_micro_batch_size_per_gpu": honoured(
+        "batch equation; the batch size of the data loader on each rank"
+    ),
+    "gradient_accumulation_steps": honoured("batch equation; the engine updates on every n-th micro-batch"),
+    "managed_gradient_accumulation": refused(
+        "the engine manages the boundary; zero_core alone does not", True
+    ),
+    "optimizer": _OPTIMIZER,
+    "scheduler": _SCHEDULER,
+    "zero_allow_untested_optimizer": no_effect("any elementwise torch optimizer is accepted at every stage"),
+    "zero_force_ds_cpu_optimizer": no_effect("concerns optimizer offload, which is refused here"),
+    "fp16": _FP16,
+    "bf16": _BF16,
+    "torch_autocast": _AUTOCAST,
+    "data_types": {"grad_accum_dtype": honoured("zero_core.Precision(accumulate=)")},
+    "gradient_clipping": honoured("zero_core.clip_grad_norm; absent means 1.0 as in DeepSpeed, 0 is off"),
+    "communication_data_type": honoured("zero_core.Precision(reduce=): gradients on the wire"),
+    "fp32_allreduce": honoured(
+        "zero_core.Precision(reduce=float32): older spelling of communication_data_type"
+    ),
+    "gradient_allreduce_op": refused("gradients are averaged over ranks", "mean"),
+    "prescale_gradients": no_effect("gradients are always divided before they are summed"),
+    "gradient_predivide_factor": refused("gradients are divided once, before they are summed", 1),
+    "sparse_gradients": refused("gradients travel dense", False),
+    "disable_allgather": no_effect("chose broadcasts instead of an all-gather; the values are the same"),
+    "zero_optimization": _ZERO,
+    "seed": honoured("the order in which the data loader visits samples"),
+    "dataloader_drop_last": honoured("the data loader of initialize(training_data=)"),
+    "steps_per_print": honoured("engine log: a line every n steps"),
+    "wall_clock_breakdown": honoured("engine log: milliseconds of forward, backward and step"),
+    "memory_breakdown": honoured("engine log: peak bytes of the process or device"),
+    "dump_state": honoured("engine log: the effective configuration, once"),
+    "timers": {
+        "throughput": {
+            "enabled": honoured("engine log: samples per second"),
+            "synchronized": no_effect("the device is synchronised whenever a time is read"),
+        }
+    },
+    "checkpoint": {
+        "tag_validation": honoured("save_checkpoint: what to do when ranks give different tags"),
+        "load_universal": no_effect("every checkpoint loads on any number of ranks and at any stage"),
+        "use_node_local_storage": refused("a checkpoint is one shared directory", False),
+        "parallel_write": refused("needs package pipe-parallel", inside="pipeline_stage=false"),
+    },
+    "disable_python_gc": refused("the engine does not change settings of the whole process", False),
+    "seq_parallel_communication_data_type": refused("needs package long-seq", None),
+    "sequence_parallel_size": refused("needs package long-seq", None, 1),
+    **LATER,
+}
+
+TABLE = KeyTable(ROWS)
+"""Every documented key."""

@@ -1,0 +1,266 @@
+"""The typed configuration as frozen pydantic models: DeepSpeed's names, types and documented defaults.
+
+Every field has a row in `key_table` (a test holds the two together). `config` fills these models from JSON.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+
+def _whole(value: Any) -> Any:
+    """`5e8` is a float to JSON and a count to people."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Int = Annotated[int, BeforeValidator(_whole)]
+Count = Annotated[Int, Field(ge=1)]
+Size = Annotated[Int, Field(ge=0)]
+Rate = Annotated[float, Field(ge=0)]
+Rates = Rate | list[Rate]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Pair = Annotated[list[Fraction], Field(min_length=2, max_length=2)]
+Dtype = Literal["fp32", "fp16", "bf16", "float32", "float16", "bfloat16"]
+
+
+class Section(BaseModel):
+    """One object of the JSON file: no unknown names, no silent conversions, no later changes."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class AdamParams(Section):
+    """Constructor arguments of Adam and AdamW."""
+
+    lr: Rate = 1e-3
+    betas: Pair = [0.9, 0.999]
+    eps: Rate = 1e-8
+    weight_decay: Rate = 0.0
+    amsgrad: bool = False
+    adam_w_mode: bool = True
+    torch_adam: bool = False
+
+
+class SGDParams(Section):
+    """Constructor arguments of SGD."""
+
+    lr: Rate = 1e-3
+    momentum: Rate = 0.0
+    dampening: float = 0.0
+    weight_decay: Rate = 0.0
+    nesterov: bool = False
+
+
+class AdagradParams(Section):
+    """Constructor arguments of Adagrad."""
+
+    lr: Rate = 1e-2
+    lr_decay: Rate = 0.0
+    weight_decay: Rate = 0.0
+    initial_accumulator_value: Rate = 0.0
+    eps: Rate = 1e-10
+
+
+class LionParams(Section):
+    """Constructor arguments of Lion."""
+
+    lr: Rate = 1e-3
+    betas: Pair = [0.9, 0.99]
+    weight_decay: Rate = 0.0
+
+
+class LRRangeTestParams(Section):
+    """Arguments of `schedules.LRRangeTest`."""
+
+    lr_range_test_min_lr: Rates = 1e-3
+    lr_range_test_step_size: Count = 2000
+    lr_range_test_step_rate: Rate = 1.0
+    lr_range_test_staircase: bool = False
+
+
+class OneCycleParams(Section):
+    """Arguments of `schedules.OneCycle`."""
+
+    cycle_min_lr: Rates
+    cycle_max_lr: Rates
+    decay_lr_rate: Rate = 0.0
+    cycle_first_step_size: Count = 2000
+    cycle_second_step_size: Count | None = None
+    cycle_first_stair_count: Size = 0
+    cycle_second_stair_count: Size | None = None
+    decay_step_size: Size = 0
+    cycle_momentum: bool = True
+    cycle_min_mom: Fraction = 0.8
+    cycle_max_mom: Fraction = 0.9
+    decay_mom_rate: Rate = 0.0
+
+
+class WarmupLRParams(Section):
+    """Arguments of `schedules.WarmupLR`."""
+
+    warmup_min_lr: Rates = 0.0
+    warmup_max_lr: Rates | None = None
+    warmup_num_steps: Size = 1000
+    warmup_type: Literal["log", "linear"] = "log"
+
+
+class WarmupDecayLRParams(WarmupLRParams):
+    """Arguments of `schedules.WarmupDecayLR`."""
+
+    total_num_steps: Count
+    warmup_max_lr: Rates | None = 1e-3
+
+
+class WarmupCosineLRParams(Section):
+    """Arguments of `schedules.WarmupCosineLR`."""
+
+    total_num_steps: Count
+    warmup_min_ratio: Rate = 0.0
+    warmup_num_steps: Size = 1000
+    cos_min_ratio: Rate = 1e-4
+    warmup_type: Literal["log", "linear"] = "log"
+
+
+OPTIMIZERS: dict[str, type[Section]] = {
+    "Adam": AdamParams,
+    "AdamW": AdamParams,
+    "SGD": SGDParams,
+    "Adagrad": AdagradParams,
+    "Lion": LionParams,
+}
+SCHEDULERS: dict[str, type[Section]] = {
+    "LRRangeTest": LRRangeTestParams,
+    "OneCycle": OneCycleParams,
+    "WarmupLR": WarmupLRParams,
+    "WarmupDecayLR": WarmupDecayLRParams,
+    "WarmupCosineLR": WarmupCosineLRParams,
+}
+
+
+class Typed(Section):
+    """A section of the shape `{"type": NAME, "params": {...}}`; `params` is one of the models above."""
+
+    type: str
+    params: Any
+
+
+class FP16(Section):
+    """Mixed precision with float16 and a loss scale."""
+
+    enabled: bool = False
+    auto_cast: bool = False
+    loss_scale: Rate = 0.0
+    initial_scale_power: Size = 16
+    loss_scale_window: Count = 1000
+    hysteresis: Count = 2
+    consecutive_hysteresis: bool = False
+    min_loss_scale: Rate = 1.0
+
+
+class BF16(Section):
+    """Mixed precision with bfloat16."""
+
+    enabled: bool = False
+    immediate_grad_update: bool = False
+    check_grad_overflow: bool = False
+    bf16_master_weights_and_grads: bool = False
+    bf16_optimizer_states: bool = False
+
+
+class TorchAutocast(Section):
+    """Maths in a lower precision under `torch.autocast`, parameters as they are."""
+
+    enabled: bool = False
+    dtype: Literal["bfloat16", "float16"] = "bfloat16"
+
+
+class DataTypes(Section):
+    """Dtype of gradients between two backward passes of one step."""
+
+    grad_accum_dtype: Dtype | None = None
+
+
+class Zero(Section):
+    """How long full parameters and gradients live, and how their bytes travel."""
+
+    stage: Literal[0, 1, 2, 3] = 0
+    overlap_comm: bool | None = None
+    reduce_bucket_size: Size = 500_000_000
+    stage3_prefetch_bucket_size: Size = 50_000_000
+    contiguous_gradients: bool = True
+    reduce_scatter: bool = True
+    use_multi_rank_bucket_allreduce: bool = True
+    allgather_partitions: bool = True
+    allgather_bucket_size: Size = 500_000_000
+    compute_grad_norm: bool = True
+    elastic_checkpoint: bool = False
+    sub_group_size: Size = 1_000_000_000
+    round_robin_gradients: bool = False
+    parameter_alignment: bool = False
+    stage3_param_persistence_threshold: Size = 100_000
+    stage3_model_persistence_threshold: Size | None = None
+    stage3_max_live_parameters: Size = 1_000_000_000
+    stage3_max_reuse_distance: Size = 1_000_000_000
+    stage3_module_granularity_threshold: Size = 0
+    stage3_gather_16bit_weights_on_model_save: bool = False
+    stage3_gather_fp16_weights_on_model_save: bool = False
+    stage3_use_all_reduce_for_fetch_params: bool = False
+    stage3_allgather_sequential: bool = False
+    leaf_module: dict[str, Any] = Field(default_factory=dict)
+    memory_efficient_linear: bool = True
+    pipeline_loading_checkpoint: bool = False
+    override_module_apply: bool = True
+    log_trace_cache_warnings: bool = False
+    enable_sanity_checks: bool = False
+
+
+class Throughput(Section):
+    """Whether progress lines carry samples per second."""
+
+    enabled: bool = True
+    synchronized: bool = True
+
+
+class Timers(Section):
+    """Timers of the engine."""
+
+    throughput: Throughput = Throughput()
+
+
+class Checkpoint(Section):
+    """How checkpoints are named and found."""
+
+    tag_validation: Literal["Ignore", "Warn", "Fail"] = "Warn"
+    load_universal: bool = False
+
+
+class Config(Section):
+    """A whole configuration, with DeepSpeed's documented names and defaults."""
+
+    train_batch_size: Count | None = None
+    train_micro_batch_size_per_gpu: Count | None = None
+    gradient_accumulation_steps: Count | None = None
+    optimizer: Typed | None = None
+    scheduler: Typed | None = None
+    zero_allow_untested_optimizer: bool = False
+    zero_force_ds_cpu_optimizer: bool = True
+    fp16: FP16 = FP16()
+    bf16: BF16 = BF16()
+    torch_autocast: TorchAutocast = TorchAutocast()
+    data_types: DataTypes = DataTypes()
+    gradient_clipping: Rate = 1.0
+    communication_data_type: Dtype | None = None
+    fp32_allreduce: bool = False
+    prescale_gradients: bool = False
+    disable_allgather: bool = False
+    zero_optimization: Zero = Zero()
+    seed: Int = 1234
+    dataloader_drop_last: bool = False
+    steps_per_print: Count | None = 10
+    wall_clock_breakdown: bool = False
+    memory_breakdown: bool = False
+    dump_state: bool = False
+    timers: Timers = Timers()
+    checkpoint: Checkpoint = Checkpoint()

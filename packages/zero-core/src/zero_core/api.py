@@ -171,7 +171,9 @@ def shard(
     if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
         raise ZeroConfigError(f"stage: expected 0, 1, 2 or 3, got {stage!r}")
     if any(_HANDLE in module.__dict__ for module in model.modules()):
-        raise ZeroConfigError("model: it, or a part of it, is sharded already; shard the outermost module, once")
+        raise ZeroConfigError(
+            "model: it, or a part of it, is sharded already; shard the outermost module, once"
+        )
     group = resolve_group(mesh)
     device = _device_of(mesh, group)
     specs = find_units(model, units)
@@ -182,7 +184,9 @@ def shard(
 
     param_wire = wire(group)
     reduce_wire = wire(sibling_group(group)) if stage == 3 else param_wire
-    flat_units = [FlatUnit(spec, index, group.rank(), group.size(), stage) for index, spec in enumerate(specs)]
+    flat_units = [
+        FlatUnit(spec, index, group.rank(), group.size(), stage) for index, spec in enumerate(specs)
+    ]
     released = release_class(_explain(flat_units))
     fill_units(model, flat_units, precision, param_wire, init_module)
     fill_buffers(model, param_wire)
@@ -204,7 +208,9 @@ def sharded(module: nn.Module) -> Sharded:
     """
     found = module.__dict__.get(_HANDLE)
     if not isinstance(found, Sharded):
-        raise ZeroStateError(f"{type(module).__name__} is not part of a sharded model; call zero_core.shard first")
+        raise ZeroStateError(
+            f"{type(module).__name__} is not part of a sharded model; call zero_core.shard first"
+        )
     return found
 
 
@@ -224,9 +230,15 @@ def no_sync(model: nn.Module) -> Iterator[None]:
 
 
 def _device_of(mesh: DeviceMesh | dist.ProcessGroup, group: dist.ProcessGroup) -> torch.device:
-    kind = mesh.device_type if isinstance(mesh, DeviceMesh) else str(dist.distributed_c10d._get_pg_default_device(group))
+    kind = (
+        mesh.device_type
+        if isinstance(mesh, DeviceMesh)
+        else str(dist.distributed_c10d._get_pg_default_device(group))
+    )
     kind = torch.device(kind).type
-    return torch.device(kind, torch.accelerator.current_device_index()) if kind != "cpu" else torch.device("cpu")
+    return (
+        torch.device(kind, torch.accelerator.current_device_index()) if kind != "cpu" else torch.device("cpu")
+    )
 
 
 def _explain(units: list[FlatUnit]) -> Callable[[nn.Parameter], str]:

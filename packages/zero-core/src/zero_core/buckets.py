@@ -30,7 +30,9 @@ class BufferPool:
 
     def give(self, buffer: torch.Tensor) -> None:
         """Return a buffer that `take` gave."""
-        self._free.append(torch.empty(0, dtype=torch.uint8, device=buffer.device).set_(buffer.untyped_storage()))
+        self._free.append(
+            torch.empty(0, dtype=torch.uint8, device=buffer.device).set_(buffer.untyped_storage())
+        )
 
     def clear(self) -> None:
         """Free the memory."""

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from .errors import CollectiveError, ZeroConfigError
+
+T = TypeVar("T")
 
 
 class Handle(Protocol):
@@ -80,12 +82,12 @@ class Wire:
     def gather(self, name: str, shard: torch.Tensor, out: torch.Tensor) -> Pending:
         """All-gather `shard` into `out`; `name` goes into errors."""
         what = self._next(f"gather of {name}")
-        return Pending(self._launch(what, self.collectives.all_gather, shard, out), self, what)
+        return Pending(self._launch(what, lambda: self.collectives.all_gather(shard, out)), self, what)
 
     def reduce(self, name: str, full: torch.Tensor, out: torch.Tensor) -> Pending:
         """Reduce-scatter the mean of `full` into `out`; `name` goes into errors."""
         what = self._next(f"reduction of {name}")
-        return Pending(self._launch(what, self.collectives.reduce_scatter, full, out), self, what)
+        return Pending(self._launch(what, lambda: self.collectives.reduce_scatter(full, out)), self, what)
 
     def all_reduce(self, name: str, tensor: torch.Tensor, op: dist.ReduceOp.RedOpType) -> Pending:
         """All-reduce a few values (norms, verdicts) in place; these never go through the seam."""
@@ -119,9 +121,9 @@ class Wire:
         self.num_launched += 1
         return f"collective {self.num_launched} ({what})"
 
-    def _launch(self, what, call, *args):  # type: ignore[no-untyped-def]  # returns what `call` returns
+    def _launch(self, what: str, call: Callable[[], T]) -> T:
         try:
-            return call(*args)
+            return call()
         except RuntimeError as error:
             raise self.diagnose(what, error) from error
 
@@ -133,7 +135,13 @@ class Wire:
         """
         rank, size = self.group.rank(), self.group.size()
         others = _exchange_positions(self.group, what, patience_s=min(5.0, self.timeout_s))
-        lines = [f"rank {r} was at {others[r]}" if r in others else f"rank {r} gives no sign: it died, or has not come this far" for r in range(size) if r != rank]
+        lines = [
+            f"rank {r} was at {others[r]}"
+            if r in others
+            else f"rank {r} gives no sign: it died, or has not come this far"
+            for r in range(size)
+            if r != rank
+        ]
         return CollectiveError(
             f"rank {rank} of {size}: {what} did not finish within {self.timeout_s:g} s or lost its peer; "
             f"{'; '.join(lines)}. All ranks must use the same units in the same order; end the job, look at the "
@@ -199,8 +207,14 @@ class PlainCollectives:
             return _Works([], None)
         if full.device.type != "cpu":
             wide = full if full.dtype == out.dtype else full.to(torch.promote_types(full.dtype, out.dtype))
-            target = out if wide.dtype == out.dtype else torch.empty(out.numel(), dtype=wide.dtype, device=out.device)
-            work = dist.reduce_scatter_tensor(target, wide, op=dist.ReduceOp.AVG, group=self.group, async_op=True)
+            target = (
+                out
+                if wide.dtype == out.dtype
+                else torch.empty(out.numel(), dtype=wide.dtype, device=out.device)
+            )
+            work = dist.reduce_scatter_tensor(
+                target, wide, op=dist.ReduceOp.AVG, group=self.group, async_op=True
+            )
             return _CastAfter(_Works([work], None), target, out, keep=wide)
         scratch = self._borrow(full.numel() * full.element_size())
         received = scratch[: full.numel() * full.element_size()].view(full.dtype)
@@ -286,7 +300,8 @@ def resolve_group(mesh: DeviceMesh | dist.ProcessGroup) -> dist.ProcessGroup:
     if mesh.ndim == 1:
         return mesh.get_group()
     if "dp" in (mesh.mesh_dim_names or ()):
-        return mesh["dp"].get_group()
+        group: dist.ProcessGroup = mesh["dp"].get_group()
+        return group
     raise ZeroConfigError(
         f"mesh: expected one dimension, or one named 'dp', got dimensions {mesh.mesh_dim_names or mesh.ndim}; "
         'pass mesh["name"]'

@@ -53,6 +53,7 @@ class FlatUnit:
 
     @property
     def full_bytes(self) -> int:
+        """Bytes of the unit when whole, padding included."""
         return self.layout.numel * self.full.element_size()
 
     def allocate(self, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:

@@ -89,13 +89,17 @@ class Gatherer:
         if frozen and torch.is_grad_enabled() and not _inside_backward():
             self._watch_inputs(frozen, units, tree_leaves((args, kwargs)))
 
-    def _after_forward(self, units: list[FlatUnit], module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def _after_forward(
+        self, units: list[FlatUnit], module: nn.Module, args: Any, kwargs: Any, output: Any
+    ) -> None:
         self._depth -= 1
         needs_backward, understood = _tensors_needing_grad(output)
         for unit in units:
             self._forwards[unit.index] -= 1
             if torch.is_grad_enabled() and not understood:
-                self._keep_until_end.add(unit.index)  # no tensor to hook: hold it, rather than fail in backward
+                self._keep_until_end.add(
+                    unit.index
+                )  # no tensor to hook: hold it, rather than fail in backward
             if needs_backward and _inside_backward():
                 self._in_backward.add(unit.index)  # recomputed: its backward follows at once
         if needs_backward:
@@ -185,7 +189,12 @@ class Gatherer:
     def _release_if_idle(self, unit: FlatUnit) -> None:
         index = unit.index
         busy = self._pins[index] > 0 or self._forwards[index] > 0
-        if busy or index in self._in_backward or index in self._keep_until_end or unit.residency is Residency.SHARDED:
+        if (
+            busy
+            or index in self._in_backward
+            or index in self._keep_until_end
+            or unit.residency is Residency.SHARDED
+        ):
             return
         self.arrive(unit)
         unit.enter(Residency.SHARDED, self.released)
@@ -247,7 +256,9 @@ def _tensors_needing_grad(output: Any) -> tuple[list[torch.Tensor], bool]:
                 found.append(leaf)
         elif is_dataclass(leaf) and not isinstance(leaf, type):
             pending += tree_leaves([getattr(leaf, field.name) for field in fields(leaf)])
-        elif not isinstance(leaf, (int, float, str, bool, bytes, complex, type(None), torch.dtype, torch.device)):
+        elif not isinstance(
+            leaf, (int, float, str, bool, bytes, complex, type(None), torch.dtype, torch.device)
+        ):
             if hasattr(leaf, "__dict__") and id(leaf) not in seen:
                 seen.add(id(leaf))
                 pending += tree_leaves(list(vars(leaf).values()))

@@ -91,7 +91,7 @@ class Reducer:
         if not self._pass_open:
             self._pass_open = True
             self._order.restart()
-            Variable._execution_engine.queue_callback(self._close_pass)  # type: ignore[no-untyped-call]
+            Variable._execution_engine.queue_callback(self._close_pass)
 
     def _arrive(self, position: int, index: int, param: nn.Parameter) -> None:
         self.open_pass()
@@ -168,7 +168,10 @@ class Reducer:
     def _agree_on_order(self) -> None:
         """After the first pass: reduce from now on in the order in which the first rank's units completed."""
         if not self._order_agreed and self.lanes:
-            seen = [int(i) for i in self.wire.broadcast_text("order", " ".join(map(str, self._order.seen))).split()]
+            seen = [
+                int(i)
+                for i in self.wire.broadcast_text("order", " ".join(map(str, self._order.seen))).split()
+            ]
             self._order.rebuild(seen)
             self._order_agreed = True
 

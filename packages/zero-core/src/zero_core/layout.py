@@ -28,10 +28,12 @@ class Slot:
 
     @property
     def name(self) -> str:
+        """The first of the names."""
         return self.names[0]
 
     @property
     def stop(self) -> int:
+        """One past the last element."""
         return self.offset + self.numel
 
 
@@ -54,6 +56,7 @@ class LocalSlot:
 
     @property
     def numel(self) -> int:
+        """Elements in the part."""
         return self.stop - self.start
 
 
@@ -67,6 +70,7 @@ class UnitLayout:
 
     @property
     def shard_numel(self) -> int:
+        """Elements of one rank's shard."""
         return self.numel // self.world_size
 
     def shard_range(self, rank: int) -> tuple[int, int]:

@@ -177,15 +177,20 @@ def _local_names(state: Sharded, model: nn.Module, names: tuple[str, ...]) -> li
     return [name[len(p) + 1 :] for name in names for p in prefixes if name.startswith(p + ".")]
 
 
-def _mismatch(expected: dict[str, tuple[int, ...]], given: Mapping[str, torch.Tensor], *, strict: bool) -> list[str]:
+def _mismatch(
+    expected: dict[str, tuple[int, ...]], given: Mapping[str, torch.Tensor], *, strict: bool
+) -> list[str]:
     problems = []
     missing, unexpected = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
     if strict and missing:
-        problems.append(f"missing: {', '.join(missing[:8])}" + (f" and {len(missing) - 8} more" if missing[8:] else ""))
+        problems.append(
+            f"missing: {', '.join(missing[:8])}" + (f" and {len(missing) - 8} more" if missing[8:] else "")
+        )
     if strict and unexpected:
         more = f" and {len(unexpected) - 8} more" if unexpected[8:] else ""
         problems.append(f"unexpected: {', '.join(unexpected[:8])}{more}")
-    for name in expected.keys() & given.keys():
-        if tuple(given[name].shape) != expected[name]:
-            problems.append(f"'{name}': expected shape {expected[name]}, got {tuple(given[name].shape)}")
-    return problems
+    return problems + [
+        f"'{name}': expected shape {expected[name]}, got {tuple(given[name].shape)}"
+        for name in sorted(expected.keys() & given.keys())
+        if tuple(given[name].shape) != expected[name]
+    ]

@@ -44,6 +44,7 @@ class MemoryPlan:
 
     @property
     def total(self) -> int:
+        """Everything."""
         return self.model_states + self.in_flight
 
 
@@ -110,5 +111,9 @@ def _in_flight(sized: list[tuple[int, torch.dtype, bool]], stage: int, precision
     if not sized or stage < 2:
         return 0
     full = sorted((numel * precision.param_dtype(own).itemsize for numel, own, _ in sized), reverse=True)
-    grads = [numel * precision.reduce_dtype(precision.param_dtype(own)).itemsize for numel, own, train in sized if train]
+    grads = [
+        numel * precision.reduce_dtype(precision.param_dtype(own)).itemsize
+        for numel, own, train in sized
+        if train
+    ]
     return (sum(full[:2]) if stage == 3 else 0) + max(grads, default=0)

@@ -15,6 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .errors import ZeroConfigError
+from .flat_unit import FlatUnit
 from .hooks import Lane
 from .norms import clip_factor, global_norm
 from .precision import LossScaler, OverflowReport, locate_overflow
@@ -72,7 +73,9 @@ class ShardedOptimizer(Optimizer):
         self._stepper = stepper or choose_stepper(optimizer, master_dtype)
         overlap = self._sharded.overlap.enabled
         gatherer = self._sharded.gatherer
-        self._publisher = Publisher(self._sharded.wire, gatherer.refresh if gatherer else None, overlap=overlap)
+        self._publisher = Publisher(
+            self._sharded.wire, gatherer.refresh if gatherer else None, overlap=overlap
+        )
         self._norm: torch.Tensor | None = None
         self._clip: torch.Tensor | None = None
         self._num_steps = 0
@@ -89,10 +92,14 @@ class ShardedOptimizer(Optimizer):
                 "model's; build the optimizer on the parameters of the model that was sharded, and shard every "
                 "model once"
             )
-        frozen = [where[id(p)] for g in optimizer.param_groups for p in g["params"] if not where[id(p)][0].trainable]
+        frozen = [
+            where[id(p)] for g in optimizer.param_groups for p in g["params"] if not where[id(p)][0].trainable
+        ]
         trainable = [p for g in optimizer.param_groups for p in g["params"] if where[id(p)][0].trainable]
         if frozen and not trainable:
-            raise ZeroConfigError("ShardedOptimizer: every parameter of the optimizer is frozen; nothing can be trained")
+            raise ZeroConfigError(
+                "ShardedOptimizer: every parameter of the optimizer is frozen; nothing can be trained"
+            )
         self._owned: dict[int, set[int]] = {}
         slots: dict[int, list[ShardSlot]] = {}
         for group in optimizer.param_groups:
@@ -175,9 +182,16 @@ class ShardedOptimizer(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's part of the state, for the same world size and stage; see `sharded_state` for any other."""
-        masters = {u.name: u.master for u in self._sharded.units if u.index in self.slots and u.master is not None}
+        masters = {
+            u.name: u.master for u in self._sharded.units if u.index in self.slots and u.master is not None
+        }
         scaler = None if self.scaler is None else self.scaler.state_dict()
-        return {"inner": self.inner.state_dict(), "masters": masters, "scaler": scaler, "num_steps": self._num_steps}
+        return {
+            "inner": self.inner.state_dict(),
+            "masters": masters,
+            "scaler": scaler,
+            "num_steps": self._num_steps,
+        }
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -189,7 +203,9 @@ class ShardedOptimizer(Optimizer):
         held = {u.name: u for u in self._sharded.units if u.index in self.slots}
         saved = state_dict["masters"]
         mismatch = sorted(set(held) ^ set(saved)) or [
-            name for name, unit in held.items() if unit.master is None or unit.master.shape != saved[name].shape
+            name
+            for name, unit in held.items()
+            if unit.master is None or unit.master.shape != saved[name].shape
         ]
         if mismatch:
             raise ZeroConfigError(

@@ -60,7 +60,7 @@ _METADATA = {
     )
     if hasattr(torch.Tensor, name)
 } | {
-    torch.Tensor.grad.__set__,  # type: ignore[attr-defined]  # a getset descriptor
+    torch.Tensor.grad.__set__,  # type: ignore[union-attr]  # a getset descriptor
     torch.Tensor.requires_grad.__set__,  # type: ignore[attr-defined]
     torch.is_floating_point, torch.is_complex, torch.numel,
     torch.empty_like, torch.zeros_like, torch.ones_like, torch.full_like, torch.rand_like, torch.randn_like,
@@ -70,7 +70,7 @@ _METADATA = {
 class ReleasedParameter(nn.Parameter):
     """The class of a parameter while its values rest as shards; `release_class` makes one per sharded model."""
 
-    explain: ClassVar[Callable[[nn.Parameter], str]]
+    explain: ClassVar[Callable[..., str]]
     intercept: ClassVar[Callable[..., Any] | None] = None
     restore: ClassVar[Callable[[nn.Parameter], None]]
     """Under `sharded_init`: make the parameter whole and an ordinary one again."""
@@ -89,7 +89,7 @@ class ReleasedParameter(nn.Parameter):
         param = next(a for a in tensors_in((args, kwargs)) if isinstance(a, ReleasedParameter))
         raise ReleasedParameterError(f"{getattr(func, '__name__', func)}: {param.explain(param)}")
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # as torch defines it
         """Shape and dtype; there are no values to show."""
         return f"Parameter(sharded, shape={tuple(self.shape)}, dtype={self.dtype}, requires_grad={self.requires_grad})"
 
@@ -116,7 +116,10 @@ def release_class(
     return type(
         "ReleasedParameter",
         (ReleasedParameter,),
-        {"explain": staticmethod(explain), "intercept": None if intercept is None else staticmethod(intercept)},
+        {
+            "explain": staticmethod(explain),
+            "intercept": None if intercept is None else staticmethod(intercept),
+        },
     )
 
 
@@ -128,7 +131,7 @@ def free_storage(tensor: torch.Tensor) -> None:
 def allocate_storage(tensor: torch.Tensor) -> None:
     """Give a freed storage memory again (uninitialised); no effect if it has its memory."""
     storage = tensor.untyped_storage()
-    nbytes = (tensor.storage_offset() + tensor.numel()) * tensor.element_size()
+    nbytes = int(tensor.storage_offset() + tensor.numel()) * tensor.element_size()
     if storage.nbytes() < nbytes:
         storage.resize_(nbytes)
 

@@ -53,7 +53,9 @@ def sharded_init(
         return
     group = resolve_group(mesh)
     timeout_s = (overlap or Overlap()).timeout_s
-    builder = _Builder(Wire(group, PlainCollectives(group, timeout_s), torch.device("cpu"), timeout_s), whole_bytes)
+    builder = _Builder(
+        Wire(group, PlainCollectives(group, timeout_s), torch.device("cpu"), timeout_s), whole_bytes
+    )
     remover = register_module_parameter_registration_hook(builder.registered)
     try:
         yield
@@ -80,7 +82,7 @@ class _Builder:
         self.parts: dict[int, _Part] = {}
         self.whole: dict[int, int] = {}
         self.released = release_class(lambda param: "", self.run)
-        self.released.restore = staticmethod(self.restore)  # type: ignore[assignment]
+        self.released.restore = staticmethod(self.restore)
 
     def registered(self, module: nn.Module, name: str, param: nn.Parameter | None) -> None:
         """A module has got a parameter (perhaps one it shares with another)."""
@@ -137,8 +139,12 @@ class _Builder:
         if part.local is None:
             self._touch(param)
             return
-        full = torch.empty(part.local.numel() * self.wire.group.size(), dtype=param.dtype, device=param.device)
-        self.wire.gather(f"a parameter of shape {tuple(param.shape)} under construction", part.local, full).wait()
+        full = torch.empty(
+            part.local.numel() * self.wire.group.size(), dtype=param.dtype, device=param.device
+        )
+        self.wire.gather(
+            f"a parameter of shape {tuple(param.shape)} under construction", part.local, full
+        ).wait()
         param.__class__ = part.cls
         allocate_storage(param)
         param.copy_(full[: param.numel()].view(param.shape))

@@ -57,15 +57,21 @@ def sharded_state(model: nn.Module, optimizer: ShardedOptimizer | None = None) -
             if buffer is not None and name not in module._non_persistent_buffers_set:
                 full = f"{prefix}.{name}" if prefix else name
                 found[full] = Shard(tuple(buffer.shape), buffer.dtype, (0,), buffer.detach().view(-1))
-    for slot, key, value in _optimizer_tensors(optimizer):
-        place = slot.place
-        found[f"optimizer.{slot.name}.{key}"] = Shard(place.slot.shape, value.dtype, (place.param_start,), value)
+    for owned, key, value in _optimizer_tensors(optimizer):
+        place = owned.place
+        found[f"optimizer.{owned.name}.{key}"] = Shard(
+            place.slot.shape, value.dtype, (place.param_start,), value
+        )
     return found
 
 
 @torch.no_grad()
 def load_sharded_state(
-    model: nn.Module, optimizer: ShardedOptimizer | None, tensors: Mapping[str, torch.Tensor], *, strict: bool = True
+    model: nn.Module,
+    optimizer: ShardedOptimizer | None,
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    strict: bool = True,
 ) -> None:
     """Take over values for the very ranges that `sharded_state` describes; every rank calls it.
 

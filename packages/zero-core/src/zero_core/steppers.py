@@ -30,6 +30,7 @@ class ShardSlot:
 
     @property
     def name(self) -> str:
+        """The parameter's name."""
         return self.place.slot.name
 
 
@@ -90,7 +91,9 @@ class _Rule:
     initial: Callable[[dict[str, Any]], float] = lambda group: 0.0
 
 
-def _adam_segment(start: int, stop: int, group: dict[str, Any], step: int, *, decoupled: bool) -> ak.AdamSegment:
+def _adam_segment(
+    start: int, stop: int, group: dict[str, Any], step: int, *, decoupled: bool
+) -> ak.AdamSegment:
     beta1, beta2 = group["betas"]
     return ak.AdamSegment(
         start=start, stop=stop, lr=float(group["lr"]), beta1=float(beta1), beta2=float(beta2), eps=group["eps"],
@@ -124,7 +127,10 @@ _RULES: dict[type[Optimizer], _Rule] = {
         ak.adam_step,
     ),
     Adagrad: _Rule(
-        lambda group: ("sum",), _adagrad_segment, ak.adagrad_step, lambda group: group["initial_accumulator_value"]
+        lambda group: ("sum",),
+        _adagrad_segment,
+        ak.adagrad_step,
+        lambda group: group["initial_accumulator_value"],
     ),
     SGD: _Rule(lambda group: ("momentum_buffer",) if group["momentum"] else (), _sgd_segment, ak.sgd_step),
 }

@@ -29,7 +29,11 @@ class RankFailedError(RuntimeError):
 
 
 def run_ranks(
-    fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120.0, tolerate: tuple[int, ...] = ()
+    fn: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout_s: float = 120.0,
+    tolerate: tuple[int, ...] = (),
 ) -> list[Any]:
     """Call `fn(rank, *args)` on every rank and return the results in rank order.
 
@@ -45,12 +49,14 @@ def run_ranks(
     """
     context = mp.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
-        pipes: list[Connection] = []
+        pipes: list[Connection[Any, Any]] = []
         processes = []
         for rank in range(world_size):
             parent, child = context.Pipe(duplex=False)
             process = context.Process(
-                target=_rank_main, args=(fn, rank, world_size, os.path.join(folder, "store"), child, args), daemon=True
+                target=_rank_main,
+                args=(fn, rank, world_size, os.path.join(folder, "store"), child, args),
+                daemon=True,
             )
             process.start()
             child.close()
@@ -65,7 +71,9 @@ def run_ranks(
                 process.join()
 
 
-def _rank_main(fn: Any, rank: int, world_size: int, store_path: str, pipe: Connection, args: tuple[Any, ...]) -> None:
+def _rank_main(
+    fn: Any, rank: int, world_size: int, store_path: str, pipe: Connection[Any, Any], args: tuple[Any, ...]
+) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), OMP_NUM_THREADS="1")
     try:
@@ -83,22 +91,24 @@ def _rank_main(fn: Any, rank: int, world_size: int, store_path: str, pipe: Conne
     os._exit(0)
 
 
-def _collect(pipes: list[Connection], processes: list[Any], timeout_s: float, tolerate: tuple[int, ...]) -> list[Any]:
+def _collect(
+    pipes: list[Connection[Any, Any]], processes: list[Any], timeout_s: float, tolerate: tuple[int, ...]
+) -> list[Any]:
     results: list[Any] = [None] * len(pipes)
-    open_ranks = {pipe: rank for rank, pipe in enumerate(pipes)}
+    waiting = list(range(len(pipes)))
     deadline = time.monotonic() + timeout_s
-    while open_ranks:
-        ready = wait(list(open_ranks), timeout=max(0.0, deadline - time.monotonic()))
+    while waiting:
+        ready = wait([pipes[rank] for rank in waiting], timeout=max(0.0, deadline - time.monotonic()))
         if not ready:
-            raise RankFailedError(min(open_ranks.values()), f"not finished after {timeout_s:g} s")
-        for pipe in ready:
-            rank = open_ranks.pop(pipe)  # type: ignore[index]
+            raise RankFailedError(waiting[0], f"not finished after {timeout_s:g} s")
+        for rank in [rank for rank in waiting if pipes[rank] in ready]:
+            waiting.remove(rank)
             try:
-                finished, value = pipe.recv()  # type: ignore[union-attr]
+                finished, value = pipes[rank].recv()
             except EOFError:
                 processes[rank].join()
                 finished, value = False, f"died with exit code {processes[rank].exitcode}"
             if not finished and rank not in tolerate:
-                raise RankFailedError(rank, value)
+                raise RankFailedError(rank, str(value))
             results[rank] = value
     return results

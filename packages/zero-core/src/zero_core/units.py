@@ -64,7 +64,9 @@ def find_units(model: nn.Module, units: UnitChoice = None) -> list[UnitSpec]:
         if kinds[home] > 1:
             label += f"[{str(dtype).removeprefix('torch.')}{'' if trainable else ', frozen'}]"
         specs.append(
-            UnitSpec(label, tuple((tuple(names[p]), p) for p in params), tuple(dict.fromkeys(anchors)), trainable)
+            UnitSpec(
+                label, tuple((tuple(names[p]), p) for p in params), tuple(dict.fromkeys(anchors)), trainable
+            )
         )
     return specs
 
@@ -121,7 +123,10 @@ def _repeated_blocks(model: nn.Module) -> set[str]:
     leaves = {
         name
         for name, module in model.named_modules()
-        if name and not _inside(name, blocks) and not list(module.children()) and _num_elements(module) >= largest
+        if name
+        and not _inside(name, blocks)
+        and not list(module.children())
+        and _num_elements(module) >= largest
     }
     return set(blocks) | leaves
 

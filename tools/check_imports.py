@@ -1,7 +1,8 @@
 """Each package imports what its metadata declares, declares what it imports, and depends on no cycle.
 
 Read with `ast`, never imported. An import that runs with the module needs a line in `dependencies`; one in a
-function, a `try` or an `if` (loaded when asked for, or where it is there) may come from an extra instead.
+function, a `try` or an `if` (loaded when asked for, or where it is there) may come from an extra instead, and
+so may all that is imported by a module which is itself only loaded that way.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import ast
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
@@ -29,15 +30,15 @@ ELSEWHERE = {"cupy": ("cupy-cuda12x", "cupy-cuda13x"), "triton": ("torch", "trit
 class Import:
     """One module named by an import statement."""
 
-    module: str  # its first part: `torch` of `torch.nn.functional`
+    module: str  # in full, whether written absolute or relative
     file: Path
     line: int
-    always: bool  # runs whenever the file is imported
+    always: bool  # runs whenever the file (of a whole package: the package) is imported
 
 
 @dataclass(frozen=True)
 class Package:
-    """A package's declared dependencies (canonical names) and what it really imports."""
+    """A package's declared dependencies (canonical names) and what it really imports from elsewhere."""
 
     name: str
     provides: frozenset[str]
@@ -64,27 +65,59 @@ def read_package(folder: Path) -> Package:
     project: Mapping[str, Any] = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
     extras = [line for lines in project.get("optional-dependencies", {}).values() for line in lines]
     source = folder / "src"
+    provides = frozenset(path.parent.name for path in source.glob("*/__init__.py"))
     return Package(
         name=canonical(project["name"]),
-        provides=frozenset(path.parent.name for path in source.glob("*/__init__.py")),
+        provides=provides,
         required=frozenset(map(requirement_name, project.get("dependencies", []))),
         optional=frozenset(map(requirement_name, extras)),
-        imports=tuple(found for path in sorted(source.rglob("*.py")) for found in read_imports(path)),
+        imports=tuple(found for found in read_sources(source, provides) if top(found.module) not in provides),
     )
 
 
-def read_imports(path: Path) -> Iterator[Import]:
-    """Every absolute import in a file."""
-    yield from _walk(ast.parse(path.read_text(), str(path)).body, path, always=True)
+def read_sources(source: Path, provides: Iterable[str]) -> Iterator[Import]:
+    """Every import under a package's src/, `always` only if importing the package runs it."""
+    files = {module_name(path, source): path for path in sorted(source.rglob("*.py"))}
+    imports = {name: list(read_imports(path, source)) for name, path in files.items()}
+    loaded = list(provides)
+    for name in loaded:  # grows while it is read
+        for found in imports.get(name, ()):
+            parts = found.module.split(".")
+            parents = (".".join(parts[:length]) for length in range(1, len(parts) + 1))
+            loaded += [
+                module for module in parents if found.always and module in files and module not in loaded
+            ]
+    for name, founds in imports.items():
+        yield from (replace(found, always=found.always and name in loaded) for found in founds)
 
 
-def _walk(statements: Iterable[ast.AST], path: Path, *, always: bool) -> Iterator[Import]:
+def read_imports(path: Path, source: Path) -> Iterator[Import]:
+    """Every import in one file under `source`."""
+    parts = module_name(path, source).split(".")
+    package = parts if path.name == "__init__.py" else parts[:-1]
+    yield from _walk(ast.parse(path.read_text(), str(path)).body, path, package, always=True)
+
+
+def module_name(path: Path, source: Path) -> str:
+    """`one.two` of src/one/two.py, and of src/one/two/__init__.py."""
+    parts = path.relative_to(source).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def top(module: str) -> str:
+    """`torch` of `torch.nn.functional`."""
+    return module.split(".")[0]
+
+
+def _walk(statements: Iterable[ast.AST], path: Path, package: list[str], *, always: bool) -> Iterator[Import]:
     for node in statements:
         names: list[str] = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-            names = [node.module]
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) + 1 - node.level] if node.level else []
+            base = ".".join([*above, *filter(None, [node.module])])
+            names = [base, *(f"{base}.{alias.name}" for alias in node.names)]  # a name may be a module too
         elif isinstance(node, ast.Call) and _called(node) in ("import_module", "find_spec", "importorskip"):
             names = [
                 arg.value
@@ -93,9 +126,9 @@ def _walk(statements: Iterable[ast.AST], path: Path, *, always: bool) -> Iterato
             ]
         for name in names:
             if not name.startswith("."):
-                yield Import(name.split(".")[0], path, getattr(node, "lineno", 0), always)
+                yield Import(name, path, getattr(node, "lineno", 0), always)
         conditional = isinstance(node, ast.If | ast.Try | ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-        yield from _walk(ast.iter_child_nodes(node), path, always=always and not conditional)
+        yield from _walk(ast.iter_child_nodes(node), path, package, always=always and not conditional)
 
 
 def _called(call: ast.Call) -> str:
@@ -116,22 +149,24 @@ def check(packages: Iterable[Package], installed: Mapping[str, Iterable[str]]) -
     for package in packages:
         used: set[str] = set()
         for found in package.imports:
-            if found.module in sys.stdlib_module_names or found.module in package.provides:
+            module = top(found.module)
+            if module in sys.stdlib_module_names:
                 continue
-            candidates = {found.module, *ELSEWHERE.get(found.module, ()), *installed.get(found.module, ())}
-            providers = set(map(canonical, ours.get(found.module, candidates)))
+            candidates = {module, *ELSEWHERE.get(module, ()), *installed.get(module, ())}
+            providers = set(map(canonical, ours.get(module, candidates)))
             used |= providers
             allowed = package.required if found.always else package.required | package.optional
             if not providers & allowed:
                 where = "dependencies" if found.always else "dependencies or an extra"
                 problems.append(
-                    f"{found.file}:{found.line}: {package.name} imports {found.module!r}, "
+                    f"{found.file}:{found.line}: {package.name} imports {module!r}, "
                     f"which its pyproject.toml does not declare in {where}"
                 )
         problems += [
             f"{package.name} declares {name!r} in dependencies and never imports it"
             for name in sorted(package.required - used)
         ]
+    problems = list(dict.fromkeys(problems))
     return problems + find_cycles({package.name: package.required | package.optional for package in packages})
 
 

@@ -58,6 +58,26 @@ def test_an_extra_serves_only_imports_that_are_put_off(tmp_path: Path, code: str
     assert len(problems(package(tmp_path, "eager", "import tqdm", extras="'tqdm'"))) == 1
 
 
+def test_a_module_loaded_only_when_asked_for_may_import_from_an_extra(tmp_path: Path) -> None:
+    folder = tmp_path / "one"
+    for module, code in {
+        "fast": "import tqdm",
+        "part/__init__": "from ..fast import x\nfrom . import fast",
+    }.items():
+        path = folder / "src" / "one" / f"{module}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(code)
+    lazy = "def f():\n    from .part import g\n"
+    (folder / "src" / "one" / "__init__.py").write_text(lazy)
+    (folder / "pyproject.toml").write_text(
+        "[project]\nname = 'one'\n[project.optional-dependencies]\nmore = ['tqdm']"
+    )
+    assert problems(check_imports.read_package(folder)) == []
+    (folder / "src" / "one" / "__init__.py").write_text("from . import part\n")
+    (problem,) = problems(check_imports.read_package(folder))
+    assert "fast.py:1: one imports 'tqdm'" in problem
+
+
 def test_a_dependency_that_nothing_imports_is_named(tmp_path: Path) -> None:
     (problem,) = problems(package(tmp_path, "one", "", "'numpy'"))
     assert "never imports" in problem
@@ -74,9 +94,3 @@ def test_a_cycle_is_found_once(tmp_path: Path) -> None:
     b = package(tmp_path, "b", "import c", "'c'")
     c = package(tmp_path, "c", "import a", "'a'")
     assert problems(a, b, c) == ["packages depend on each other: a -> b -> c -> a"]
-
-
-def test_the_repository_passes() -> None:
-    folders = sorted((check_imports.REPO / "packages").glob("*/pyproject.toml"))
-    packages = [check_imports.read_package(path.parent) for path in folders]
-    assert check_imports.check(packages, check_imports.packages_distributions()) == []

@@ -2,7 +2,8 @@
 
 Modules, in the order in which a call passes through them:
 
-- ``segments``: the hyper-parameters of runs of elements (``AdamSegment`` and its siblings) and how they are packed.
+- ``segments``: the hyper-parameters of runs of elements (``AdamSegment`` and its siblings) and how they are
+  packed.
 - ``ops``: the public functions, one file an op.
 - ``checks``: what is demanded of tensors, before anything is written.
 - ``dispatch``: which back end runs a call; ``isa`` and ``report`` let a person steer and see it.

@@ -1,6 +1,7 @@
 """What the ops demand of their tensors, checked before anything is written; a few microseconds a call.
 
-In: the tensors of one call with the role each plays. Out: nothing, or an error that names the argument, what was
+In: the tensors of one call with the role each plays. Out: nothing, or an error that names the argument, what
+was
 given and what was expected. Next: ``dispatch``.
 """
 
@@ -26,14 +27,15 @@ def _names(dtypes: Sequence[torch.dtype]) -> str:
 
 
 def check_flat(op: str, roles: Sequence[Role]) -> None:
-    """Demand flat, contiguous tensors of equal size on one device; written ones overlap nothing and are writable.
+    """Demand flat, contiguous tensors of one size and device; written ones overlap nothing, are writable.
+
+    At most one tensor of a call may be only read: any shared memory is then an error.
 
     Raises:
         AccelTypeError: not a tensor, or another dtype.
         AccelValueError: size, device, layout, overlap, read-only memory, or part of an autograd graph.
     """
-    numel = -1
-    device = None
+    numel, device, first = -1, None, ""
     spans = []
     for name, tensor, dtypes, written in roles:
         if not isinstance(tensor, torch.Tensor):
@@ -43,28 +45,40 @@ def check_flat(op: str, roles: Sequence[Role]) -> None:
         if tensor.layout is not torch.strided or tensor.dim() != 1 or not tensor.is_contiguous():
             raise AccelValueError(_layout_message(op, name, tensor))
         if device is None:
-            first, numel, device = name, tensor.numel(), tensor.device
+            numel, device, first = tensor.numel(), tensor.device, name
         elif tensor.numel() != numel:
             raise AccelValueError(
                 f"{op}: {name}: expected {numel} elements, as many as {first}, got {tensor.numel()}"
             )
         elif tensor.device != device:
-            raise AccelValueError(f"{op}: {name}: expected a tensor on {device}, like {first}, got {tensor.device}")
+            raise AccelValueError(
+                f"{op}: {name}: expected a tensor on {device}, like {first}, got {tensor.device}"
+            )
         if written and tensor.requires_grad and tensor.grad_fn is not None:
-            raise AccelValueError(f"{op}: {name}: is the result of a recorded operation; pass {name}.detach()")
-        begin = tensor.data_ptr() if device.type != "meta" else 0
-        spans.append((begin, begin + numel * tensor.element_size(), name, written))
-    if numel > 0 and device is not None and device.type != "meta":
-        _check_memory(op, spans, device.type)
+            raise AccelValueError(f"{op}: {name}: is the result of a recorded operation; detach it first")
+        if not tensor.is_meta:
+            begin = tensor.data_ptr()
+            num_bytes = numel * tensor.element_size()
+            spans.append((begin, begin + num_bytes, name))
+            if written and tensor.is_cpu and not tensor.untyped_storage().resizable():
+                _check_writable(op, name, begin, num_bytes)
+    if numel > 0:
+        _check_overlap(op, spans)
 
 
-def _check_memory(op: str, spans: list[tuple[int, int, str, bool]], device_type: str) -> None:
-    for k, (begin, end, name, written) in enumerate(spans):
-        for other_begin, other_end, other_name, other_written in spans[:k]:
-            if (written or other_written) and begin < other_end and other_begin < end:
-                raise AccelValueError(f"{op}: {name}: shares memory with {other_name}; expected separate tensors")
-        if written and device_type == "cpu" and not is_writable(begin, end - begin):
-            raise AccelValueError(f"{op}: {name}: lies in read-only memory (a file mapped for reading?)")
+def _check_overlap(op: str, spans: list[tuple[int, int, str]]) -> None:
+    spans.sort()
+    last_end, last_name = 0, ""
+    for begin, end, name in spans:
+        if begin < last_end:
+            raise AccelValueError(f"{op}: {name}: expected memory of its own, shares {last_name}'s")
+        last_end, last_name = end, name
+
+
+def _check_writable(op: str, name: str, address: int, num_bytes: int) -> None:
+    """Memory that torch did not allocate may be a file mapped for reading, where writing ends the process."""
+    if not is_writable(address, num_bytes):
+        raise AccelValueError(f"{op}: {name}: expected writable memory, lies in a read-only mapping")
 
 
 def _layout_message(op: str, name: str, tensor: torch.Tensor) -> str:
@@ -85,7 +99,9 @@ def check_grad_scale(op: str, grad_scale: float | torch.Tensor, device: torch.de
     if not isinstance(grad_scale, torch.Tensor):
         if isinstance(grad_scale, (float, int)):
             return float(grad_scale)
-        raise AccelTypeError(f"{op}: grad_scale: expected a number or a tensor, got {type(grad_scale).__name__}")
+        raise AccelTypeError(
+            f"{op}: grad_scale: expected a number or a tensor, got {type(grad_scale).__name__}"
+        )
     if not grad_scale.is_floating_point():
         raise AccelTypeError(f"{op}: grad_scale: expected a floating-point tensor, got {grad_scale.dtype}")
     if grad_scale.numel() != 1:
@@ -93,5 +109,7 @@ def check_grad_scale(op: str, grad_scale: float | torch.Tensor, device: torch.de
     if grad_scale.device.type == "cpu":
         return float(grad_scale.detach())
     if grad_scale.device != device:
-        raise AccelValueError(f"{op}: grad_scale: expected a number or a tensor on {device}, got {grad_scale.device}")
+        raise AccelValueError(
+            f"{op}: grad_scale: expected a number or a tensor on {device}, got {grad_scale.device}"
+        )
     return grad_scale.detach().to(torch.float32).reshape(1)

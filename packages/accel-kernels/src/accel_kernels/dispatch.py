@@ -1,7 +1,7 @@
 """Which back end runs a call: the fastest for the tensors' device that is available, or the one asked for.
 
-A back end is a module with three functions (``Backend``). Nothing is imported, compiled or initialised before a call
-needs it. Next: the module chosen.
+A back end is a module with three functions (``Backend``). Nothing is imported, compiled or initialised before
+a call needs it. Next: the module chosen.
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ def why_unavailable(backend: str, device_type: str) -> str | None:
         return f"works on {backend} tensors, got {device_type} ones"
     if backend == "cpu":
         return native.why_not
-    return None if has_module("cupy") else "CuPy is not installed: pip install accel-kernels[cuda12] or [cuda13]"
+    return (
+        None if has_module("cupy") else "CuPy is not installed: pip install accel-kernels[cuda12] or [cuda13]"
+    )
 
 
 @functools.cache
@@ -85,5 +87,7 @@ def choose(op: str, device: torch.device, backend: str | None) -> Backend:
         raise AccelValueError(f"{op}: backend: expected None or one of {BACKENDS}, got {backend!r}")
     reason = why_unavailable(backend, device.type)
     if reason is not None:
-        raise BackendUnavailableError(f"{op}: backend {backend!r}: {reason}; backend=None takes the best one here")
+        raise BackendUnavailableError(
+            f"{op}: backend {backend!r}: {reason}; backend=None takes the best one here"
+        )
     return _load(backend)

@@ -1,4 +1,4 @@
-"""Which instruction set the CPU kernels use: the best one here, or the one that a test or a benchmark asks for."""
+"""Which instruction set the CPU kernels use: the best one here, or the one that a test asks for."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """The compiled extension, if this installation has it: the only module that imports it.
 
-``cpu`` is the extension module or ``None``; ``why_not`` then says why. Importing torch first makes the extension
-share the OpenMP runtime that torch brings (both ask for ``libgomp.so.1``, and the loader gives one copy for a name).
+``cpu`` is the extension module or ``None``; ``why_not`` then says why. Importing torch first makes the
+extension share the OpenMP runtime that torch brings (both ask for ``libgomp.so.1``, and the loader gives one
+copy for a name).
 """
 
 from __future__ import annotations

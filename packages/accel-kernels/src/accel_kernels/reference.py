@@ -1,8 +1,8 @@
 """What every op means, in plain torch, on any device.
 
-The order of the floating-point operations is part of the meaning: each line below is one rounding, nothing is fused,
-and the optimizer steps of all back ends agree with it bit for bit (the norm agrees to fp64 rounding). No arguments
-are checked here; the functions of ``ops`` check and then call this, or something faster.
+The order of the floating-point operations is part of the meaning: each line below is one rounding, nothing is
+fused, and the optimizer steps of all back ends agree with it bit for bit (the norm agrees to fp64 rounding).
+No arguments are checked here; the functions of ``ops`` check and then call this, or something faster.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["adagrad_step", "adam_step", "cast_copy", "grad_norm_scale", "lion_st
 
 
 def _sqrt(x: Tensor) -> Tensor:
-    """The correctly rounded fp32 square root; ``torch.sqrt`` may use a library that is one unit off now and then.
+    """The correctly rounded fp32 square root; ``torch.sqrt`` may use a library that is a unit off.
 
     Through fp64 it is exact: no fp32 number has a root close enough to the middle of two others.
     """
@@ -155,7 +155,9 @@ def sgd_step(
 
 
 @torch.no_grad()
-def grad_norm_scale(grads: Tensor | Sequence[Tensor], *, scale: float = 1.0, out: Tensor | None = None) -> Tensor:
+def grad_norm_scale(
+    grads: Tensor | Sequence[Tensor], *, scale: float = 1.0, out: Tensor | None = None
+) -> Tensor:
     """See ``accel_kernels.grad_norm_scale``."""
     tensors = [grads] if isinstance(grads, Tensor) else list(grads)
     if out is None:
@@ -176,7 +178,7 @@ _GOLDEN, _MIX1, _MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111
 
 
 def rounding_key(seed: int) -> int:
-    """The 64-bit key that a seed stands for: SplitMix64's mixing, so that neighbouring seeds share nothing."""
+    """The 64-bit key of a seed: SplitMix64's mixing, so that neighbouring seeds share nothing."""
     z = (seed + _GOLDEN) & _MASK
     z = ((z ^ (z >> 30)) * _MIX1) & _MASK
     z = ((z ^ (z >> 27)) * _MIX2) & _MASK
@@ -184,7 +186,7 @@ def rounding_key(seed: int) -> int:
 
 
 def _random_bits(key: int, indices: Tensor) -> Tensor:
-    """32 random bits an index, as int64: SplitMix64 as a counter (Steele, Lea & Flood, OOPSLA 2014, figure 14)."""
+    """32 random bits an index, as int64: SplitMix64 (OOPSLA 2014, figure 14) used as a counter."""
 
     def shift(z: Tensor, by: int) -> Tensor:  # logical, on the two's complement that torch offers
         return (z >> by) & ((1 << (64 - by)) - 1)
@@ -228,7 +230,7 @@ def cast_copy(
     seed: int | None = None,
     first_index: int = 0,
 ) -> None:
-    """See ``accel_kernels.cast_copy``; ``first_index`` is the place of ``src[0]`` in what is cast piece by piece."""
+    """See ``accel_kernels.cast_copy``; ``first_index`` is the place of ``src[0]`` in a larger whole."""
     x = src.to(torch.float32) * scale
     if stochastic and dst.dtype != torch.float32:
         indices = torch.arange(first_index, first_index + src.numel(), device=src.device)

@@ -43,10 +43,12 @@ class Report(Mapping[str, Mapping[str, Choice]]):
         return len(self._choices)
 
     def __str__(self) -> str:
-        rows = [("op", *DEVICES)]
+        rows: list[tuple[str, ...]] = [("op", *DEVICES)]
         rows += [(op, *(str(by_device[device]) for device in DEVICES)) for op, by_device in self.items()]
         widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows
+        ]
         lines.insert(1, "  ".join("-" * width for width in widths))
         return "\n".join(line.rstrip() for line in lines)
 
@@ -74,7 +76,7 @@ def _cpu(op: str) -> Choice:
 
 
 def _cuda(op: str) -> Choice:
-    if not torch.backends.cuda.is_built():
+    if torch.version.cuda is None:
         return Choice(backend=None, why="this torch is built without CUDA")
     if not torch.cuda.is_available():
         return Choice(backend=None, why="no CUDA device")

@@ -1,9 +1,9 @@
 """Hyper-parameters of runs of elements, and the coefficients that the kernels compute with.
 
 A flat tensor holds many parameters, which may belong to different parameter groups. A segment names a run
-``[start, stop)`` and its hyper-parameters. All derived numbers (bias corrections, step sizes) are computed here,
-once, in double precision; kernels receive them rounded once to fp32. What each position means is written at the
-``coefficients`` method and at the kernel. Next: ``ops``.
+``[start, stop)`` and its hyper-parameters. All derived numbers (bias corrections, step sizes) are computed
+here, once, in double precision; kernels receive them rounded once to fp32. What each position means is
+written at the ``coefficients`` method and at the kernel. Next: ``ops``.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class _Segment:
     lr: float
 
     def __post_init__(self) -> None:
-        _require(0 <= self.start, self, "start", "an element index >= 0")
+        _require(self.start >= 0, self, "start", "an element index >= 0")
         _require(self.start <= self.stop, self, "stop", f"at least start = {self.start}")
         _non_negative(self, "lr")
 
@@ -115,7 +115,7 @@ class AdamSegment(_Segment):
 
 @dataclass(frozen=True, kw_only=True)
 class LionSegment(_Segment):
-    """Lion with decoupled weight decay, for elements ``[start, stop)``. Source: arXiv:2302.06675 program 1."""
+    """Lion with decoupled weight decay, for elements ``[start, stop)``. Source: arXiv:2302.06675."""
 
     beta1: float = 0.9
     beta2: float = 0.99
@@ -161,7 +161,8 @@ class AdagradSegment(_Segment):
 class SgdSegment(_Segment):
     """SGD as ``torch.optim.SGD``, for elements ``[start, stop)``.
 
-    ``first_step``: the momentum buffer holds nothing yet; it is set to the gradient (no dampening), as torch does.
+    ``first_step``: the momentum buffer holds nothing yet; it is set to the gradient (no dampening), as torch
+    does.
     Source: Sutskever et al., ICML 2013, section 2.
     """
 

@@ -1,4 +1,4 @@
-"""The C++ back end: hands addresses to the extension, which runs without the GIL on torch's number of threads."""
+"""The C++ back end: hands addresses to the extension, which runs without the GIL on torch's threads."""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
-"""The optimizer rules for numba, fp32 in and out; compiled at first use (seconds), imported by ``portable`` alone.
+"""The optimizer rules for numba, fp32 in and out.
 
-No fast-math: the compiler may not fuse or reorder, so the bits equal the reference's. ``c`` holds the coefficients as
-fp32 (see ``segments``), so that every operation stays in fp32.
+Compiled at first use, which takes seconds; imported by ``portable`` alone.
+
+No fast-math: the compiler may not fuse or reorder, so the bits equal the reference's. ``c`` holds the
+coefficients as fp32 (see ``segments``), so that every operation stays in fp32.
 """
 
 from __future__ import annotations
@@ -18,10 +20,12 @@ from ..segments import Coefficients, Flag, Optimizer
 
 _L2, _MOMENTUM, _FIRST, _NESTEROV = (int(flag) for flag in Flag)
 
-_compile = numba.njit(parallel=True, error_model="numpy", nogil=True)
+_compile: Callable[[Callable[..., None]], Callable[..., None]] = numba.njit(
+    parallel=True, error_model="numpy", nogil=True
+)
 
 
-@_compile  # type: ignore[untyped-decorator]
+@_compile
 def _adam(p: Any, g: Any, m: Any, v: Any, c: Any, flags: int) -> None:
     for i in numba.prange(p.size):
         gi = g[i]
@@ -34,7 +38,7 @@ def _adam(p: Any, g: Any, m: Any, v: Any, c: Any, flags: int) -> None:
         p[i] = p[i] * c[6] - (mi * c[5]) / (np.sqrt(vi) * c[3] + c[4])
 
 
-@_compile  # type: ignore[untyped-decorator]
+@_compile
 def _lion(p: Any, g: Any, m: Any, unused: Any, c: Any, flags: int) -> None:
     for i in numba.prange(p.size):
         x = m[i] * c[0] + g[i] * c[1]
@@ -47,7 +51,7 @@ def _lion(p: Any, g: Any, m: Any, unused: Any, c: Any, flags: int) -> None:
         m[i] = m[i] * c[2] + g[i] * c[3]
 
 
-@_compile  # type: ignore[untyped-decorator]
+@_compile
 def _adagrad(p: Any, g: Any, total: Any, unused: Any, c: Any, flags: int) -> None:
     for i in numba.prange(p.size):
         gi = g[i]
@@ -58,7 +62,7 @@ def _adagrad(p: Any, g: Any, total: Any, unused: Any, c: Any, flags: int) -> Non
         p[i] = p[i] - (gi * c[0]) / (np.sqrt(ti) + c[1])
 
 
-@_compile  # type: ignore[untyped-decorator]
+@_compile
 def _sgd(p: Any, g: Any, buffer: Any, unused: Any, c: Any, flags: int) -> None:
     for i in numba.prange(p.size):
         gi = g[i]
@@ -82,12 +86,14 @@ _KERNELS: dict[Optimizer, Callable[..., None]] = {
 _NOTHING = np.zeros(0, np.float32)
 
 
-def run(optimizer: Optimizer, p: Tensor, g: Tensor, states: Sequence[Tensor], coefficients: Coefficients) -> None:
+def run(
+    optimizer: Optimizer, p: Tensor, g: Tensor, states: Sequence[Tensor], coefficients: Coefficients
+) -> None:
     """Update one piece in place; all tensors fp32, flat, contiguous, on the CPU."""
     arrays = [tensor.detach().numpy() for tensor in (p, g, *states)]
     arrays += [_NOTHING] * (4 - len(arrays))
     before = numba.get_num_threads()
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+    numba.set_num_threads(min(torch.get_num_threads(), before))
     try:
         _KERNELS[optimizer](*arrays, np.array(coefficients.c, np.float32), coefficients.flags)
     finally:

@@ -1,8 +1,8 @@
-"""The portable back end: numba for optimizer steps on the CPU if installed, else plain torch in cache-sized pieces.
+"""The portable back end: numba for CPU optimizer steps if installed, else plain torch in cache-sized pieces.
 
-Pieces keep the reference's temporaries in the processor's caches instead of main memory; every op here is elementwise
-or a sum, so cutting changes no result (the norm: only the order of fp64 additions). On other devices than the CPU the
-reference runs on the whole tensor.
+Pieces keep the reference's temporaries in the processor's caches instead of main memory; every op here is
+elementwise or a sum, so cutting changes no result (the norm: only the order of fp64 additions). On other
+devices than the CPU the reference runs on the whole tensor.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def step(
 
 def add_norm(grad: Tensor, scale: float, out: Tensor) -> None:
     """See ``dispatch.Backend``."""
-    pieces = grad.split(_PIECE) if grad.device.type == "cpu" and grad.numel() > 0 else [grad]
+    pieces = torch.split(grad, _PIECE) if grad.device.type == "cpu" and grad.numel() > 0 else [grad]
     for piece in pieces:
         reference.grad_norm_scale(piece, scale=scale, out=out)
 

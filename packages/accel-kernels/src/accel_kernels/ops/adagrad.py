@@ -20,7 +20,7 @@ def adagrad_step(
     low_precision: Tensor | None = None,
     backend: str | None = None,
 ) -> None:
-    """Adagrad as ``torch.optim.Adagrad``, in place, in one pass. Moves 20 bytes an element (12 read, 8 written).
+    """Adagrad as ``torch.optim.Adagrad``, in place, in one pass. Moves 20 bytes an element.
 
     Arguments and errors as ``adam_step``, with one state, ``state_sum`` (fp32).
 
@@ -29,5 +29,14 @@ def adagrad_step(
     states = {"state_sum": state_sum}
     kind = AdagradSegment
     optimizer_step(
-        "adagrad_step", Optimizer.ADAGRAD, kind, param, grad, states, segments, grad_scale, low_precision, backend
+        "adagrad_step",
+        Optimizer.ADAGRAD,
+        kind,
+        param,
+        grad,
+        states,
+        segments,
+        grad_scale,
+        low_precision,
+        backend,
     )

@@ -23,9 +23,10 @@ def adam_step(
 ) -> None:
     """AdamW or Adam in place, in one pass: unscale, clip, update, and write the low-precision copy.
 
-    Equal to ``torch.optim.AdamW`` (``decoupled=True``) or ``torch.optim.Adam`` on ``grad * grad_scale``, without
-    ``amsgrad``, ``maximize`` and ``capturable``. Elements outside all segments keep their values everywhere.
-    Moves 28 bytes an element (16 read, 12 written), 2 more for ``low_precision``, 2 fewer for 16-bit gradients.
+    Equal to ``torch.optim.AdamW`` (``decoupled=True``) or ``torch.optim.Adam`` on ``grad * grad_scale``,
+    without ``amsgrad``, ``maximize`` and ``capturable``. Elements outside all segments keep their values
+    everywhere. Moves 28 bytes an element (16 read, 12 written), 2 more for ``low_precision``, 2 fewer for
+    16-bit gradients.
 
     Args:
         param: fp32, flat, contiguous, n elements; updated. Parameters that require gradients are welcome.
@@ -33,8 +34,8 @@ def adam_step(
         exp_avg: fp32, n elements; first moment, updated.
         exp_avg_sq: fp32, n elements; second moment, updated.
         segments: sorted, disjoint runs and their hyper-parameters.
-        grad_scale: multiplies every gradient (1 / loss scale * clip factor). On CUDA a one-element tensor on the same
-            device avoids a synchronisation.
+        grad_scale: multiplies every gradient (1 / loss scale * clip factor). On CUDA a one-element tensor on
+            the same device avoids a synchronisation.
         low_precision: bf16 or fp16, n elements; receives the updated parameters, rounded to nearest even.
         backend: ``"cpu"``, ``"cuda"``, ``"portable"``, ``"reference"``, or None for the best one here.
 
@@ -47,5 +48,14 @@ def adam_step(
     """
     states = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
     optimizer_step(
-        "adam_step", Optimizer.ADAM, AdamSegment, param, grad, states, segments, grad_scale, low_precision, backend
+        "adam_step",
+        Optimizer.ADAM,
+        AdamSegment,
+        param,
+        grad,
+        states,
+        segments,
+        grad_scale,
+        low_precision,
+        backend,
     )

@@ -21,10 +21,11 @@ def cast_copy(
 ) -> None:
     """``dst = round(src * scale)``, between any two of fp32, bf16 and fp16.
 
-    The product is formed in fp32 and rounded once: to nearest even, or stochastically - up with a probability equal to
-    the part cut off, which is right on average. The random bits depend on ``(seed, index)`` alone: the same result on
-    every back end, whatever the number of threads. Into fp32 nothing is cut off, and ``stochastic`` changes nothing.
-    Values beyond the largest finite one are rounded to nearest, NaN stays NaN.
+    The product is formed in fp32 and rounded once: to nearest even, or stochastically - up with a probability
+    equal to the part cut off, which is right on average. The random bits depend on ``(seed, index)`` alone:
+    the same result on every back end, whatever the number of threads. Into fp32 nothing is cut off, and
+    ``stochastic`` changes nothing. Values beyond the largest finite one are rounded to nearest, NaN stays
+    NaN.
 
     Args:
         src: fp32, bf16 or fp16, flat, contiguous, n elements; read.
@@ -39,7 +40,8 @@ def cast_copy(
         AccelValueError: sizes, devices, layout, overlap, or no seed.
         BackendUnavailableError: ``backend`` cannot run here.
 
-    Source: Gupta et al., "Deep Learning with Limited Numerical Precision", arXiv:1502.02551, section 3; random bits by
+    Source: Gupta et al., "Deep Learning with Limited Numerical Precision", arXiv:1502.02551, section 3;
+    random bits by
     SplitMix64 (Steele, Lea & Flood, OOPSLA 2014, figure 14).
     """
     op = "cast_copy"

@@ -20,7 +20,7 @@ def lion_step(
     low_precision: Tensor | None = None,
     backend: str | None = None,
 ) -> None:
-    """Lion with decoupled weight decay, in place, in one pass. Moves 20 bytes an element (12 read, 8 written).
+    """Lion with decoupled weight decay, in place, in one pass. Moves 20 bytes an element.
 
     Arguments and errors as ``adam_step``, with one state, ``exp_avg`` (fp32).
 
@@ -28,5 +28,14 @@ def lion_step(
     """
     states = {"exp_avg": exp_avg}
     optimizer_step(
-        "lion_step", Optimizer.LION, LionSegment, param, grad, states, segments, grad_scale, low_precision, backend
+        "lion_step",
+        Optimizer.LION,
+        LionSegment,
+        param,
+        grad,
+        states,
+        segments,
+        grad_scale,
+        low_precision,
+        backend,
     )

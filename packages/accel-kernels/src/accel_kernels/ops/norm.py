@@ -19,17 +19,18 @@ def grad_norm_scale(
     out: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Sum of squares of ``scale * grads`` in fp64, and how many elements are not finite; each element read once.
+    """Sum of squares of ``scale * grads`` in fp64, and how many elements are not finite; in one read.
 
-    The norm is the square root of the first number. It is accumulated in fp64 and not finite as soon as an element is
-    not. On the CPU it has the same bits whatever the number of threads and the instruction set.
+    The norm is the square root of the first number. It is accumulated in fp64 and not finite as soon as an
+    element is not. On the CPU it has the same bits whatever the number of threads and the instruction set.
     Moves 4 bytes an fp32 element, 2 a 16-bit one. On CUDA nothing waits for the device.
 
     Args:
-        grads: one flat contiguous tensor or a sequence of them on one device, each fp32, bf16 or fp16, of any size.
+        grads: one flat contiguous tensor or a sequence of them on one device, each fp32, bf16 or fp16, of any
+            size.
         scale: multiplies every element before squaring.
-        out: fp64, 2 elements, same device; the results are added to it. None makes a new one (on the CPU for an empty
-            sequence).
+        out: fp64, 2 elements, same device; the results are added to it. None makes a new one (on the CPU for
+            an empty sequence).
         backend: as in ``adam_step``.
 
     Returns:
@@ -47,7 +48,7 @@ def grad_norm_scale(
         checks.check_flat(op, [("grads" if single else f"grads[{k}]", grad, checks.FLOATS, False)])
         if grad.device != tensors[0].device:
             raise AccelValueError(
-                f"{op}: grads[{k}]: expected a tensor on {tensors[0].device}, like grads[0], got {grad.device}"
+                f"{op}: grads[{k}]: expected a tensor on {tensors[0].device}, got {grad.device}"
             )
     if not isinstance(scale, (float, int)):
         raise AccelTypeError(f"{op}: scale: expected a number, got {type(scale).__name__}")

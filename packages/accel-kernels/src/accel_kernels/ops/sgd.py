@@ -23,10 +23,11 @@ def sgd_step(
 ) -> None:
     """SGD as ``torch.optim.SGD``, in place, in one pass. Moves 12 bytes an element, 20 with momentum.
 
-    Arguments and errors as ``adam_step``, with one optional state: ``momentum_buffer`` (fp32) may be None where no
-    segment has momentum, and is left alone by segments without.
+    Arguments and errors as ``adam_step``, with one optional state: ``momentum_buffer`` (fp32) may be None
+    where no segment has momentum, and is left alone by segments without.
 
-    Source: Sutskever et al., "On the importance of initialization and momentum in deep learning", ICML 2013, section 2.
+    Source: Sutskever et al., "On the importance of initialization and momentum in deep learning", ICML 2013,
+    section 2.
     """
     states = {} if momentum_buffer is None else {"momentum_buffer": momentum_buffer}
     if momentum_buffer is None:
@@ -37,5 +38,14 @@ def sgd_step(
                     f"{segment.momentum}, got None"
                 )
     optimizer_step(
-        "sgd_step", Optimizer.SGD, SgdSegment, param, grad, states, segments, grad_scale, low_precision, backend
+        "sgd_step",
+        Optimizer.SGD,
+        SgdSegment,
+        param,
+        grad,
+        states,
+        segments,
+        grad_scale,
+        low_precision,
+        backend,
     )

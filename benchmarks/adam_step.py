@@ -71,12 +71,15 @@ class Arrays:
         }
 
     def ours(self) -> None:
+        """Our fused step."""
         ak.adam_step(self.param, self.grad, self.exp_avg, self.exp_avg_sq, self.segments)
 
     def torch_fused(self) -> None:
+        """torch's fused step."""
         self.optimizer.step()
 
     def stream(self, non_temporal: bool) -> None:
+        """The limit: the traffic without the arithmetic."""
         assert native.cpu is not None
         pointers = [t.data_ptr() for t in (self.param, self.grad, self.exp_avg, self.exp_avg_sq)]
         native.cpu.stream_4r3w(*pointers, self.numel, non_temporal, torch.get_num_threads(), "")
@@ -89,6 +92,7 @@ class Arrays:
         self.ours_given_norm(clip)
 
     def ours_given_norm(self, clip: float = 1.0) -> None:
+        """Unscale, clip, step and bf16 copy in one call."""
         ak.adam_step(
             self.param,
             self.grad,
@@ -100,6 +104,7 @@ class Arrays:
         )
 
     def torch_update(self) -> None:
+        """The same in torch's separate passes."""
         self.grad.mul_(1.0)
         torch.nn.utils.clip_grad_norm_([self.param], 1e12)
         self.optimizer.step()
@@ -128,12 +133,14 @@ class DeepSpeedPeer:
         raise RuntimeError("the DeepSpeed process ended")
 
     def __call__(self) -> float:
+        """Seconds of one step."""
         assert self.process.stdin is not None
         self.process.stdin.write("step\n")
         self.process.stdin.flush()
         return float(self._read("TIME"))
 
     def close(self) -> None:
+        """End the process."""
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait()

@@ -1,7 +1,12 @@
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch.distributed as dist
+
+sys.path.append(str(Path(__file__).parent))  # helpers are imported by name, in spawned ranks too
 
 
 @pytest.fixture

@@ -1,1 +1,29 @@
-"""A DeepSpeed-shaped front for small ML-systems packages."""
+"""A DeepSpeed-shaped front for small ML-systems packages: it translates and wires, and holds no maths.
+
+Modules, in the order in which data flows:
+
+- `key_table`, `key_table_later`, `keys`: every documented DeepSpeed key and what becomes of it.
+- `config`, `schema`: JSON to typed values.
+- `auto`, `batch`, `resolve`: "auto", the batch equation, the effective configuration with its sources.
+- `policies`, `schedules`, `lion`: typed values to zero-core's policies, an optimizer and a schedule.
+- `distributed`, `api`: `initialize`.
+- `facts`, `engine`, `clock`, `loader`: the engine.
+- `snapshot`, `checkpoint`, `full_model`, `ranks`: what is saved, how, and how it comes back.
+- `explain`, `cli`, `demo`: what a person runs.
+"""
+
+from .api import add_config_arguments, initialize
+from .distributed import init_distributed
+from .engine import Engine
+from .errors import CheckpointError, ConfigError, EngineStateError, ZerostackError
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "Engine",
+    "EngineStateError",
+    "ZerostackError",
+    "add_config_arguments",
+    "init_distributed",
+    "initialize",
+]

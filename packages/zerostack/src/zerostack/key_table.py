@@ -109,7 +109,7 @@ _ZERO: Rows = {
     "use_multi_rank_bucket_allreduce": no_effect("one reduce-scatter serves all ranks"),
     "allgather_partitions": no_effect("updated values are always all-gathered"),
     "allgather_bucket_size": no_effect("updated values are gathered unit by unit, which bounds the buffer"),
-    "compute_grad_norm": no_effect("the norm is computed when clipping or get_global_grad_norm() needs it"),
+    "compute_grad_norm": honoured("zero_core.grad_norm before each step even where gradient_clipping is 0"),
     "load_from_fp32_weights": refused("a checkpoint always restores the fp32 master values", True),
     "elastic_checkpoint": no_effect("every checkpoint loads on any number of ranks and at any stage"),
     "sub_group_size": no_effect(
@@ -188,8 +188,10 @@ ROWS: dict[str, Key | Rows] = {
         "zero_core.Precision(reduce=float32): older spelling of communication_data_type"
     ),
     "gradient_allreduce_op": refused("gradients are averaged over ranks", "mean"),
-    "prescale_gradients": no_effect("gradients are always divided before they are summed"),
-    "gradient_predivide_factor": refused("gradients are divided once, before they are summed", 1),
+    "prescale_gradients": no_effect(
+        "means are formed in at least fp32, so the order of sum and division is safe"
+    ),
+    "gradient_predivide_factor": refused("means are formed in at least fp32, in one step", 1),
     "sparse_gradients": refused("gradients travel dense", False),
     "disable_allgather": no_effect("chose broadcasts instead of an all-gather; the values are the same"),
     "zero_optimization": _ZERO,

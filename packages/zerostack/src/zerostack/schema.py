@@ -156,7 +156,7 @@ class FP16(Section):
     loss_scale_window: Count = 1000
     hysteresis: Count = 2
     consecutive_hysteresis: bool = False
-    min_loss_scale: Rate = 1.0
+    min_loss_scale: Annotated[float, Field(gt=0)] = 1.0
 
 
 class BF16(Section):
@@ -164,7 +164,7 @@ class BF16(Section):
 
     enabled: bool = False
     immediate_grad_update: bool = False
-    check_grad_overflow: bool = False
+    check_grad_overflow: bool = True
     bf16_master_weights_and_grads: bool = False
     bf16_optimizer_states: bool = False
 
@@ -187,8 +187,8 @@ class Zero(Section):
 
     stage: Literal[0, 1, 2, 3] = 0
     overlap_comm: bool | None = None
-    reduce_bucket_size: Size = 500_000_000
-    stage3_prefetch_bucket_size: Size = 50_000_000
+    reduce_bucket_size: Size | None = None
+    stage3_prefetch_bucket_size: Size | None = None
     contiguous_gradients: bool = True
     reduce_scatter: bool = True
     use_multi_rank_bucket_allreduce: bool = True

@@ -8,9 +8,10 @@ Source: the safetensors format (8 bytes of header length, JSON header, raw littl
 from __future__ import annotations
 
 import json
+import math
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -50,11 +51,7 @@ def dtype_of(name: str) -> torch.dtype:
 
 
 def write(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    """Write tensors, flushed to the disk.
-
-    Args:
-        path: The file.
-        tensors: 1-D, contiguous, any device, dtypes of `DTYPES`.
+    """Write 1-D contiguous tensors of any device, flushed to the disk.
 
     Returns:
         CRC-32 of each entry's bytes.
@@ -62,26 +59,39 @@ def write(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
     Raises:
         CheckpointError: For a dtype that the format lacks.
     """
+    specs = {key: (tensor.dtype, (tensor.numel(),)) for key, tensor in tensors.items()}
+    return write_stream(path, specs, tensors.items())
+
+
+def write_stream(
+    path: Path,
+    specs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    tensors: Iterable[tuple[str, torch.Tensor]],
+) -> dict[str, int]:
+    """Write tensors as they come, in any order; see `write`.
+
+    Args:
+        path: The file.
+        specs: Dtype and shape of each, known beforehand.
+        tensors: Each of them once.
+    """
     header: dict[str, object] = {}
-    offset = 0
-    for key, tensor in tensors.items():
-        if tensor.dtype not in DTYPES:
-            raise CheckpointError(f"tensor {key!r}: dtype {tensor.dtype} has no place in a safetensors file")
-        end = offset + tensor.numel() * tensor.element_size()
-        header[key] = {
-            "dtype": DTYPES[tensor.dtype],
-            "shape": [tensor.numel()],
-            "data_offsets": [offset, end],
-        }
-        offset = end
+    starts: dict[str, int] = {}
+    end = 0
+    for key, (dtype, shape) in specs.items():
+        if dtype not in DTYPES:
+            raise CheckpointError(f"tensor {key!r}: dtype {dtype} has no place in a safetensors file")
+        starts[key], end = end, end + math.prod(shape) * dtype.itemsize
+        header[key] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [starts[key], end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     checksums: dict[str, int] = {}
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for key, tensor in tensors.items():
+        for key, tensor in tensors:
             data = as_bytes(tensor)
             checksums[key] = zlib.crc32(data)
+            file.seek(8 + len(text) + starts[key])
             file.write(data)
         file.flush()
         os.fsync(file.fileno())

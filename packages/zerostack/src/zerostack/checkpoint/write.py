@@ -95,7 +95,8 @@ def _plan(
 
     def describe() -> list[list[Any]]:
         files.check_tag(tag)
-        check_json(values, "values")
+        for name, value in values.items():
+            check_json(value, name)
         ranges = {name: Range.of(shard) for name, shard in tensors.items()}
         return [[name, list(r.shape), dtype_name(r.dtype), r.start, r.stop] for name, r in ranges.items()]
 

@@ -1,0 +1,186 @@
+"""`initialize`: the order of application on one page.
+
+In: a model and a configuration, with DeepSpeed's argument names. On the way: process group -> effective
+configuration -> sharded model -> sharded optimizer -> schedule -> loader. Out: an `Engine`. Nothing is decided here
+that `policies` or `resolve` decides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+import zero_core as zero
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader, Dataset
+
+from . import policies
+from .auto import Surroundings
+from .distributed import data_parallel_mesh, init_distributed
+from .engine import Engine
+from .errors import ConfigError
+from .explain import explain
+from .facts import Parts
+from .loader import EpochLoader
+from .resolve import Effective, effective
+
+log = logging.getLogger(__name__)
+
+MakesOptimizer = Callable[[Iterable[Any]], Optimizer]
+MakesScheduler = Callable[[Optimizer], LRScheduler]
+
+
+def initialize(
+    args: Any = None,
+    model: nn.Module | None = None,
+    optimizer: Optimizer | MakesOptimizer | None = None,
+    model_parameters: Iterable[Any] | None = None,
+    training_data: Dataset[Any] | DataLoader[Any] | None = None,
+    lr_scheduler: LRScheduler | MakesScheduler | None = None,
+    distributed_port: int = 29500,
+    mpu: Any = None,
+    dist_init_required: bool | None = None,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
+    config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+    mesh_device: DeviceMesh | None = None,
+    config_params: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+) -> tuple[Engine, zero.ShardedOptimizer, EpochLoader | DataLoader[Any] | None, LRScheduler | None]:
+    """Shard a model and its optimizer over the data-parallel ranks; all ranks call it.
+
+    Args:
+        args: The program's arguments; `args.deepspeed_config` is the configuration where none is given.
+        model: The model; on the CPU, on this rank's device, or on the meta device. It is sharded in place.
+        optimizer: A torch optimizer on the model's parameters, or a function that makes one of them; None takes
+            the configuration's "optimizer".
+        model_parameters: Parameters or parameter groups for that optimizer; None means all that require gradients.
+        training_data: A dataset (a loader is made of it), or a loader of micro-batches (returned as it is).
+        lr_scheduler: A schedule, or a function that makes one of the optimizer; None takes the configuration's.
+        distributed_port: Port of the rendezvous where MASTER_PORT does not say.
+        mpu: Not supported: model parallelism is a dimension of a mesh here.
+        dist_init_required: False: torch.distributed is initialised already.
+        collate_fn: Makes a batch of samples, for the loader made of `training_data`.
+        config: Path of a JSON file, or a dictionary, with DeepSpeed's keys.
+        mesh_device: A mesh whose only dimension, or whose dimension "dp", is sharded over; None means all ranks.
+        config_params: An older name of `config`.
+
+    Returns:
+        (engine, optimizer, loader, schedule).
+
+    Raises:
+        ConfigError: If the configuration, or something passed beside it, cannot be honoured; nothing has happened
+            to the model then.
+    """
+    source = _only_config(args, config, config_params)
+    if model is None:
+        raise ConfigError("initialize: model is missing")
+    if mpu is not None:
+        raise ConfigError("mpu: known DeepSpeed argument; pass mesh_device= with a dimension 'dp' instead")
+    init_distributed(distributed_port=distributed_port, dist_init_required=dist_init_required)
+    mesh = data_parallel_mesh(mesh_device)
+    group = mesh.get_group()
+    given_loader = training_data if isinstance(training_data, DataLoader) else None
+    given_optimizer = optimizer if isinstance(optimizer, Optimizer) else None
+    around = Surroundings(
+        world=group.size(),
+        model=model,
+        optimizer=given_optimizer,
+        args=args,
+        micro_batch=None if given_loader is None else given_loader.batch_size,
+    )
+    settings = effective(source, around)
+
+    made = _optimizer(settings, model, optimizer, model_parameters)
+    model = zero.shard(
+        model,
+        mesh,
+        stage=settings.config.zero_optimization.stage,
+        precision=policies.precision(settings.config),
+        overlap=policies.overlap(settings.config),
+    )
+    scaler = policies.loss_scaler(settings.config)
+    sharded = zero.ShardedOptimizer(model, made, scaler=scaler)
+    scheduler = _scheduler(settings, sharded, lr_scheduler)
+    loader = None
+    if training_data is not None and not isinstance(training_data, DataLoader):
+        loader = EpochLoader(
+            training_data,
+            batch_size=settings.batch.micro,
+            rank=group.rank(),
+            world=group.size(),
+            seed=settings.config.seed,
+            drop_last=settings.config.dataloader_drop_last,
+            collate_fn=collate_fn,
+        )
+    kind = mesh.device_type
+    device = (
+        torch.device(kind, torch.accelerator.current_device_index()) if kind != "cpu" else torch.device("cpu")
+    )
+    parts = Parts(
+        module=model,
+        optimizer=sharded,
+        scheduler=scheduler,
+        scaler=scaler,
+        loader=loader,
+        settings=settings,
+        group=group,
+        device=device,
+    )
+    if settings.config.dump_state and group.rank() == 0:
+        log.info("%s", explain(settings, model))
+    return Engine(parts), sharded, loader if loader is not None else given_loader, scheduler
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add DeepSpeed's `--deepspeed` and `--deepspeed_config` to a parser; returns the parser."""
+    group = parser.add_argument_group("zerostack", "configuration")
+    group.add_argument("--deepspeed", action="store_true", help="train with the configuration below")
+    group.add_argument("--deepspeed_config", default=None, type=str, help="JSON file with DeepSpeed's keys")
+    return parser
+
+
+def _only_config(args: Any, config: Any, config_params: Any) -> str | os.PathLike[str] | Mapping[str, Any]:
+    from_args = getattr(args, "deepspeed_config", None)
+    named = {"config": config, "config_params": config_params, "args.deepspeed_config": from_args}
+    given = {name: value for name, value in named.items() if value is not None}
+    if len(given) != 1:
+        found = " and ".join(given) or "none"
+        raise ConfigError(f"give one configuration as config=PATH or config={{...}}; got {found}")
+    source: str | os.PathLike[str] | Mapping[str, Any] = next(iter(given.values()))
+    return source
+
+
+def _optimizer(
+    settings: Effective,
+    model: nn.Module,
+    given: Optimizer | MakesOptimizer | None,
+    parameters: Iterable[Any] | None,
+) -> Optimizer:
+    if isinstance(given, Optimizer):
+        policies.check_same(settings.config, given)
+        made = given
+    else:
+        trainable = (
+            [p for p in model.parameters() if p.requires_grad] if parameters is None else list(parameters)
+        )
+        made = policies.optimizer(settings.config, trainable) if given is None else given(trainable)
+    policies.check_elementwise(made, settings.config.zero_optimization.stage)
+    return made
+
+
+def _scheduler(
+    settings: Effective, optimizer: zero.ShardedOptimizer, given: LRScheduler | MakesScheduler | None
+) -> LRScheduler | None:
+    if given is None:
+        return policies.scheduler(settings.config, optimizer)
+    if settings.config.scheduler is not None:
+        raise ConfigError(
+            'both initialize(lr_scheduler=...) and a "scheduler" section are given; leave one out'
+        )
+    return given(optimizer) if callable(given) and not isinstance(given, LRScheduler) else given

@@ -1,0 +1,60 @@
+"""Find or make the process group, the device and the mesh that a training process works on.
+
+In: torchrun's environment variables, or nothing (then a group of one rank). Out: a one-dimensional mesh "dp".
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from .errors import ConfigError
+
+
+def init_distributed(
+    dist_backend: str | None = None,
+    distributed_port: int = 29500,
+    dist_init_required: bool | None = None,
+) -> None:
+    """Make the default process group unless there is one.
+
+    Args:
+        dist_backend: Back end of torch.distributed; None chooses gloo, with nccl for CUDA tensors.
+        distributed_port: Port of the rendezvous where MASTER_PORT does not say.
+        dist_init_required: False: there must be a group already.
+
+    Raises:
+        ConfigError: If there is none and `dist_init_required` is False.
+    """
+    if dist.is_initialized():
+        return
+    if dist_init_required is False:
+        raise ConfigError("dist_init_required is False, and torch.distributed is not initialised")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    backend = dist_backend or ("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    if "RANK" not in os.environ:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+        return
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", str(distributed_port))
+    dist.init_process_group(backend)
+
+
+def data_parallel_mesh(given: DeviceMesh | None) -> DeviceMesh:
+    """The mesh to shard over: the given one, or all ranks.
+
+    Raises:
+        ConfigError: For a mesh with more than one dimension and none called "dp".
+    """
+    if given is None:
+        kind = "cuda" if torch.cuda.is_available() and "nccl" in str(dist.get_backend_config()) else "cpu"
+        return init_device_mesh(kind, (dist.get_world_size(),), mesh_dim_names=("dp",))
+    if given.ndim == 1:
+        return given
+    if "dp" not in (given.mesh_dim_names or ()):
+        raise ConfigError(f"mesh_device: expected a dimension 'dp', got {given.mesh_dim_names}")
+    return given["dp"]

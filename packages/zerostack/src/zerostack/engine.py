@@ -1,0 +1,227 @@
+"""The object that stands where a DeepSpeed engine stood: forward, backward, step, save, load.
+
+In: a sharded model, its optimizer and the effective configuration. It keeps the counters of gradient accumulation
+and nothing else; the maths are zero-core's. Next: `snapshot` for what a checkpoint holds.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import zero_core as zero
+
+from . import snapshot
+from .clock import Clock, peak_bytes
+from .errors import EngineStateError
+from .facts import Facts
+from .full_model import save_full_model
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Engine(Facts):
+    """Trains one model with DeepSpeed's calls.
+
+    `loss = engine(batch); engine.backward(loss); engine.step()` once for every micro-batch; the optimizer steps
+    at gradient accumulation boundaries. Whatever is not defined here is looked up in the model.
+    """
+
+    clock: Clock = field(init=False)
+    _pending_backward: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        self.clock = Clock(enabled=self.config.wall_clock_breakdown, device=self.device)
+
+    # -- training ---------------------------------------------------------------------------------------------
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Forward of the model."""
+        with self.clock.span("forward"):
+            return self.module(*args, **kwargs)
+
+    forward = __call__
+
+    def backward(
+        self, loss: torch.Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True
+    ) -> torch.Tensor:
+        """Backward of one micro-batch.
+
+        Args:
+            loss: Mean loss of the micro-batch, a scalar.
+            retain_graph: As `torch.Tensor.backward`.
+            scale_wrt_gas: Divide the loss by the number of accumulated micro-batches.
+
+        Returns:
+            `loss`, as it was given.
+        """
+        scaled = loss / self.gradient_accumulation_steps() if scale_wrt_gas else loss
+        if self.parts.scaler is not None:
+            scaled = self.parts.scaler.scale(scaled)
+        with self.clock.span("backward"), self._accumulation():
+            scaled.backward(retain_graph=retain_graph)
+        self._pending_backward = True
+        return loss
+
+    def _accumulation(self) -> AbstractContextManager[None]:
+        """Stages 0 and 1 hold full gradients anyway, so nothing travels before the last micro-batch.
+
+        Stages 2 and 3 reduce every micro-batch: full gradients would have to live from the first to the last.
+        """
+        early = not self.is_gradient_accumulation_boundary()
+        if early and self.zero_optimization_stage() <= 1:
+            return zero.no_sync(self.module)
+        return nullcontext()
+
+    def step(self) -> None:
+        """End one micro-batch; at a boundary, clip, update the parameters and advance the schedule.
+
+        Raises:
+            EngineStateError: If there was no `backward()` since the last call.
+        """
+        if not self._pending_backward:
+            raise EngineStateError(
+                "step() before backward(): call engine.backward(loss) for every micro-batch first"
+            )
+        self._pending_backward = False
+        boundary = self.is_gradient_accumulation_boundary()
+        self.progress.micro_steps += 1
+        if boundary:
+            with self.clock.span("step"):
+                self._update()
+            self._report()
+
+    def _update(self) -> None:
+        optimizer, clip = self.parts.optimizer, self.config.gradient_clipping
+        if clip > 0:
+            self.last_grad_norm = float(zero.clip_grad_norm(optimizer, clip))
+        elif self.config.zero_optimization.compute_grad_norm:
+            self.last_grad_norm = float(zero.grad_norm(optimizer))
+        optimizer.step()
+        skipped = optimizer.last_step_skipped
+        optimizer.zero_grad()
+        self.progress.global_steps += 1
+        self.progress.global_samples += self.train_batch_size()
+        self.progress.skipped_steps += int(skipped)
+        if skipped:
+            log.warning("step %d skipped: %s", self.global_steps, optimizer.overflow_report)
+        elif self.parts.scheduler is not None:
+            self.parts.scheduler.step()
+
+    def _report(self) -> None:
+        every = self.config.steps_per_print
+        if every is None or self.global_steps % every:
+            return
+        elapsed_s, spans = self.clock.since_last_report()
+        words = [f"step {self.global_steps}", f"skipped {self.skipped_steps}", f"lr {_rates(self.get_lr())}"]
+        if self.config.fp16.enabled:
+            words.append(f"loss scale {self.loss_scale:g}")
+        if self.config.timers.throughput.enabled:
+            words.append(f"{every * self.train_batch_size() / elapsed_s:.1f} samples/s")
+        words += [f"{name} {total / every:.1f} ms" for name, total in spans.items()]
+        if self.config.memory_breakdown:
+            words.append(f"peak memory {peak_bytes(self.device) / 1e6:.0f} MB")
+        if self.global_rank == 0:
+            log.info(", ".join(words))
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Accumulate gradients without communication while the block runs (see `zero_core.no_sync`)."""
+        return zero.no_sync(self.module)
+
+    def zero_grad(self) -> None:
+        """Forget the gradients that have accumulated."""
+        self.parts.optimizer.zero_grad()
+
+    def train(self, mode: bool = True) -> Engine:
+        """Put the model in training mode."""
+        self.module.train(mode)
+        return self
+
+    def eval(self) -> Engine:
+        """Put the model in evaluation mode."""
+        return self.train(False)
+
+    # -- checkpoints ------------------------------------------------------------------------------------------
+
+    def save_checkpoint(
+        self,
+        save_dir: str | Path,
+        tag: str | None = None,
+        client_state: dict[str, Any] | None = None,
+        save_latest: bool = True,
+    ) -> Path:
+        """Save everything needed to go on, on this or any other number of ranks and at any stage; all ranks call it.
+
+        Args:
+            save_dir: Directory that all ranks see.
+            tag: Name of the checkpoint; None means `global_step<n>`.
+            client_state: Small values of JSON's types, given back by `load_checkpoint`; the first rank's are kept.
+            save_latest: Whether `save_dir/latest` is to name this checkpoint.
+
+        Returns:
+            The directory of the checkpoint.
+
+        Raises:
+            TypeError: For a value of `client_state` that would not come back as it is.
+            CheckpointError: If a rank could not write; what was there before is still there.
+        """
+        name = f"global_step{self.global_steps}" if tag is None else str(tag)
+        return snapshot.save(self, Path(save_dir), name, client_state or {}, point_latest=save_latest)
+
+    def load_checkpoint(
+        self,
+        load_dir: str | Path,
+        tag: str | None = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+    ) -> tuple[str | None, dict[str, Any]]:
+        """Go on from a checkpoint that any number of ranks wrote at any stage; all ranks call it.
+
+        Args:
+            load_dir: What was `save_dir`.
+            tag: Which checkpoint; None means the one that `latest` names.
+            load_module_strict: Whether names missing here or there are errors.
+            load_optimizer_states: Whether to take over the optimizer's state, the loss scale and the counters.
+            load_lr_scheduler_states: Whether to take over the schedule.
+            load_module_only: Only the parameters and buffers; everything else stays as it is.
+
+        Returns:
+            The directory that was loaded and its `client_state`; (None, {}) where there is no `latest`.
+
+        Raises:
+            CheckpointError: If the checkpoint is damaged or does not fit; nothing was changed.
+        """
+        return snapshot.load(
+            self,
+            Path(load_dir),
+            tag,
+            strict=load_module_strict,
+            optimizer=load_optimizer_states and not load_module_only,
+            scheduler=load_lr_scheduler_states and not load_module_only,
+            progress=not load_module_only,
+        )
+
+    def save_16bit_model(self, save_dir: str | Path, save_filename: str = "model.safetensors") -> Path:
+        """Write the whole model's parameters, in the 16-bit dtype of training, as one safetensors file.
+
+        All ranks call it; the first one writes, one unit of the model at a time.
+        """
+        dtype = torch.float16 if self.fp16_enabled() else torch.bfloat16 if self.bfloat16_enabled() else None
+        return save_full_model(self.module, Path(save_dir) / save_filename, dtype, self.parts.group)
+
+    def __getattr__(self, name: str) -> Any:
+        """Whatever else is asked for is the model's."""
+        if name.startswith("_") or name == "parts":
+            raise AttributeError(name)
+        return getattr(self.parts.module, name)
+
+
+def _rates(rates: list[float]) -> str:
+    return "/".join(f"{rate:.3g}" for rate in rates)

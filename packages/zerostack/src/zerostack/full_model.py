@@ -1,0 +1,67 @@
+"""The whole model as one plain safetensors file, for programs that know nothing of shards.
+
+In: a sharded model. Out: a file with torch's names and shapes, written by the first rank while the model streams
+past it one unit at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import zero_core as zero
+from torch import nn
+
+from . import ranks
+from .checkpoint import tensor_file
+from .errors import CheckpointError
+
+
+def save_full_model(
+    model: nn.Module, path: Path, dtype: torch.dtype | None, group: dist.ProcessGroup
+) -> Path:
+    """Write every parameter and persistent buffer; all ranks call it.
+
+    Args:
+        model: A sharded model.
+        path: The file; it appears whole or not at all.
+        dtype: Of floating-point values in the file; None keeps each one's own.
+        group: The ranks that hold the model.
+
+    Raises:
+        OSError: On the first rank, if its disk refuses; CheckpointError on the others.
+
+    Bytes per rank: one unit of the model, whole.
+    """
+    error: BaseException | None = None
+    stream = zero.stream_full(model)
+    if group.rank() == 0:
+        hidden = path.with_name(f".{path.name}.tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            specs = {name: (_dtype_in_file(own, dtype), shape) for name, own, shape in _names(model)}
+            tensor_file.write_stream(hidden, specs, ((name, t.to(specs[name][0])) for name, t in stream))
+            hidden.replace(path)
+        except (OSError, CheckpointError) as caught:
+            error = caught
+            hidden.unlink(missing_ok=True)
+    for _ in stream:  # ranks that do not write, and one that failed, still take part to the end
+        pass
+    ranks.agree(error, group, CheckpointError, f"writing {path}")
+    return path
+
+
+def _names(model: nn.Module) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        yield name, parameter.dtype, tuple(parameter.shape)
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        kept: Mapping[str, torch.Tensor | None] = module._buffers
+        for name, buffer in kept.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                yield f"{prefix}.{name}" if prefix else name, buffer.dtype, tuple(buffer.shape)
+
+
+def _dtype_in_file(own: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+    return wanted if wanted is not None and own.is_floating_point else own

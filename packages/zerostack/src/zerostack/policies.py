@@ -1,0 +1,153 @@
+"""Configuration values -> zero-core's policies, a torch optimizer and a schedule; one small function each.
+
+In: `resolve.Effective`. Out: objects that know nothing of JSON. Next: `api.initialize` puts them together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import zero_core as zero
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from . import schedules
+from .errors import ConfigError
+from .lion import Lion
+from .schema import Config
+
+DTYPES = {
+    "fp32": torch.float32,
+    "float32": torch.float32,
+    "fp16": torch.float16,
+    "float16": torch.float16,
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+}
+
+_NEEDS_WHOLE_TENSORS = (torch.optim.LBFGS, torch.optim.Adafactor, torch.optim.SparseAdam)
+
+
+def precision(config: Config) -> zero.Precision:
+    """The five dtypes of training."""
+    wire = "fp32" if config.fp32_allreduce else config.communication_data_type
+    kept = config.data_types.grad_accum_dtype
+    common: dict[str, Any] = {
+        "reduce": None if wire is None else DTYPES[wire],
+        "accumulate": None if kept is None else DTYPES[kept],
+    }
+    if config.fp16.enabled:
+        return zero.Precision(compute=torch.float16, **common)
+    if config.bf16.enabled:
+        master = torch.bfloat16 if config.bf16.bf16_master_weights_and_grads else torch.float32
+        return zero.Precision(compute=torch.bfloat16, master=master, **common)
+    if config.torch_autocast.enabled:
+        return zero.Precision(param=torch.float32, compute=DTYPES[config.torch_autocast.dtype], **common)
+    return zero.Precision(**common)
+
+
+def overlap(config: Config) -> zero.Overlap:
+    """How many bytes travel while compute goes on; sizes that are not given are zero-core's own."""
+    policy = precision(config)
+    param = policy.param_dtype(torch.float32)
+    sizes: dict[str, int] = {}
+    if config.zero_optimization.reduce_bucket_size is not None:
+        sizes["reduce_bytes"] = (
+            config.zero_optimization.reduce_bucket_size * policy.reduce_dtype(param).itemsize
+        )
+    if config.zero_optimization.stage3_prefetch_bucket_size is not None:
+        sizes["prefetch_bytes"] = config.zero_optimization.stage3_prefetch_bucket_size * param.itemsize
+    wanted = config.zero_optimization.overlap_comm
+    return zero.Overlap(enabled=True if wanted is None else wanted, **sizes)
+
+
+def loss_scaler(config: Config) -> zero.LossScaler | None:
+    """fp16: a dynamic or static scale. bf16 with `check_grad_overflow`: a scale of 1, for the check alone."""
+    fp16 = config.fp16
+    if fp16.enabled and fp16.loss_scale:
+        return zero.LossScaler(fp16.loss_scale, dynamic=False, min_scale=fp16.loss_scale)
+    if fp16.enabled:
+        return zero.LossScaler(
+            2.0**fp16.initial_scale_power,
+            growth_interval=fp16.loss_scale_window,
+            hysteresis=fp16.hysteresis,
+            consecutive_hysteresis=fp16.consecutive_hysteresis,
+            min_scale=fp16.min_loss_scale,
+        )
+    if config.bf16.enabled and config.bf16.check_grad_overflow:
+        return zero.LossScaler(1.0, dynamic=False, min_scale=1.0)
+    return None
+
+
+def optimizer(config: Config, parameters: Iterable[Any]) -> Optimizer:
+    """The optimizer that the configuration names, over parameters or parameter groups.
+
+    Raises:
+        ConfigError: If it names none.
+    """
+    if config.optimizer is None:
+        raise ConfigError('no optimizer: give initialize(optimizer=...) or an "optimizer" section')
+    kind = config.optimizer.type
+    params = config.optimizer.params.model_dump()
+    if "betas" in params:
+        params["betas"] = tuple(params["betas"])
+    if kind in {"Adam", "AdamW"}:
+        params.pop("torch_adam")
+        decoupled = params.pop("adam_w_mode")
+        return (torch.optim.AdamW if decoupled else torch.optim.Adam)(parameters, **params)
+    classes: dict[str, type[Optimizer]] = {
+        "SGD": torch.optim.SGD,
+        "Adagrad": torch.optim.Adagrad,
+        "Lion": Lion,
+    }
+    return classes[kind](parameters, **params)
+
+
+def check_elementwise(given: Optimizer, stage: int) -> None:
+    """Refuse optimizers whose update of one element looks at others, where a rank holds only some.
+
+    Raises:
+        ConfigError: If so.
+    """
+    muon = getattr(torch.optim, "Muon", None)
+    whole = (*_NEEDS_WHOLE_TENSORS, *([muon] if muon is not None else []))
+    if stage > 0 and isinstance(given, whole):
+        name = type(given).__name__
+        raise ConfigError(
+            f"{name} needs whole tensors, and at stage {stage} a rank holds slices; use stage 0 or an elementwise "
+            "optimizer such as AdamW"
+        )
+
+
+def check_same(config: Config, given: Optimizer) -> None:
+    """Refuse an "optimizer" section that says something else than the optimizer that was passed.
+
+    Raises:
+        ConfigError: With every value that differs.
+    """
+    if config.optimizer is None:
+        return
+    section = config.optimizer
+    differing = []
+    if type(given).__name__.lower() not in {section.type.lower(), "adamw" if section.type == "Adam" else ""}:
+        differing.append(f"type {section.type!r} and {type(given).__name__}")
+    for name in section.params.model_fields_set & set(given.defaults):
+        value, passed = getattr(section.params, name), given.defaults[name]
+        if value != (list(passed) if isinstance(passed, tuple) else passed):
+            differing.append(f"{name} {value!r} and {passed!r}")
+    if differing:
+        raise ConfigError(
+            'the "optimizer" section and initialize(optimizer=...) differ in '
+            + ", ".join(differing)
+            + '; leave one of the two out, or write "auto"'
+        )
+
+
+def scheduler(config: Config, attached_to: Optimizer) -> LRScheduler | None:
+    """The schedule that the configuration names, if any."""
+    if config.scheduler is None:
+        return None
+    kind: type[LRScheduler] = getattr(schedules, config.scheduler.type)
+    return kind(attached_to, **config.scheduler.params.model_dump())

@@ -1,0 +1,422 @@
+"""One training step of the same GPT by every engine, on two gloo ranks with one thread each, side by side.
+
+    python3 tools/dev.py peers                       # once: DeepSpeed, in an environment of its own
+    python3 tools/dev.py bench train_step            # the whole table, for 25.6 M parameters
+    python3 tools/dev.py bench train_step --model 110m --dtypes bf16 --engines ddp,zero-core-3
+    python3 tools/dev.py bench train_step --quick    # does it still work? nothing is written
+
+Every engine is two processes that live through the whole run with their model built, and only one engine works
+at a time; the others sleep. Rounds visit all engines in a new order each time. Inside a round, each engine's time
+is divided by that of plain DDP, so that a machine that slows down slows both; the median over the rounds is the
+result. Engines that do not fit in memory together are run in groups, each with a DDP of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import textwrap
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import _measure
+import torch
+from _engines import ADAMW, ENGINES, MAX_NORM
+from gpt import GPT, PRESETS, num_parameters
+
+HERE = Path(__file__).resolve().parent
+PEERS = HERE.parent / ".venv-peers" / "environ.json"
+RANKS = 2
+BASELINE = "ddp"
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+ONLY_MIXED = ("ddp-autocast",)  # in float32 it would be DDP again
+# Memory of one idle process: the interpreter with torch, then per parameter (value, gradient, two moments, and
+# as much again for buckets and master copies at the worst).
+PROCESS_BYTES, BYTES_PER_PARAMETER = 400 << 20, 24
+MEMORY_SHARE = 0.7
+
+
+class EngineError(RuntimeError):
+    """A rank ended or said something else than an answer; carries the end of what it printed."""
+
+
+class Engine:
+    """Two worker processes of one engine, and everything that was measured of them."""
+
+    def __init__(self, name: str, dtype: str, options: argparse.Namespace) -> None:
+        self.name, self.dtype = name, dtype
+        python, environ = environment(name, options.sequences)
+        port = free_port()
+        self.log = tempfile.TemporaryFile("w+", prefix=f"{name}-")  # noqa: SIM115 - closed by stop()
+        self.ranks = [
+            subprocess.Popen(
+                [python, HERE / "_train_worker.py"],
+                env={**environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": str(port)},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self.log,
+                text=True,
+                bufsize=1,
+            )
+            for rank in range(RANKS)
+        ]
+        order = {
+            "engine": name,
+            "model": options.model,
+            "dtype": DTYPES[dtype],
+            "sequences": options.sequences,
+        }
+        self.versions: dict[str, str] = self.ask(order)[0]["versions"]
+        self.losses: list[float] = []
+        self.rounds: list[Round] = []
+        self.memory: dict[str, int] = {}
+
+    def ask(self, command: dict[str, Any]) -> list[dict[str, Any]]:
+        """Give every rank a command; their answers, by rank."""
+        try:
+            for rank in self.ranks:
+                assert rank.stdin is not None
+                rank.stdin.write(json.dumps(command) + "\n")
+            return [json.loads(rank.stdout.readline()) for rank in self.ranks if rank.stdout is not None]
+        except (BrokenPipeError, ValueError):
+            self.log.seek(0)
+            said = "\n".join(self.log.read().splitlines()[-15:])
+            self.stop()
+            raise EngineError(
+                f"{self.name} ({self.dtype}) failed:\n{textwrap.indent(said, '    ')}"
+            ) from None
+
+    def warm_up(self, steps: int) -> None:
+        """Take the first steps: losses are kept, times are not."""
+        answers = self.ask({"do": "run", "steps": steps})
+        self.losses = [
+            statistics.mean(losses) for losses in zip(*(a["losses"] for a in answers), strict=True)
+        ]
+
+    def measure_round(self, steps: int) -> None:
+        """Take some steps and keep what they cost."""
+        before = _measure.loopback_bytes()
+        answers = self.ask({"do": "run", "steps": steps})
+        sent = (_measure.loopback_bytes() - before) / steps / RANKS
+        self.rounds.append(
+            Round(
+                # A step has ended when its last rank has.
+                seconds=statistics.mean(map(max, zip(*(a["seconds"] for a in answers), strict=True))),
+                processor_seconds=sum(sum(a["processor_seconds"]) for a in answers) / steps,
+                sent_bytes=sent,
+            )
+        )
+
+    def measure_memory(self) -> None:
+        """Keep the memory of the rank that uses most."""
+        answers = self.ask({"do": "memory"})
+        self.memory = {key: max(answer[key] for answer in answers) for key in answers[0]}
+
+    def stop(self) -> None:
+        """End the workers."""
+        for rank in self.ranks:
+            assert rank.stdin is not None
+            try:
+                rank.stdin.write('{"do": "stop"}\n')
+                rank.stdin.close()
+            except OSError:  # it has ended already
+                continue
+        for rank in self.ranks:
+            end(rank)
+        self.log.close()
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """Wait for a process that was told to stop; not for ever."""
+    try:
+        process.wait(timeout=20)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+@dataclass(frozen=True)
+class Round:
+    """Means over the steps of one round; processor time is both ranks', sent bytes one rank's."""
+
+    seconds: float
+    processor_seconds: float
+    sent_bytes: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    engine: str
+    dtype: str
+    step_vs_ddp: float
+    step_vs_ddp_range: tuple[float, float]
+    step_ms: float
+    processor_vs_ddp: float
+    processor_ms: float
+    peak_mib: float
+    rest_mib: float
+    live_tensors_mib: float
+    sent_mib: float
+    loss_vs_ddp: float
+    losses: list[float] = field(repr=False)
+    rounds: list[Round] = field(repr=False)
+
+
+def environment(name: str, sequences: int) -> tuple[str, dict[str, str]]:
+    """The interpreter of an engine, and the variables of its processes: the same for all, but for paths."""
+    python, extra = sys.executable, {}
+    if name.startswith("deepspeed"):
+        peers = json.loads(PEERS.read_text())
+        python, extra = str(Path(peers["bin"], "python")), peers["environ"]
+    path = os.pathsep.join([str(Path(python).parent), os.environ.get("PATH", os.defpath)])
+    common = {
+        "OMP_NUM_THREADS": "1",
+        "WORLD_SIZE": str(RANKS),
+        "LOCAL_WORLD_SIZE": str(RANKS),
+        "LOCAL_SIZE": str(RANKS),
+        "MASTER_ADDR": "127.0.0.1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "SEQUENCES": str(sequences),
+        "PATH": path,
+    }
+    return python, {**os.environ, **extra, **common}
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def missing(name: str) -> str:
+    """Why an engine cannot run here, or nothing."""
+    if name.startswith("deepspeed") and not PEERS.exists():
+        return "DeepSpeed is not set up here: python3 tools/dev.py peers"
+    if name.startswith("zero-core") and find_spec("zero_core") is None:
+        return "zero-core is not installed here: python3 tools/dev.py bench installs it"
+    return ""
+
+
+def groups(names: Sequence[str], parameters: int) -> list[list[str]]:
+    """Engines that fit in memory at the same time, each group led by the baseline."""
+    available = next(
+        int(line.split()[1]) * 1024
+        for line in Path("/proc/meminfo").read_text().splitlines()
+        if line.startswith("MemAvailable")
+    )
+    per_engine = RANKS * (PROCESS_BYTES + BYTES_PER_PARAMETER * parameters)
+    # The one that works needs about as much again for activations and buckets.
+    beside = max(1, int(available * MEMORY_SHARE / per_engine) - 2)
+    others = [name for name in names if name != BASELINE]
+    count = max(1, -(-len(others) // beside))
+    size = max(1, -(-len(others) // count))
+    return [[BASELINE, *others[start : start + size]] for start in range(0, max(1, len(others)), size)]
+
+
+def run_group(
+    names: Iterable[str], dtype: str, options: argparse.Namespace, reference: list[float]
+) -> tuple[list[Row], dict[str, str]]:
+    """Measure some engines against DDP; `reference` are the losses to compare with, filled in by the first."""
+    engines: list[Engine] = []
+    try:
+        for name in names:
+            say(f"{dtype}: starting {name}")
+            try:
+                engine = Engine(name, dtype, options)
+                engines.append(engine)
+                engine.warm_up(options.warm_up)
+                engine.measure_memory()
+            except EngineError as error:
+                if name == BASELINE or not options.keep_going:
+                    raise
+                say(str(error))
+                engines = [other for other in engines if other.name != name]
+        shuffled = random.Random(0)
+        for number in range(options.rounds):
+            say(f"{dtype}: round {number + 1} of {options.rounds}")
+            for engine in shuffled.sample(engines, len(engines)):
+                engine.measure_round(options.steps)
+        for engine in engines:
+            engine.measure_memory()
+    finally:
+        for engine in engines:
+            engine.stop()
+    baseline = next(engine for engine in engines if engine.name == BASELINE)
+    reference = reference or baseline.losses
+    versions = {key: value for engine in engines for key, value in engine.versions.items()}
+    return [row(engine, baseline, reference) for engine in engines], versions
+
+
+def row(engine: Engine, baseline: Engine, reference: Sequence[float]) -> Row:
+    """Put one engine's rounds beside the baseline's."""
+    pairs = list(zip(engine.rounds, baseline.rounds, strict=True))
+    times = [mine.seconds / its.seconds for mine, its in pairs]
+    processor = [mine.processor_seconds / its.processor_seconds for mine, its in pairs]
+    mib = {key: round(value / _measure.MIB, 1) for key, value in engine.memory.items()}
+    differences = [abs(mine - its) / abs(its) for mine, its in zip(engine.losses, reference, strict=True)]
+    return Row(
+        engine=engine.name,
+        dtype=engine.dtype,
+        step_vs_ddp=round(statistics.median(times), 3),
+        step_vs_ddp_range=(round(min(times), 3), round(max(times), 3)),
+        step_ms=round(1e3 * statistics.median(mine.seconds for mine in engine.rounds), 1),
+        processor_vs_ddp=round(statistics.median(processor), 3),
+        processor_ms=round(1e3 * statistics.median(mine.processor_seconds for mine in engine.rounds), 1),
+        peak_mib=mib["peak_bytes"],
+        rest_mib=mib["rest_bytes"],
+        live_tensors_mib=mib["live_tensor_bytes"],
+        # Others on this machine may use the loopback too; they only ever add.
+        sent_mib=round(min(mine.sent_bytes for mine in engine.rounds) / _measure.MIB, 1),
+        loss_vs_ddp=max(differences),
+        losses=engine.losses,
+        rounds=engine.rounds,
+    )
+
+
+def table(rows: Iterable[Row]) -> str:
+    """The rows as a Markdown table."""
+    lines = [
+        "| engine | dtype | step / DDP | range | step ms | CPU / DDP | peak MiB | at rest MiB | live tensors MiB "
+        "| sent MiB | loss vs DDP |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for r in rows:
+        low, high = r.step_vs_ddp_range
+        lines.append(
+            f"| {r.engine} | {r.dtype} | **{r.step_vs_ddp:.3f}** | {low:.2f}-{high:.2f} | {r.step_ms:.0f} "
+            f"| {r.processor_vs_ddp:.3f} | {r.peak_mib:.0f} | {r.rest_mib:.0f} | {r.live_tensors_mib:.0f} "
+            f"| {r.sent_mib:.0f} | {r.loss_vs_ddp:.1e} |"
+        )
+    return "\n".join(lines)
+
+
+LEGEND = """\
+Step and CPU: ratio to DDP inside each round, median over rounds; CPU is the processor time of both ranks. Memory
+is per rank, beyond the process before its model was built: the peak of resident memory, what is resident between
+steps, and the tensors that Python can reach then. Sent: bytes a rank puts on the wire per step, headers
+included. Loss: the largest relative difference over the first steps from DDP's, in the first dtype of the table.
+In bf16, `ddp` and `ddp+zero-redundancy` hold everything in bfloat16; all others keep a float32 copy of the
+parameters.
+"""
+
+
+def record(rows: list[Row], versions: dict[str, str], options: argparse.Namespace) -> dict[str, Any]:
+    """Everything that a reader of the results needs to know."""
+    model = PRESETS[options.model]
+    setup = {
+        "model": {**vars(model), "parameters": num_parameters(GPT(model))},
+        "ranks": RANKS,
+        "threads_per_rank": 1,
+        "sequences_per_rank": options.sequences,
+        "optimizer": {"AdamW": ADAMW, "clip": MAX_NORM},
+        "rounds": options.rounds,
+        "steps_per_round": options.steps,
+    }
+    return {
+        "benchmark": "train_step",
+        "date": _measure.today(),
+        "hardware": _measure.hardware(),
+        "versions": versions,
+        "setup": setup,
+        "rows": [{**vars(r), "rounds": [vars(one) for one in r.rounds]} for r in rows],
+    }
+
+
+def page(result: dict[str, Any], rows: list[Row]) -> str:
+    """The results as a page."""
+    hardware, setup = result["hardware"], result["setup"]
+    versions = ", ".join(f"{name} {version}" for name, version in sorted(result["versions"].items()))
+    head = (
+        f"# Training step, GPT of {setup['model']['parameters'] / 1e6:.1f} M parameters\n\n"
+        f"{result['date']}; {hardware['processor']} ({hardware['instruction_set']}), {hardware['cores']} cores, "
+        f"{hardware['memory_gib']} GiB; {versions}.\n"
+        f"{RANKS} gloo ranks, one thread each, {setup['sequences_per_rank']} sequences of "
+        f"{setup['model']['sequence_length']} tokens a rank; AdamW, clip {MAX_NORM}; "
+        f"{setup['rounds']} rounds of {setup['steps_per_round']} steps.\n\n"
+    )
+    return f"{head}{table(rows)}\n\n{LEGEND}"
+
+
+def say(text: str) -> None:
+    """Progress, beside the table on standard output."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", choices=PRESETS, default="25m")
+    parser.add_argument("--dtypes", default="fp32,bf16")
+    parser.add_argument("--engines", default=",".join(ENGINES), help="comma-separated; ddp is always there")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=3, help="steps of an engine in one round")
+    parser.add_argument("--warm-up", type=int, default=6, help="first steps: compared by loss, not by time")
+    parser.add_argument("--sequences", type=int, default=4, help="sequences a rank and step")
+    parser.add_argument("--keep-going", action="store_true", help="leave out an engine that fails")
+    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the results")
+    parser.add_argument(
+        "--quick", action="store_true", help="a tiny model, few steps; prints, writes nothing"
+    )
+    options = parser.parse_args(arguments)
+    if options.quick:
+        options.model, options.rounds, options.steps, options.warm_up = "tiny", 2, 2, 3
+    options.dtypes = options.dtypes.split(",")
+    options.engines = [name for name in dict.fromkeys([BASELINE, *options.engines.split(",")]) if name]
+    for known, given in ((DTYPES, options.dtypes), (ENGINES, options.engines)):
+        for name in given:
+            if name not in known:
+                parser.error(f"unknown: {name}; there are: {', '.join(known)}")
+    return options
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measure, print, write."""
+    options = parse(arguments)
+    names = []
+    for name in options.engines:
+        if reason := missing(name):
+            say(f"left out: {name} ({reason})")
+        else:
+            names.append(name)
+    parameters = num_parameters(GPT(PRESETS[options.model]))
+    rows: list[Row] = []
+    versions: dict[str, str] = {}
+    reference: list[float] = []
+    for dtype in options.dtypes:
+        chosen = [name for name in names if dtype != "fp32" or name not in ONLY_MIXED]
+        for group in groups(chosen, parameters):
+            measured, found = run_group(group, dtype, options, reference)
+            reference = reference or measured[0].losses
+            versions |= found
+            have = {(r.engine, r.dtype) for r in rows}
+            rows += [r for r in measured if (r.engine, r.dtype) not in have]
+    result = record(rows, versions, options)
+    text = page(result, rows)
+    print(text)
+    if not options.quick:
+        options.out.mkdir(parents=True, exist_ok=True)
+        for suffix, content in ((".json", json.dumps(result, indent=1)), (".md", text)):
+            (options.out / f"train_step_{options.model}{suffix}").write_text(content)
+    if torch.__version__ != versions["torch"]:
+        say(f"careful: engines ran on torch {versions['torch']} and {torch.__version__}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -75,7 +75,7 @@ class Arrays:
         ak.adam_step(self.param, self.grad, self.exp_avg, self.exp_avg_sq, self.segments)
 
     def torch_fused(self) -> None:
-        """torch's fused step."""
+        """The fused step of torch."""
         self.optimizer.step()
 
     def stream(self, non_temporal: bool) -> None:

@@ -3,15 +3,16 @@
 
 struct Adam {
     static constexpr int kStates = 2;
-    float one_minus_beta1, beta2, one_minus_beta2, inv_sqrt_correction2, eps, step_size, decay, l2;
-    bool has_l2;
+    float beta1, one_minus_beta1, beta2, one_minus_beta2, inv_sqrt_correction2, eps, step_size, decay;
+    bool l2;  // decay is then added to the gradient instead
 
     __device__ void operator()(float& p, float g, float& m, float& v) const {
-        if (has_l2) g = g + l2 * p;
-        m = m + (g - m) * one_minus_beta1;
+        if (l2) g = g + decay * p;
+        m = m * beta1 + g * one_minus_beta1;
         v = v * beta2 + (g * g) * one_minus_beta2;
         const float denominator = __fsqrt_rn(v) * inv_sqrt_correction2 + eps;
-        p = p * decay - __fdiv_rn(step_size * m, denominator);
+        const float kept = l2 ? p : p * decay;
+        p = kept - __fdiv_rn(step_size * m, denominator);
     }
 };
 

@@ -7,24 +7,25 @@ namespace {
 template <bool kL2>
 struct Adam {
     static constexpr int kStates = 2;
-    F32 one_minus_beta1, beta2, one_minus_beta2, inv_sqrt_correction2, eps, step_size, decay, l2;
+    F32 beta1, one_minus_beta1, beta2, one_minus_beta2, inv_sqrt_correction2, eps, step_size, decay;
 
     explicit Adam(const Segment& s)
-        : one_minus_beta1(splat(s.c[0])),
-          beta2(splat(s.c[1])),
-          one_minus_beta2(splat(s.c[2])),
-          inv_sqrt_correction2(splat(s.c[3])),  // 1 / sqrt(1 - beta2^step)
-          eps(splat(s.c[4])),
-          step_size(splat(s.c[5])),  // lr / (1 - beta1^step)
-          decay(splat(s.c[6])),      // 1 - lr * weight_decay where decoupled, else 1
-          l2(splat(s.c[7])) {}
+        : beta1(splat(s.c[0])),
+          one_minus_beta1(splat(s.c[1])),
+          beta2(splat(s.c[2])),
+          one_minus_beta2(splat(s.c[3])),
+          inv_sqrt_correction2(splat(s.c[4])),  // 1 / sqrt(1 - beta2^step)
+          eps(splat(s.c[5])),
+          step_size(splat(s.c[6])),  // lr / (1 - beta1^step)
+          decay(splat(s.c[7])) {}    // 1 - lr * weight_decay; with L2 regularization the weight decay
 
     void operator()(F32& p, F32 g, F32& m, F32& v) const {
-        if (kL2) g = g + l2 * p;
-        m = m + (g - m) * one_minus_beta1;
+        if (kL2) g = g + decay * p;
+        m = m * beta1 + g * one_minus_beta1;
         v = v * beta2 + (g * g) * one_minus_beta2;
         const F32 denominator = square_root(v) * inv_sqrt_correction2 + eps;
-        p = p * decay - (step_size * m) / denominator;
+        const F32 kept = kL2 ? p : p * decay;
+        p = kept - (step_size * m) / denominator;
     }
 };
 

@@ -17,7 +17,7 @@ struct Segment {
 static_assert(sizeof(Segment) == 56, "segments.py packs 56 bytes");
 
 // Segment::flags
-constexpr std::uint32_t kFlagL2 = 1;        // add c[l2] * param to the gradient
+constexpr std::uint32_t kFlagL2 = 1;        // weight decay is added to the gradient, as decay * param
 constexpr std::uint32_t kFlagMomentum = 2;  // SGD: a momentum buffer is read and written
 constexpr std::uint32_t kFlagFirst = 4;     // SGD: the buffer holds nothing yet
 constexpr std::uint32_t kFlagNesterov = 8;  // SGD

@@ -35,13 +35,14 @@ def _sqrt(x: Tensor) -> Tensor:
 
 def _adam(p: Tensor, g: Tensor, states: Sequence[Tensor], segment: Segment) -> None:
     m, v = states
-    (omb1, beta2, omb2, inv_sqrt_correction2, eps, step_size, decay, l2), flags = segment.coefficients()
+    (beta1, omb1, beta2, omb2, inv_sqrt_correction2, eps, step_size, decay), flags = segment.coefficients()
     if flags & Flag.L2:
-        g = g + p * l2
-    m.add_((g - m) * omb1)
+        g = g + p * decay
+    m.mul_(beta1).add_(g * omb1)
     v.mul_(beta2).add_((g * g) * omb2)
     denominator = _sqrt(v) * inv_sqrt_correction2 + eps
-    p.mul_(decay).sub_((m * step_size) / denominator)
+    update = (m * step_size) / denominator
+    p.copy_(p - update if flags & Flag.L2 else p * decay - update)
 
 
 def _lion(p: Tensor, g: Tensor, states: Sequence[Tensor], segment: Segment) -> None:

@@ -94,20 +94,24 @@ class AdamSegment(_Segment):
         _require(self.step >= 1, self, "step", "a count from 1")
 
     def coefficients(self) -> Coefficients:
-        """``1-beta1, beta2, 1-beta2, 1/sqrt(1-beta2^t), eps, lr/(1-beta1^t), decay, l2``."""
+        """``beta1, 1-beta1, beta2, 1-beta2, 1/sqrt(1-beta2^t), eps, lr/(1-beta1^t), decay or l2``.
+
+        The last is the factor ``1 - lr * weight_decay``, or with flag L2 the weight decay itself.
+        """
         correction1 = 1.0 - self.beta1**self.step
         correction2 = 1.0 - self.beta2**self.step
         l2 = self.weight_decay != 0 and not self.decoupled
+        decay = self.lr * self.weight_decay if self.decoupled else 0.0
         return Coefficients(
             (
+                self.beta1,
                 1.0 - self.beta1,
                 self.beta2,
                 1.0 - self.beta2,
                 1.0 / math.sqrt(correction2),
                 self.eps,
                 self.lr / correction1,
-                1.0 - self.lr * self.weight_decay if self.decoupled else 1.0,
-                self.weight_decay if l2 else 0.0,
+                self.weight_decay if l2 else 1.0 - decay,
             ),
             Flag.L2.value if l2 else 0,
         )

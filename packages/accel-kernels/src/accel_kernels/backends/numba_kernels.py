@@ -31,11 +31,13 @@ def _adam(p: Any, g: Any, m: Any, v: Any, c: Any, flags: int) -> None:
         gi = g[i]
         if flags & _L2:
             gi = gi + p[i] * c[7]
-        mi = m[i] + (gi - m[i]) * c[0]
-        vi = v[i] * c[1] + (gi * gi) * c[2]
+        mi = m[i] * c[0] + gi * c[1]
+        vi = v[i] * c[2] + (gi * gi) * c[3]
         m[i] = mi
         v[i] = vi
-        p[i] = p[i] * c[6] - (mi * c[5]) / (np.sqrt(vi) * c[3] + c[4])
+        update = (mi * c[6]) / (np.sqrt(vi) * c[4] + c[5])
+        kept = p[i] if flags & _L2 else p[i] * c[7]
+        p[i] = kept - update
 
 
 @_compile

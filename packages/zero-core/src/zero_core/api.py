@@ -115,8 +115,8 @@ class Sharded:
                 for slot, param in zip(unit.layout.slots, unit.params, strict=True):
                     if param.requires_grad:
                         raise ZeroStateError(
-                            f"parameter '{slot.name}' was frozen when the model was sharded and requires gradients now: "
-                            "nobody would reduce them; set requires_grad before shard()"
+                            f"parameter '{slot.name}' was frozen when the model was sharded and now requires "
+                            "gradients: nobody would reduce them; set requires_grad before shard()"
                         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
@@ -195,7 +195,7 @@ def shard(
     if stage == 3:
         for unit in flat_units:
             unit.enter(Residency.SHARDED, released)
-        gatherer = Gatherer(flat_units, param_wire, overlap, released, reducer)
+        gatherer = Gatherer(model, flat_units, param_wire, overlap, released, reducer)
     Sharded(model, stage, precision, overlap, flat_units, param_wire, reducer, gatherer).install()
     return model
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -300,8 +300,7 @@ def resolve_group(mesh: DeviceMesh | dist.ProcessGroup) -> dist.ProcessGroup:
     if mesh.ndim == 1:
         return mesh.get_group()
     if "dp" in (mesh.mesh_dim_names or ()):
-        group: dist.ProcessGroup = mesh["dp"].get_group()
-        return group
+        return mesh["dp"].get_group()
     raise ZeroConfigError(
         f"mesh: expected one dimension, or one named 'dp', got dimensions {mesh.mesh_dim_names or mesh.ndim}; "
         'pass mesh["name"]'
@@ -313,7 +312,8 @@ def sibling_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
 
     Every rank of `group` must call it; ranks outside need not.
     """
-    return dist.new_group(dist.get_process_group_ranks(group), use_local_synchronization=True)
+    ranks = dist.get_process_group_ranks(group)
+    return cast(dist.ProcessGroup, dist.new_group(ranks, use_local_synchronization=True))
 
 
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -82,21 +82,22 @@ class Overlap:
 
     Args:
         enabled: False waits for every collective where it is launched.
-        reduce_bytes: full gradients in reduction at once, per rank; at the limit the oldest is waited for.
+        reduce_bytes: full gradients in reduction at once, per rank; at the limit the oldest is waited for. `None`:
+            one largest unit.
         prefetch_bytes: stage 3: full parameters gathered ahead of use, per rank. `None`: one largest unit.
         timeout_s: seconds after which a collective that has not finished is an error (where the back end of
             the process group lets a wait end).
     """
 
     enabled: bool = True
-    reduce_bytes: int = 128 << 20
+    reduce_bytes: int | None = None
     prefetch_bytes: int | None = None
     timeout_s: float = 60.0
 
     def __post_init__(self) -> None:
         for field in ("reduce_bytes", "prefetch_bytes"):
             value = getattr(self, field)
-            if value is None and field == "prefetch_bytes":
+            if value is None:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise ZeroConfigError(f"Overlap({field}=...): expected a number of bytes >= 0, got {value!r}")

@@ -32,7 +32,8 @@ class Gatherer:
     """Gathers units before use and releases them after.
 
     Args:
-        units: all units of the model.
+        model: the sharded model; a pass runs from one of its forwards to the next.
+        units: all its units.
         wire: the collectives for parameters (not those of the gradients: the two need no common order).
         overlap: the byte budget for gathers ahead of use.
         released: the class that parameters take while released.
@@ -41,6 +42,7 @@ class Gatherer:
 
     def __init__(
         self,
+        model: nn.Module,
         units: list[FlatUnit],
         wire: Wire,
         overlap: Overlap,
@@ -64,7 +66,7 @@ class Gatherer:
         self._depth = 0
         self._on_the_way: dict[int, Pending] = {}
         self._removers: list[RemovableHandle] = []
-        by_anchor: dict[nn.Module, list[FlatUnit]] = {}
+        by_anchor: dict[nn.Module, list[FlatUnit]] = {model: []}
         for unit in units:
             for anchor in unit.anchors:
                 by_anchor.setdefault(anchor, []).append(unit)

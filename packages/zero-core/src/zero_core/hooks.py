@@ -66,6 +66,8 @@ class Reducer:
         self.listeners: list[Callable[[FlatUnit | None], None]] = []
         self.pool = BufferPool()
         self.lanes = [self._lane(unit, precision) for unit in units if unit.trainable]
+        sizes = [lane.unit.layout.numel * lane.bucket.dtype.itemsize for lane in self.lanes]
+        self._limit_bytes = max(sizes, default=0) if overlap.reduce_bytes is None else overlap.reduce_bytes
         self._order = ReduceOrder(len(self.lanes))
         self._order_agreed = False
         self._in_flight: deque[_InFlight] = deque()
@@ -141,7 +143,7 @@ class Reducer:
         unit, full = lane.unit, lane.bucket.seal()
         out = lane.shard.landing() if unit.stage >= 2 else full[slice(*unit.slice)]
         nbytes = full.numel() * full.element_size()
-        while self._in_flight and nbytes + sum(f.nbytes for f in self._in_flight) > self.overlap.reduce_bytes:
+        while self._in_flight and nbytes + sum(f.nbytes for f in self._in_flight) > self._limit_bytes:
             self._finish(self._in_flight.popleft())
         self._in_flight.append(_InFlight(lane, self.wire.reduce(unit.label, full, out), out, nbytes))
         if not self.overlap.enabled:

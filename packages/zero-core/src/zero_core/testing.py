@@ -1,16 +1,21 @@
 """Run a function on several ranks of one machine: spawned processes, gloo over a file store, one thread a rank.
 
 For tests (of this package and of any that builds on it) and for small local jobs. No fixed ports: the ranks meet
-through a file. The first rank to fail decides the error; the others are ended.
+through a file. The first rank to fail decides the error; the others are ended. Processes whose ranks all succeeded
+wait for the next call, which gives them a new process group: starting one costs seconds, reusing it none.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
+import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -18,6 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch._C._distributed_c10d import FileStore
 
 
 class RankFailedError(RuntimeError):
@@ -26,6 +32,26 @@ class RankFailedError(RuntimeError):
     def __init__(self, rank: int, message: str) -> None:
         super().__init__(f"rank {rank}: {message}")
         self.rank = rank
+
+
+class _Worker:
+    """A process that runs one rank after another."""
+
+    def __init__(self) -> None:
+        context = mp.get_context("spawn")
+        self.pipe: Connection[Any, Any]
+        self.pipe, child = context.Pipe()
+        self.process = context.Process(target=_serve, args=(child,), daemon=True)
+        self.process.start()
+        child.close()
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.pipe.close()
+
+
+_idle: list[_Worker] = []
 
 
 def run_ranks(
@@ -38,76 +64,107 @@ def run_ranks(
     """Call `fn(rank, *args)` on every rank and return the results in rank order.
 
     Args:
-        fn: a module-level function; its arguments and result must pickle.
+        fn: a module-level function, of any module or script file; its arguments and result must pickle.
         world_size: number of processes.
         args: the same for every rank.
         timeout_s: seconds until all ranks are ended and the call fails.
-        tolerate: ranks that may die or fail; their result is the exception, as text.
+        tolerate: ranks that may die or fail; their result is the traceback or exit code, as text.
 
     Raises:
         RankFailedError: the first rank that failed, with its traceback.
     """
-    context = mp.get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder:
-        pipes: list[Connection[Any, Any]] = []
-        processes = []
-        for rank in range(world_size):
-            parent, child = context.Pipe(duplex=False)
-            process = context.Process(
-                target=_rank_main,
-                args=(fn, rank, world_size, os.path.join(folder, "store"), child, args),
-                daemon=True,
-            )
-            process.start()
-            child.close()
-            pipes.append(parent)
-            processes.append(process)
-        try:
-            return _collect(pipes, processes, timeout_s, tolerate)
-        finally:
-            for process in processes:
-                if process.is_alive():
-                    process.kill()
-                process.join()
-
-
-def _rank_main(
-    fn: Any, rank: int, world_size: int, store_path: str, pipe: Connection[Any, Any], args: tuple[Any, ...]
-) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), OMP_NUM_THREADS="1")
+    workers = [_idle.pop() if _idle else _Worker() for _ in range(world_size)]
+    clean = False
     try:
-        dist.init_process_group(
-            "gloo", store=dist.FileStore(store_path, world_size), rank=rank, world_size=world_size,
-            timeout=timedelta(minutes=5),
-        )  # fmt: skip
-        pipe.send((True, fn(rank, *args)))
-    except BaseException:  # whatever ended the rank is the parent's to report
-        pipe.send((False, traceback.format_exc()))
+        with tempfile.TemporaryDirectory() as folder:
+            task = _Target.of(fn), world_size, os.path.join(folder, "store"), args
+            for rank, worker in enumerate(workers):
+                worker.pipe.send((rank, *task))
+            results = _collect(workers, timeout_s, tolerate)
+        clean = not tolerate
+        return results
     finally:
-        pipe.close()
-    # A peer may still be inside a collective that this rank has finished; leave without tearing the group down under
-    # it, and without the atexit handlers of libraries that were never asked for.
-    os._exit(0)
+        for worker in workers:
+            if clean:
+                _idle.append(worker)
+            else:
+                worker.end()
 
 
-def _collect(
-    pipes: list[Connection[Any, Any]], processes: list[Any], timeout_s: float, tolerate: tuple[int, ...]
-) -> list[Any]:
-    results: list[Any] = [None] * len(pipes)
-    waiting = list(range(len(pipes)))
+@dataclass(frozen=True)
+class _Target:
+    """A function by name and file: a test module or a script need not be importable by name in the new process."""
+
+    module: str
+    file: str | None
+    name: str
+
+    @staticmethod
+    def of(fn: Callable[..., Any]) -> _Target:
+        return _Target(
+            fn.__module__, getattr(sys.modules.get(fn.__module__), "__file__", None), fn.__qualname__
+        )
+
+    def load(self) -> Callable[..., Any]:
+        name = "__mp_main__" if self.module == "__main__" else self.module
+        if name not in sys.modules:
+            try:
+                importlib.import_module(name)
+            except ImportError:
+                assert self.file is not None
+                spec = importlib.util.spec_from_file_location(name, self.file)
+                assert spec is not None
+                assert spec.loader is not None
+                sys.modules[name] = importlib.util.module_from_spec(spec)
+                spec.loader.exec_module(sys.modules[name])
+        found: Callable[..., Any] = getattr(sys.modules[name], self.name)
+        return found
+
+
+def _serve(pipe: Connection[Any, Any]) -> None:
+    """A worker's life: run ranks until the parent goes away or one of them fails."""
+    torch.set_num_threads(1)
+    while True:
+        try:
+            rank, target, world_size, store, args = pipe.recv()
+        except EOFError:
+            os._exit(0)
+        try:
+            pipe.send((True, _run_rank(target, rank, world_size, store, args)))
+        except BaseException:  # whatever ended the rank is the parent's to report
+            pipe.send((False, traceback.format_exc()))
+
+
+def _run_rank(target: _Target, rank: int, world_size: int, store: str, args: tuple[Any, ...]) -> Any:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), OMP_NUM_THREADS="1")
+    dist.init_process_group(
+        "gloo",
+        store=FileStore(store, world_size),
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(minutes=5),
+    )
+    result = target.load()(rank, *args)
+    dist.barrier()  # a peer may still be inside a collective that this rank has finished
+    dist.destroy_process_group()
+    return result
+
+
+def _collect(workers: list[_Worker], timeout_s: float, tolerate: tuple[int, ...]) -> list[Any]:
+    results: list[Any] = [None] * len(workers)
+    waiting = list(range(len(workers)))
     deadline = time.monotonic() + timeout_s
     while waiting:
-        ready = wait([pipes[rank] for rank in waiting], timeout=max(0.0, deadline - time.monotonic()))
+        ready = wait([workers[rank].pipe for rank in waiting], timeout=max(0.0, deadline - time.monotonic()))
         if not ready:
             raise RankFailedError(waiting[0], f"not finished after {timeout_s:g} s")
-        for rank in [rank for rank in waiting if pipes[rank] in ready]:
+        for rank in [rank for rank in waiting if workers[rank].pipe in ready]:
             waiting.remove(rank)
             try:
-                finished, value = pipes[rank].recv()
-            except EOFError:
-                processes[rank].join()
-                finished, value = False, f"died with exit code {processes[rank].exitcode}"
+                finished, value = workers[rank].pipe.recv()
+            except (EOFError, ConnectionResetError):
+                workers[rank].process.join()
+                finished, value = False, f"died with exit code {workers[rank].process.exitcode}"
             if not finished and rank not in tolerate:
                 raise RankFailedError(rank, str(value))
             results[rank] = value

@@ -1,53 +1,65 @@
 // Sum of squares (fp64) and count of non-finite elements of one block, in one read.
 //
-// Element i of a block goes to accumulator i % 32, and the 32 are added in a fixed order: the same bits whatever
-// the instruction set. The square of an fp32 value is exact in fp64, so it cannot matter whether it is fused.
+// A block is read as four streams side by side: one core gets two to three times the bandwidth from four as from one,
+// since each hardware prefetcher runs only so far ahead. Element i of a stream goes to the stream's accumulator i % 8,
+// and the 32 are added in a fixed order: the same bits whatever the instruction set. The square of an fp32 value is
+// exact in fp64, so it cannot matter whether it is fused with the addition.
 #include "../simd.h"
 
 namespace {
 
-constexpr int kAccumulators = 32;
+constexpr int kStreams = 4;
+constexpr int kAccumulators = 8;  // of a stream
+constexpr int kChunk = 16;        // elements a stream advances at a time
 
 #if ACCEL_LEVEL == 2
 struct Sums {
-    __m512d sum[4] = {_mm512_setzero_pd(), _mm512_setzero_pd(), _mm512_setzero_pd(), _mm512_setzero_pd()};
+    __m512d sum = _mm512_setzero_pd();
     std::int64_t nonfinite = 0;
-    void add(int vector, F32 x) {
+    template <class M, class Element>
+    void add(const Element* p) {
+        const F32 x = M::load(p);
         const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(x));
         const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1));
-        sum[2 * vector] = _mm512_fmadd_pd(low, low, sum[2 * vector]);
-        sum[2 * vector + 1] = _mm512_fmadd_pd(high, high, sum[2 * vector + 1]);
+        sum = _mm512_fmadd_pd(low, low, sum);
+        sum = _mm512_fmadd_pd(high, high, sum);
         nonfinite += __builtin_popcount(_mm512_fpclass_ps_mask(x, 0x01 | 0x80 | 0x08 | 0x10));  // NaNs, infinities
     }
-    void store(double* out) const {
-        for (int k = 0; k < 4; ++k) _mm512_storeu_pd(out + 8 * k, sum[k]);
-    }
+    void store(double* out) const { _mm512_storeu_pd(out, sum); }
 };
 #elif ACCEL_LEVEL == 1
 struct Sums {
-    __m256d sum[8] = {};
+    __m256d sum0 = _mm256_setzero_pd(), sum1 = _mm256_setzero_pd();
     std::int64_t nonfinite = 0;
-    void add(int vector, F32 x) {
-        const __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128(x));
-        const __m256d high = _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1));
-        sum[2 * vector] = sum[2 * vector] + low * low;
-        sum[2 * vector + 1] = sum[2 * vector + 1] + high * high;
-        const F32 zero_or_nan = x - x;  // NaN for NaN and infinity
-        nonfinite += __builtin_popcount(unsigned(_mm256_movemask_ps(_mm256_cmp_ps(zero_or_nan, zero_or_nan, _CMP_UNORD_Q))));
+    template <class M, class Element>
+    void add(const Element* p) {
+        for (int half = 0; half < 2; ++half) {
+            const F32 x = M::load(p + half * kLanes);
+            const __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128(x));
+            const __m256d high = _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1));
+            sum0 = sum0 + low * low;
+            sum1 = sum1 + high * high;
+            const F32 zero = x - x;  // NaN for NaN and infinity
+            nonfinite += __builtin_popcount(unsigned(_mm256_movemask_ps(_mm256_cmp_ps(zero, zero, _CMP_UNORD_Q))));
+        }
     }
     void store(double* out) const {
-        for (int k = 0; k < 8; ++k) _mm256_storeu_pd(out + 4 * k, sum[k]);
+        _mm256_storeu_pd(out, sum0);
+        _mm256_storeu_pd(out + 4, sum1);
     }
 };
 #else
 struct Sums {
     double sum[kAccumulators] = {};
     std::int64_t nonfinite = 0;
-    void add(int vector, F32 x) {
-        for (int lane = 0; lane < kLanes; ++lane) {
-            const double wide = x[lane];
-            sum[vector * kLanes + lane] += wide * wide;
-            nonfinite += (float_bits(x[lane]) & 0x7fffffffu) >= 0x7f800000u;
+    template <class M, class Element>
+    void add(const Element* p) {
+        float x[kChunk];
+        for (int k = 0; k < kChunk; k += kLanes) store_f32(x + k, M::load(p + k));
+        for (int k = 0; k < kChunk; ++k) {
+            const double wide = x[k];
+            sum[k % kAccumulators] += wide * wide;
+            nonfinite += (float_bits(x[k]) & 0x7fffffffu) >= 0x7f800000u;
         }
     }
     void store(double* out) const { std::memcpy(out, sum, sizeof sum); }
@@ -56,25 +68,27 @@ struct Sums {
 
 template <DType T>
 accel::NormPartial block(const typename Memory<T>::Element* g, std::int64_t n) {
-    constexpr int kVectors = kAccumulators / kLanes;
-    Sums sums;
-    std::int64_t i = 0;
-    for (; i + kAccumulators <= n; i += kAccumulators) {
-        __builtin_prefetch(reinterpret_cast<const char*>(g + i) + 2048, 0, 0);
-        __builtin_prefetch(reinterpret_cast<const char*>(g + i) + 2048 + 64, 0, 0);
-        for (int k = 0; k < kVectors; ++k) sums.add(k, Memory<T>::load(g + i + k * kLanes));
+    using Element = typename Memory<T>::Element;
+    Sums sums[kStreams];
+    const std::int64_t length = n / (kStreams * kChunk) * kChunk;  // of a stream
+    for (std::int64_t i = 0; i < length; i += kChunk) {
+        for (int k = 0; k < kStreams; ++k) sums[k].template add<Memory<T>>(g + k * length + i);
     }
-    if (i < n) {
-        typename Memory<T>::Element padded[kAccumulators] = {};  // zeros add nothing
-        std::memcpy(padded, g + i, (n - i) * sizeof(padded[0]));
-        for (int k = 0; k < kVectors; ++k) sums.add(k, Memory<T>::load(padded + k * kLanes));
+    for (std::int64_t i = kStreams * length; i < n; i += kChunk) {
+        Element padded[kChunk] = {};  // zeros add nothing
+        std::memcpy(padded, g + i, std::size_t(n - i < kChunk ? n - i : kChunk) * sizeof(Element));
+        sums[0].template add<Memory<T>>(padded);
     }
-    double lane[kAccumulators];
-    sums.store(lane);
-    for (int width = kAccumulators / 2; width > 0; width /= 2) {
+    double lane[kStreams * kAccumulators];
+    std::int64_t nonfinite = 0;
+    for (int k = 0; k < kStreams; ++k) {
+        sums[k].store(lane + k * kAccumulators);
+        nonfinite += sums[k].nonfinite;
+    }
+    for (int width = kStreams * kAccumulators / 2; width > 0; width /= 2) {
         for (int k = 0; k < width; ++k) lane[k] += lane[k + width];
     }
-    return {lane[0], sums.nonfinite};
+    return {lane[0], nonfinite};
 }
 
 }  // namespace

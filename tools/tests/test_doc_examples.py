@@ -93,9 +93,11 @@ def test_a_failing_example_fails_and_names_the_line_of_the_page() -> None:
 
 def test_ranks_are_started_and_one_that_fails_is_noticed() -> None:
     code = (
-        "import os\n"
+        "import os, pathlib, time\n"
         "rank = int(os.environ['RANK'])\n"
-        "print('rank', rank, 'threads', os.environ['OMP_NUM_THREADS'])\n"
+        "os.write(1, f'rank {rank} threads {os.environ[\"OMP_NUM_THREADS\"]}\\n'.encode())\n"
+        "pathlib.Path(str(rank)).touch()\n"
+        "while not pathlib.Path('0').exists(): time.sleep(0.01)\n"
         "raise SystemExit(rank)\n"
     )
     result = run_example(Example("page.md", 1, "python", code, ranks=2))

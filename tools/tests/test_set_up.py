@@ -106,6 +106,17 @@ def test_a_failed_step_shows_the_end_of_its_log_and_the_cure(tmp_path: Path) -> 
         steps.run("installing", [sys.executable, "-c", code], "make room")
 
 
+def test_a_python_without_venv_is_told_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = tmp_path / "python3"
+    broken.write_text("#!/bin/sh\necho ensurepip is not available\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setattr(_setup, "find_python", lambda: str(broken))
+    with pytest.raises(_setup.SetupError, match=r"(?s)ensurepip is not available.*apt install python3-venv"):
+        _setup.Venv(tmp_path / "venv").create("log")
+
+
 def test_no_supported_python_is_said_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "version_info", (3, 9, 1))
     monkeypatch.setenv("PATH", "")

@@ -1,0 +1,20 @@
+"""Every benchmark still runs, in its quick mode."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import dev
+import pytest
+
+# The engines that say most in least time; the peers of their own environment are not part of the tests.
+FEWER = {"train_step": ["--engines", "ddp,fsdp2,zero-core-3", "--dtypes", "bf16"]}
+
+
+@pytest.mark.parametrize("name", dev.benchmark_names())
+def test_quick_mode_prints_a_table(name: str) -> None:
+    command = [sys.executable, f"benchmarks/{name}.py", "--quick", *FEWER.get(name, [])]
+    result = subprocess.run(command, cwd=dev.REPO, capture_output=True, text=True, timeout=600, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "|" in result.stdout

@@ -158,10 +158,16 @@ def _wanted(
         elif optimizer:
             part = wanted[parameter]
             wanted[name] = Range(part.shape, stored[name].dtype, part.start, part.stop)
-    for name in wanted:
-        if name.startswith(_OPTIMIZER) and name.endswith(_MASTER) and name not in stored:
-            sources[name] = name.removeprefix(_OPTIMIZER).removesuffix(_MASTER)
+    sources |= {name: _parameter_of(name) for name in wanted if _is_master(name) and name not in stored}
     return wanted, sources
+
+
+def _is_master(name: str) -> bool:
+    return name.startswith(_OPTIMIZER) and name.endswith(_MASTER)
+
+
+def _parameter_of(master: str) -> str:
+    return master.removeprefix(_OPTIMIZER).removesuffix(_MASTER)
 
 
 def _check_names(
@@ -183,11 +189,12 @@ def _check_names(
     unexpected = [
         name
         for name in stored
-        if name not in everyone
-        and not (name.startswith(_OPTIMIZER) and (not optimizer or name.endswith(_MASTER)))
+        if name not in everyone and not _is_master(name) and (optimizer or not name.startswith(_OPTIMIZER))
     ]
     missing = [
-        name for name in sorted(everyone) if sources.get(name, name) not in stored and name not in sources
+        name
+        for name in sorted(everyone)
+        if name not in stored and not (_is_master(name) and _parameter_of(name) in stored)
     ]
     if unexpected or missing:
         raise CheckpointError(

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
-from .collectives import Collectives, PlainCollectives, Wire, resolve_group, sibling_group
+from .collectives import Collectives, Fate, PlainCollectives, Wire, resolve_group, sibling_group
 from .config import Overlap, Precision
 from .errors import ReleasedParameterError, ZeroConfigError, ZeroStateError
 from .fill import fill_buffers, fill_units
@@ -178,9 +178,11 @@ def shard(
     device = _device_of(mesh, group)
     specs = find_units(model, units)
 
+    fate = Fate()
+
     def wire(of: dist.ProcessGroup) -> Wire:
         made = PlainCollectives(of, overlap.timeout_s) if collectives is None else collectives
-        return Wire(of, made(of) if callable(made) else made, device, overlap.timeout_s)
+        return Wire(of, made(of) if callable(made) else made, device, overlap.timeout_s, fate)
 
     param_wire = wire(group)
     reduce_wire = wire(sibling_group(group)) if stage == 3 else param_wire

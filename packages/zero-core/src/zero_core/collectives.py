@@ -1,16 +1,15 @@
-"""How a unit's bytes travel, and what happens when they do not arrive. The only module that calls torch.distributed.
+"""How a unit's bytes travel. The only module that calls torch.distributed (beside `diagnosis`, when it has failed).
 
 In: a shard to be gathered, or a full gradient to be reduced. Out: a handle with `wait()`. `Collectives` is the seam:
-`PlainCollectives` sends the bytes as they are, other packages compress or route them. `Wire` adds what every
-implementation needs: a deadline, and an error that says which unit, which ranks, and what each was doing.
+`PlainCollectives` sends the bytes as they are, other packages compress or route them. `Wire` is what the rest of the
+package holds: one group's collectives, with names, a deadline, and an error that says who was doing what.
 """
 
 from __future__ import annotations
 
-import json
-import time
+import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Protocol, TypeVar, cast
 
@@ -18,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from .diagnosis import diagnose
 from .errors import CollectiveError, ZeroConfigError
 
 T = TypeVar("T")
@@ -31,12 +31,16 @@ class Handle(Protocol):
 
 
 class Collectives(Protocol):
-    """How flat buffers travel within one group of N ranks; every rank calls in the same order."""
+    """How flat buffers travel within one group of N ranks.
 
-    def all_gather(self, shard: torch.Tensor, out: torch.Tensor) -> Handle:
+    `tag` is the same on all ranks for one unit and direction, and differs between any two that may be under way at
+    once: an implementation whose messages carry it cannot mistake one unit's bytes for another's.
+    """
+
+    def all_gather(self, shard: torch.Tensor, out: torch.Tensor, *, tag: int) -> Handle:
         """Fill `out` (n elements) with every rank's `shard` (n/N), in rank order; `shard` may be a view of `out`."""
 
-    def reduce_scatter(self, full: torch.Tensor, out: torch.Tensor) -> Handle:
+    def reduce_scatter(self, full: torch.Tensor, out: torch.Tensor, *, tag: int) -> Handle:
         """Write the mean over ranks of this rank's n/N slice of `full` to `out`.
 
         `out` may be that very slice of `full`, and may have another dtype; sums are formed in at least fp32.
@@ -61,121 +65,131 @@ class Pending:
         Raises:
             CollectiveError: a rank died, or the deadline passed.
         """
-        try:
-            self.handle.wait()
-        except RuntimeError as error:
-            raise self.wire.diagnose(self.what, error) from error
+        self.wire.guard(self.what, self.handle.wait)
+
+
+@dataclass
+class Fate:
+    """Whether a collective of this model has failed: then no other is tried, and every wait ends at once."""
+
+    failure: CollectiveError | None = None
 
 
 class Wire:
-    """One group's collectives with deadlines and a diagnosis; sequence numbers tell who fell behind."""
+    """One group's collectives, named and with a deadline.
+
+    Args:
+        group: the ranks.
+        collectives: how bytes travel.
+        device: where small values travel from.
+        timeout_s: for messages.
+        fate: shared by the wires of one model.
+    """
 
     def __init__(
-        self, group: dist.ProcessGroup, collectives: Collectives, device: torch.device, timeout_s: float
+        self,
+        group: dist.ProcessGroup,
+        collectives: Collectives,
+        device: torch.device,
+        timeout_s: float,
+        fate: Fate | None = None,
     ) -> None:
         self.group = group
         self.collectives = collectives
         self.device = device
         self.timeout_s = timeout_s
-        self.num_launched = 0
+        self.fate = fate or Fate()
+        self._launched = 0
 
     def gather(self, name: str, shard: torch.Tensor, out: torch.Tensor) -> Pending:
         """All-gather `shard` into `out`; `name` goes into errors."""
-        what = self._next(f"gather of {name}")
-        return Pending(self._launch(what, lambda: self.collectives.all_gather(shard, out)), self, what)
+        tag = _tag(f"gather of {name}", out)
+        return self._launch(f"gather of {name}", lambda: self.collectives.all_gather(shard, out, tag=tag))
 
     def reduce(self, name: str, full: torch.Tensor, out: torch.Tensor) -> Pending:
         """Reduce-scatter the mean of `full` into `out`; `name` goes into errors."""
-        what = self._next(f"reduction of {name}")
-        return Pending(self._launch(what, lambda: self.collectives.reduce_scatter(full, out)), self, what)
+        tag = _tag(f"reduction of {name}", full)
+        return self._launch(
+            f"reduction of {name}", lambda: self.collectives.reduce_scatter(full, out, tag=tag)
+        )
 
     def all_reduce(self, name: str, tensor: torch.Tensor, op: dist.ReduceOp.RedOpType) -> Pending:
         """All-reduce a few values (norms, verdicts) in place; these never go through the seam."""
-        what = self._next(name)
-        work = self._launch(what, lambda: dist.all_reduce(tensor, op=op, group=self.group, async_op=True))
-        return Pending(_Works([work], self.timeout_s), self, what)
+        if self.device.type != "cpu":
+            return self._launch(
+                name, lambda: _Works([dist.all_reduce(tensor, op, self.group, async_op=True)], None)
+            )
+        received = [torch.empty_like(tensor) for _ in range(self.group.size())]
+        sent = [tensor.clone()] * self.group.size()
+        received[self.group.rank()] = sent[0]
+
+        def combine() -> None:
+            rows = torch.stack(received)
+            tensor.copy_(
+                {dist.ReduceOp.SUM: rows.sum, dist.ReduceOp.MIN: rows.amin, dist.ReduceOp.MAX: rows.amax}[op](
+                    0
+                )
+            )
+
+        tag = _tag(name, tensor)
+        return self._launch(name, lambda: exchange(self.group, sent, received, tag, self.timeout_s, combine))
 
     def broadcast(self, name: str, tensor: torch.Tensor) -> None:
         """Make `tensor` equal to that of the group's first rank."""
-        if self.group.size() > 1 and tensor.numel():
-            what, source = self._next(f"broadcast of {name}"), dist.get_global_rank(self.group, 0)
-            payload = tensor.contiguous()
-            work = self._launch(
-                what, lambda: dist.broadcast(_as_bytes(payload), source, group=self.group, async_op=True)
-            )
-            Pending(_Works([work], self.timeout_s), self, what).wait()
-            if payload.data_ptr() != tensor.data_ptr():
-                tensor.copy_(payload)
+        rank, size = self.group.rank(), self.group.size()
+        if size == 1 or not tensor.numel():
+            return
+        payload = tensor.contiguous()
+        flat = _as_bytes(payload)
+        if self.device.type != "cpu":
+            source = dist.get_global_rank(self.group, 0)
+            work = dist.broadcast(flat, source, group=self.group, async_op=True)
+            self._launch(f"broadcast of {name}", lambda: _Works([work], None)).wait()
+        else:
+            sent = [flat if rank == 0 else flat[:0]] * size
+            received = [flat if rank != 0 and r == 0 else flat[:0] for r in range(size)]
+            tag = _tag(f"broadcast of {name}", tensor)
+            launch = lambda: exchange(self.group, sent, received, tag, self.timeout_s)  # noqa: E731  # one expression
+            self._launch(f"broadcast of {name}", launch).wait()
+        if payload.data_ptr() != tensor.data_ptr():
+            tensor.copy_(payload)
 
     def broadcast_text(self, name: str, text: str) -> str:
         """The first rank's `text`, on every rank."""
         encoded = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)
         size = torch.tensor([encoded.numel()], dtype=torch.int64, device=self.device)
-        self.broadcast(f"{name} (size)", size)
+        self.broadcast(f"size of {name}", size)
         if self.group.rank() != 0:
             encoded = torch.empty(int(size), dtype=torch.uint8, device=self.device)
         self.broadcast(name, encoded)
         return bytes(encoded.tolist()).decode()
 
-    def _next(self, what: str) -> str:
-        self.num_launched += 1
-        return f"collective {self.num_launched} ({what})"
+    def _launch(self, name: str, call: Callable[[], Handle]) -> Pending:
+        self._launched += 1
+        what = f"collective {self._launched} ({name})"
+        return Pending(self.guard(what, call), self, what)
 
-    def _launch(self, what: str, call: Callable[[], T]) -> T:
+    def guard(self, what: str, call: Callable[[], T]) -> T:
+        """Run `call`; the first failure is explained, later ones are the same failure."""
+        if self.fate.failure is not None:
+            raise self.fate.failure
         try:
             return call()
         except RuntimeError as error:
-            raise self.diagnose(what, error) from error
-
-    def diagnose(self, what: str, error: RuntimeError) -> CollectiveError:
-        """Say what this rank and the others were waiting for.
-
-        Every rank that fails writes its last collective into the group's store; whoever has written nothing
-        within a few seconds is dead or still computing.
-        """
-        rank, size = self.group.rank(), self.group.size()
-        others = _exchange_positions(self.group, what, patience_s=min(5.0, self.timeout_s))
-        lines = [
-            f"rank {r} was at {others[r]}"
-            if r in others
-            else f"rank {r} gives no sign: it died, or has not come this far"
-            for r in range(size)
-            if r != rank
-        ]
-        return CollectiveError(
-            f"rank {rank} of {size}: {what} did not finish within {self.timeout_s:g} s or lost its peer; "
-            f"{'; '.join(lines)}. All ranks must use the same units in the same order; end the job, look at the "
-            f"first rank that failed, and resume from a checkpoint. Cause: {str(error).strip().splitlines()[0]}"
-        )
-
-
-def _exchange_positions(group: dist.ProcessGroup, position: str, patience_s: float) -> dict[int, str]:
-    """What each rank of the group that fails within `patience_s` says it was doing."""
-    found: dict[int, str] = {}
-    try:
-        store = dist.distributed_c10d._get_default_store()
-        key = "zero_core/failure/" + group.group_name
-        store.set(f"{key}/{group.rank()}", json.dumps(position))
-        deadline = time.monotonic() + patience_s
-        while len(found) < group.size() - 1 and time.monotonic() < deadline:
-            for rank in set(range(group.size())) - {group.rank()} - set(found):
-                if store.check([f"{key}/{rank}"]):
-                    found[rank] = json.loads(store.get(f"{key}/{rank}"))
-            time.sleep(0.05)
-    except RuntimeError:  # the store lives on a rank that is gone
-        pass
-    return found
+            self.fate.failure = diagnose(self.group, what, self.timeout_s, error)
+            raise self.fate.failure from error
 
 
 class PlainCollectives:
-    """The bytes as they are: by the back end's own collectives, or, on gloo, by the faster of its primitives.
+    """The bytes as they are: by the back end's own collectives on an accelerator, by tagged messages on the CPU.
 
-    On gloo an all-to-all and a local sum reduce 2-10 times faster than its `reduce_scatter_tensor`, and one
-    asynchronous broadcast a shard gathers faster than its `all_gather_into_tensor`.
+    Gloo's `reduce_scatter_tensor` takes 2-10 times as long as its messages and a local sum, its `all_gather` some 4
+    times; and where ranks have come to different collectives it pairs them all the same, or aborts the process.
+    Messages with the unit's tag just wait, and the deadline turns that into an error.
 
     Args:
         group: the ranks among which the bytes travel.
-        timeout_s: deadline of a wait, where the back end lets a wait end (gloo does).
+        timeout_s: deadline of a wait on the CPU (on an accelerator the back end's own watchdog decides).
     """
 
     def __init__(self, group: dist.ProcessGroup, timeout_s: float = 60.0) -> None:
@@ -183,30 +197,22 @@ class PlainCollectives:
         self.timeout_s = timeout_s
         self._scratch: list[torch.Tensor] = []
 
-    def all_gather(self, shard: torch.Tensor, out: torch.Tensor) -> Handle:
+    def all_gather(self, shard: torch.Tensor, out: torch.Tensor, *, tag: int) -> Handle:
         """See `Collectives.all_gather`."""
-        rank, size, n = self.group.rank(), self.group.size(), shard.numel()
-        mine = out[rank * n : (rank + 1) * n]
-        if size > 1 and out.device.type != "cpu":
+        rank, size = self.group.rank(), self.group.size()
+        if out.device.type != "cpu" and size > 1:
             return _Works([dist.all_gather_into_tensor(out, shard, group=self.group, async_op=True)], None)
-        works = []
-        for source in range(size if size > 1 else 0):
-            payload = shard if source == rank else out[source * n : (source + 1) * n]
-            global_source = dist.get_global_rank(self.group, source)
-            works.append(dist.broadcast(_as_bytes(payload), global_source, group=self.group, async_op=True))
-        if mine.data_ptr() != shard.data_ptr():
-            mine.copy_(shard)
-        return _Works(works, self.timeout_s)
+        received = list(out.view(size, -1))
+        handle = exchange(self.group, [shard] * size, received, tag, self.timeout_s)
+        if received[rank].data_ptr() != shard.data_ptr():
+            received[rank].copy_(shard)
+        return handle
 
-    def reduce_scatter(self, full: torch.Tensor, out: torch.Tensor) -> Handle:
+    def reduce_scatter(self, full: torch.Tensor, out: torch.Tensor, *, tag: int) -> Handle:
         """See `Collectives.reduce_scatter`."""
-        size = self.group.size()
-        if size == 1:
-            if out.data_ptr() != full.data_ptr():
-                out.copy_(full)
-            return _Works([], None)
-        if full.device.type != "cpu":
-            wide = full if full.dtype == out.dtype else full.to(torch.promote_types(full.dtype, out.dtype))
+        rank, size = self.group.rank(), self.group.size()
+        if out.device.type != "cpu" and size > 1:
+            wide = full.to(torch.promote_types(full.dtype, out.dtype))
             target = (
                 out
                 if wide.dtype == out.dtype
@@ -215,11 +221,21 @@ class PlainCollectives:
             work = dist.reduce_scatter_tensor(
                 target, wide, op=dist.ReduceOp.AVG, group=self.group, async_op=True
             )
-            return _CastAfter(_Works([work], None), target, out, keep=wide)
-        scratch = self._borrow(full.numel() * full.element_size())
-        received = scratch[: full.numel() * full.element_size()].view(full.dtype)
-        work = dist.all_to_all_single(_as_bytes(received), _as_bytes(full), group=self.group, async_op=True)
-        return _SumAfter(_Works([work], self.timeout_s), received.view(size, -1), out, scratch, self._scratch)
+            copy = None if target is out else lambda: out.copy_(target)
+            return _Works([work], None, copy, keep=[wide, target])
+        parts = list(full.view(size, -1))
+        nbytes = parts[0].numel() * full.element_size()
+        scratch = self._borrow(nbytes * (size - 1))
+        received = (
+            list(scratch[: nbytes * (size - 1)].view(full.dtype).view(size - 1, -1)) if size > 1 else []
+        )
+        received.insert(rank, parts[rank])
+
+        def finish() -> None:
+            mean_of(received, out)
+            self._scratch.append(scratch)
+
+        return exchange(self.group, parts, received, tag, self.timeout_s, finish)
 
     def _borrow(self, nbytes: int) -> torch.Tensor:
         """Bytes for what arrives; kept between reductions, since fresh pages cost more than the copy."""
@@ -233,62 +249,71 @@ class PlainCollectives:
         self._scratch.clear()
 
 
+@dataclass
 class _Works:
-    """Works of the process group; None as a time-out leaves it to the back end (NCCL's watchdog)."""
+    """Works of the process group, then something to do with what arrived.
 
-    def __init__(self, works: Sequence[dist.Work], timeout_s: float | None) -> None:
-        self._works = works
-        self._timeout_s = timeout_s
+    A time-out of None leaves the deadline to the back end. `keep` holds what must outlive the works.
+    """
+
+    works: Sequence[dist.Work]
+    timeout_s: float | None
+    then: Callable[[], object] | None = None
+    keep: Sequence[torch.Tensor] = field(default_factory=list)
 
     def wait(self) -> None:
-        for work in self._works:
-            if self._timeout_s is None:
+        for work in self.works:
+            if self.timeout_s is None:
                 work.wait()
             else:
-                work.wait(timedelta(seconds=self._timeout_s))
+                work.wait(timedelta(seconds=self.timeout_s))
+        if self.then is not None:
+            self.then()
 
 
-@dataclass
-class _SumAfter:
-    """All-to-all, then the mean of what came, in rank order: the same bits at every launch."""
+def exchange(
+    group: dist.ProcessGroup,
+    sent: Sequence[torch.Tensor],
+    received: Sequence[torch.Tensor],
+    tag: int,
+    timeout_s: float,
+    then: Callable[[], object] | None = None,
+) -> Handle:
+    """Send `sent[r]` to every other rank r and receive `received[r]` from it; empty tensors do not travel.
 
-    arrived: Handle
-    parts: torch.Tensor
-    out: torch.Tensor
-    scratch: torch.Tensor
-    pool: list[torch.Tensor]
-
-    def wait(self) -> None:
-        self.arrived.wait()
-        mean_of_rows(self.parts, self.out)
-        self.pool.append(self.scratch)
-
-
-@dataclass
-class _CastAfter:
-    arrived: Handle
-    target: torch.Tensor
-    out: torch.Tensor
-    keep: torch.Tensor
-
-    def wait(self) -> None:
-        self.arrived.wait()
-        if self.target.data_ptr() != self.out.data_ptr():
-            self.out.copy_(self.target)
+    Args:
+        group: a group whose messages carry tags (gloo).
+        sent: what goes to each rank, contiguous; the entry of this rank is not looked at.
+        received: where to put what comes from each rank, likewise.
+        tag: of these messages; a receive never matches another tag.
+        timeout_s: deadline of the handle's `wait`.
+        then: called when everything has arrived.
+    """
+    rank, works = group.rank(), []
+    for step in range(1, group.size()):  # everyone starts with the next rank, so that no rank is flooded
+        peer, source = (rank + step) % group.size(), (rank - step) % group.size()
+        if received[source].numel():
+            from_rank = dist.get_global_rank(group, source)
+            works.append(dist.irecv(_as_bytes(received[source]), from_rank, group=group, tag=tag))
+        if sent[peer].numel():
+            works.append(
+                dist.isend(_as_bytes(sent[peer]), dist.get_global_rank(group, peer), group=group, tag=tag)
+            )
+    return _Works([work for work in works if work is not None], timeout_s, then, [*sent, *received])
 
 
-def mean_of_rows(rows: torch.Tensor, out: torch.Tensor) -> None:
-    """`out` = the mean over dim 0 of `rows` [N, n], summed in fp32 (or wider) and rounded once."""
-    if rows.dtype in (torch.float32, torch.float64) and rows.dtype == out.dtype:
-        torch.add(rows[0], rows[1], out=out)
-        for row in rows[2:]:
-            out.add_(row)
-        out.mul_(1.0 / rows.shape[0])
+def mean_of(parts: Sequence[torch.Tensor], out: torch.Tensor) -> None:
+    """`out` = the mean of `parts`, summed in rank order in fp32 (or wider), rounded once; `out` may be one of them."""
+    if len(parts) == 1:
+        if out.data_ptr() != parts[0].data_ptr():
+            out.copy_(parts[0])
+    elif len(parts) == 2 and parts[0].dtype == out.dtype and out.dtype in (torch.float32, torch.float64):
+        torch.add(parts[0], parts[1], out=out).mul_(0.5)
     else:
-        total = rows[0].to(torch.promote_types(out.dtype, torch.float32))
-        for row in rows[1:]:
-            total.add_(row)
-        out.copy_(total.mul_(1.0 / rows.shape[0]))
+        total = parts[0].to(torch.promote_types(out.dtype, torch.float32), copy=True)
+        for part in parts[1:]:
+            total.add_(part)
+        out.copy_(total.mul_(1.0 / len(parts)))
 
 
 def resolve_group(mesh: DeviceMesh | dist.ProcessGroup) -> dist.ProcessGroup:
@@ -314,6 +339,11 @@ def sibling_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
     """
     ranks = dist.get_process_group_ranks(group)
     return cast(dist.ProcessGroup, dist.new_group(ranks, use_local_synchronization=True))
+
+
+def _tag(what: str, tensor: torch.Tensor) -> int:
+    """31 bits that name a collective and its size, alike on every rank."""
+    return zlib.crc32(f"{what} {tensor.numel()} {tensor.dtype}".encode()) & 0x7FFFFFFF
 
 
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:

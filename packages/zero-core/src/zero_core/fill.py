@@ -35,18 +35,16 @@ def fill_units(
         for position, (param, view) in enumerate(zip(unit.params, views, strict=True)):
             if param.is_meta:
                 view.zero_()
-                swap_tensors(param, nn.Parameter(view, requires_grad=param.requires_grad))
-                unit.params[position] = param
+                swap_tensors(param, nn.Parameter(torch.empty(0), requires_grad=param.requires_grad))
                 agreed = False
-                continue
-            if isinstance(param, ReleasedParameter):
+            elif isinstance(param, ReleasedParameter):
                 type(param).restore(param)
                 unit.classes[position] = type(param)
+                view.copy_(param.detach())
             else:
+                view.copy_(param.detach())
                 agreed = False
-            with torch.no_grad():
-                view.copy_(param)
-            param.data = view
+            param.data = view  # and not nn.Parameter(view), which would share the buffer's version counter
         for module in initialise:
             with torch.no_grad():
                 (init_module or _reset)(module)

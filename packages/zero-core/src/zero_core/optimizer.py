@@ -112,9 +112,9 @@ class ShardedOptimizer(Optimizer):
                 self._owned.setdefault(unit.index, set()).add(index)
                 place = next((part for part in unit.local_slots if part.index == index), None)
                 state = optimizer.state.pop(param, None)
-                if place is None:
-                    continue
                 flat = unit.ensure_master(master_dtype)
+                if place is None:  # the parameter lies wholly in other ranks' shards
+                    continue
                 master = nn.Parameter(flat[place.start : place.stop])
                 if state:
                     lo, hi = place.param_start, place.param_start + place.numel

@@ -17,7 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 from .collectives import PlainCollectives, Wire, resolve_group
 from .config import Overlap
@@ -56,11 +59,15 @@ def sharded_init(
     builder = _Builder(
         Wire(group, PlainCollectives(group, timeout_s), torch.device("cpu"), timeout_s), whole_bytes
     )
-    remover = register_module_parameter_registration_hook(builder.registered)
+    removers = (
+        register_module_parameter_registration_hook(builder.registered),
+        register_module_module_registration_hook(builder.attached),
+    )
     try:
         yield
     finally:
-        remover.remove()
+        for remover in removers:
+            remover.remove()
         builder.evict(0)
 
 
@@ -91,6 +98,12 @@ class _Builder:
         self.parts[id(param)] = _Part(param, type(param))
         self._touch(param)
         self.evict(self.whole_bytes, keep={id(param)})
+
+    def attached(self, module: nn.Module, name: str, child: nn.Module | None) -> None:
+        """A module has got a submodule: a deep copy brings parameters that were never registered."""
+        for owner in child.modules() if child is not None else ():
+            for key, param in owner._parameters.items():
+                self.registered(owner, key, param)
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run `func` with the released parameters among its arguments whole."""

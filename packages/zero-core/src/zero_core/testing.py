@@ -136,6 +136,10 @@ def _serve(pipe: Connection[Any, Any]) -> None:
 
 
 def _run_rank(target: _Target, rank: int, world_size: int, store: str, args: tuple[Any, ...]) -> Any:
+    if (
+        dist.is_initialized()
+    ):  # the last call's; kept until now, since a peer may still have been inside a collective
+        dist.destroy_process_group()
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), OMP_NUM_THREADS="1")
     dist.init_process_group(
         "gloo",
@@ -144,10 +148,7 @@ def _run_rank(target: _Target, rank: int, world_size: int, store: str, args: tup
         world_size=world_size,
         timeout=timedelta(minutes=5),
     )
-    result = target.load()(rank, *args)
-    dist.barrier()  # a peer may still be inside a collective that this rank has finished
-    dist.destroy_process_group()
-    return result
+    return target.load()(rank, *args)
 
 
 def _collect(workers: list[_Worker], timeout_s: float, tolerate: tuple[int, ...]) -> list[Any]:

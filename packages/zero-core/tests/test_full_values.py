@@ -1,0 +1,204 @@
+"""Full values in and out: state dicts, streams and edits under plain names, at every stage."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+import zero_core as zero
+from torch import nn
+from zero_core.testing import run_ranks
+from zero_core_models import Net, batches, dp_mesh, loss_of, relative_error, seeded
+
+
+def sharded_net(world_size: int, stage: int, seed: int = 0, **kwargs):
+    model = zero.shard(seeded(lambda: Net(unused=True), seed), dp_mesh(world_size), stage=stage, **kwargs)
+    return model, zero.ShardedOptimizer(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
+
+
+def train(model, opt, rank: int, steps: int, skip: int = 0) -> list[float]:
+    losses = []
+    for ids in list(batches(rank, skip + steps))[skip:]:
+        loss = loss_of(model, ids)
+        loss.backward()
+        opt.step()
+        opt.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def round_trip(rank: int, world_size: int, stage: int) -> None:
+    expected = {n: v.clone() for n, v in seeded(lambda: Net(unused=True)).state_dict().items()}
+    model, _ = sharded_net(world_size, stage)
+    found = zero.full_state_dict(model)
+    assert list(found) == list(expected)
+    assert relative_error(found, expected) == 0
+    assert found["embed.weight"] is found["head.weight"]
+    assert all(v.is_contiguous() for v in found.values())
+    alone = zero.full_state_dict(model, rank0_only=True)
+    assert (len(alone) == len(expected)) is (rank == 0)
+    part = zero.full_state_dict(model.blocks[1])
+    assert relative_error(part, {n: expected[f"blocks.1.{n}"] for n in part}) == 0
+    assert list(part) == list(model.blocks[1].state_dict()) if stage < 3 else True
+    order = [name for name, _ in zero.stream_full(model)]
+    assert sorted(order) == sorted(expected)
+
+    other = {n: v + 1 for n, v in expected.items()}
+    zero.load_full_state_dict(model, other if rank == 0 else None)
+    assert relative_error(zero.full_state_dict(model), other) == 0
+
+    broken = dict(other)
+    broken["blocks.0.up.bias"] = torch.zeros(3)
+    broken["stray"] = broken.pop("norm.bias")
+    with pytest.raises(
+        zero.ZeroConfigError, match=r"missing: norm\.bias; unexpected: stray; 'blocks\.0\.up\.bias'"
+    ):
+        zero.load_full_state_dict(model, broken if rank == 0 else None)
+    assert relative_error(zero.full_state_dict(model), other) == 0
+    zero.load_full_state_dict(
+        model, {"norm.bias": torch.full((19,), 5.0)} if rank == 0 else None, strict=False
+    )
+    assert zero.full_state_dict(model)["norm.bias"].tolist() == [5.0] * 19
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_state_dict_round_trip(stage: int) -> None:
+    run_ranks(round_trip, 3, 3, stage)
+
+
+def ranks_start_from_the_first_ranks_values(rank: int, world_size: int, stage: int) -> float:
+    model, _ = sharded_net(world_size, stage, seed=rank)
+    return relative_error(zero.full_state_dict(model), seeded(lambda: Net(unused=True)).state_dict())
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_first_ranks_values_win(stage: int) -> None:
+    assert run_ranks(ranks_start_from_the_first_ranks_values, 2, 2, stage) == [0.0, 0.0]
+
+
+def edits(rank: int, world_size: int, stage: int, dtype: torch.dtype) -> None:
+    model, opt = sharded_net(world_size, stage, precision=zero.Precision(compute=dtype))
+    train(model, opt, rank, 2)
+    with zero.materialized(model.blocks[0]), torch.no_grad():
+        assert model.blocks[0].up.weight.abs().sum() > 0
+        if stage == 3:
+            with pytest.raises(zero.ReleasedParameterError):
+                model.blocks[1].up.weight.sum()
+    with (
+        pytest.raises(zero.ZeroStateError, match="pass write=True"),
+        zero.materialized(model),
+        torch.no_grad(),
+    ):
+        model.norm.weight.zero_()
+    with zero.materialized(model, write=True), torch.no_grad():
+        for param in model.parameters():
+            param.fill_(0.25)
+        expected = model(next(iter(batches(0, 1)))).clone()
+    found = zero.full_state_dict(model)
+    assert all((v == 0.25).all() for n, v in found.items() if n != "bias")
+    assert torch.equal(model(next(iter(batches(0, 1)))), expected)
+    train(model, opt, rank, 1)  # masters followed: one small step from 0.25, not back to the old values
+    moved = zero.full_state_dict(model)["blocks.0.up.weight"].float()
+    assert 0 < (moved - 0.25).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_materialized_reads_and_writes(stage: int, dtype: torch.dtype) -> None:
+    run_ranks(edits, 2, 2, stage, dtype)
+
+
+def resume(rank: int, world_size: int, stage: int, dtype: torch.dtype) -> None:
+    """Descriptions and scalars carry a run over to a new model and optimizer, exactly."""
+    precision = zero.Precision(compute=dtype)
+    model, opt = sharded_net(world_size, stage, precision=precision)
+    train(model, opt, rank, 3)
+    described = zero.sharded_state(model, opt)
+    total: dict[str, int] = {}
+    for name, shard in described.items():
+        assert shard.local.dim() == 1
+        assert shard.offsets[0] + shard.local.numel() <= max(1, torch.Size(shard.global_shape).numel())
+        total[name] = shard.local.numel()
+    saved = {name: shard.local.clone() for name, shard in described.items()}
+    scalars = zero.optimizer_scalars(opt)
+    kept = copy.deepcopy(opt.state_dict())
+    expected = train(model, opt, rank, 2, skip=3)
+
+    other, other_opt = sharded_net(world_size, stage, seed=5, precision=precision)
+    zero.load_sharded_state(other, other_opt, saved)
+    zero.load_optimizer_scalars(other_opt, scalars)
+    assert train(other, other_opt, rank, 2, skip=3) == expected
+
+    third, third_opt = sharded_net(world_size, stage, seed=6, precision=precision)
+    third_opt.load_state_dict(kept)
+    if dtype == torch.float32:
+        zero.load_sharded_state(
+            third, None, {n: v for n, v in saved.items() if not n.startswith("optimizer.")}
+        )
+    assert train(third, third_opt, rank, 2, skip=3) == expected
+
+    with pytest.raises(zero.ZeroConfigError, match=r"missing 'optimizer\..*'|missing '"):
+        zero.load_sharded_state(other, other_opt, {n: v for i, (n, v) in enumerate(saved.items()) if i})
+    with pytest.raises(zero.ZeroConfigError, match=r"expected [0-9]+ elements, got"):
+        zero.load_sharded_state(
+            other,
+            other_opt,
+            {n: v.repeat(2)[: v.numel() + 1] for n, v in saved.items() if v.numel()},
+            strict=False,
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_sharded_state_resumes_bit_for_bit(stage: int, dtype: torch.dtype) -> None:
+    run_ranks(resume, 2, 2, stage, dtype)
+
+
+def released(rank: int, world_size: int) -> None:
+    model, opt = sharded_net(world_size, 3)
+    weight = model.blocks[1].up.weight
+    assert weight.shape == (58, 19)
+    assert weight.dtype == torch.float32
+    assert weight.device.type == "cpu"
+    assert weight.requires_grad
+    assert weight.numel() == 58 * 19
+    assert isinstance(weight, nn.Parameter)
+    assert "sharded" in repr(weight)
+    assert "Linear" in repr(model)
+    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in Net(unused=True).parameters())
+    assert torch.zeros_like(weight).shape == weight.shape
+    touches = [
+        lambda: weight.sum(),
+        lambda: weight + 1,
+        lambda: torch.ones(2, 58) @ weight,
+        lambda: weight[0],
+        lambda: weight.data,
+        lambda: weight.detach(),
+        lambda: weight.tolist(),
+        lambda: weight.numpy(),
+        lambda: weight.clone(),
+        lambda: nn.init.zeros_(weight),
+        lambda: nn.functional.linear(torch.ones(1, 19), weight),
+        lambda: torch.stack([weight, weight]),
+        lambda: copy.deepcopy(weight),
+        lambda: pickle.dumps(weight),
+        lambda: weight.to("cpu", torch.float16),
+        lambda: model.blocks[1].state_dict(),
+        lambda: model.half(),
+        lambda: bool((weight == 0).all()),
+    ]
+    for touch in touches:
+        with pytest.raises(
+            zero.ReleasedParameterError, match=r"'blocks\.1\.up\.weight'|'embed\.weight'|'blocks\.1\."
+        ) as info:
+            touch()
+        assert "materialized" in str(info.value)
+    with pytest.raises(zero.ZeroError, match="full_state_dict"):
+        copy.deepcopy(model)
+    train(model, opt, rank, 1)
+
+
+def test_released_parameter_tells_the_truth_and_refuses_the_rest() -> None:
+    run_ranks(released, 1, 1)

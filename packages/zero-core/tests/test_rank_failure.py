@@ -1,0 +1,78 @@
+"""A rank that dies, stalls or runs another program ends the others in bounded time, by name of unit and rank."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+import torch
+import zero_core as zero
+from zero_core.testing import RankFailedError, run_ranks
+from zero_core_models import Net, batches, dp_mesh, loss_of, seeded
+
+TIMEOUT_S = 4.0
+
+
+def fail(rank: int, world_size: int, stage: int, how: str) -> tuple[str, float]:
+    overlap = zero.Overlap(timeout_s=TIMEOUT_S)
+    model = zero.shard(seeded(Net), dp_mesh(world_size), stage=stage, overlap=overlap)
+    opt = zero.ShardedOptimizer(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    ids = next(iter(batches(rank, 1)))
+    loss_of(model, ids).backward()
+    opt.step()
+    opt.zero_grad()
+    start = time.monotonic()
+    if rank == 1:
+        if how == "dies in backward":
+            model.blocks[1].register_full_backward_hook(lambda *_: os._exit(17))
+        elif how == "dies in forward":
+            model.blocks[1].register_forward_pre_hook(lambda *_: os._exit(17))
+        elif how == "stalls":
+            time.sleep(TIMEOUT_S * 3)
+            return "", 0.0
+        elif how == "skips a block":
+            del model.blocks[1]
+    try:
+        loss_of(model, ids).backward()
+        opt.step()
+    except zero.CollectiveError as error:
+        return str(error), time.monotonic() - start
+    return "", time.monotonic() - start
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("how", ["dies in backward", "dies in forward", "stalls"])
+def test_survivors_end_with_a_name(stage: int, how: str) -> None:
+    results = run_ranks(fail, 2, 2, stage, how, tolerate=(0, 1) if "dies" in how else (), timeout_s=90)
+    message, seconds = results[0]
+    assert "rank 0 of 2" in message
+    assert "unit '" in message or "agreement" in message
+    assert "rank 1" in message
+    assert seconds < TIMEOUT_S * 4
+    if "dies" in how:
+        assert "exit code 17" in results[1]
+
+
+@pytest.mark.parametrize("stage", [3])
+def test_ranks_that_diverge_are_told_apart(stage: int) -> None:
+    results = run_ranks(fail, 2, 2, stage, "skips a block", timeout_s=90)
+    for rank, (message, seconds) in enumerate(results):
+        assert f"rank {rank} of 2" in message
+        assert "unit '" in message
+        assert f"rank {1 - rank} was at collective" in message
+        assert seconds < TIMEOUT_S * 4
+
+
+def first_to_fail(rank: int) -> None:
+    if rank == 1:
+        raise ValueError("told you so")
+    time.sleep(60)
+
+
+def test_helper_reports_the_first_failure_at_once() -> None:
+    start = time.monotonic()
+    with pytest.raises(RankFailedError, match="told you so") as info:
+        run_ranks(first_to_fail, 2)
+    assert info.value.rank == 1
+    assert time.monotonic() - start < 40

@@ -3,8 +3,7 @@
 // A Rule is built from a Segment, says how many state tensors it has (kStates: 0, 1 or 2) and updates a vector of
 // parameters and states from a vector of scaled fp32 gradients: rule(p, g, s0, s1).
 //
-// No software prefetch, and ordinary stores for what was just read: on the machines measured, prefetching costs up to
-// 15 % (the hardware does it better) and streaming stores 40 %, since their lines are in the cache already.
+// Ordinary stores for what was just read: its lines are in the cache, and streaming stores would cost 40 %.
 #pragma once
 #include <algorithm>
 
@@ -14,6 +13,10 @@ namespace {
 
 using accel::Segment;
 using accel::StepArgs;
+
+// Bytes ahead of the loads: six cache lines. Measured on Zen 4: 2-3 % faster than none, while from 1 KiB on it is
+// 10 % slower than none, since it gets in the way of the hardware's own prefetching.
+constexpr int kPrefetchBytes = 384;
 
 template <class Rule, DType G, DType L>
 struct Walk {
@@ -30,6 +33,14 @@ struct Walk {
     float* s0;
     float* s1;
     Low* low;
+
+    void prefetch(std::int64_t i) const {
+        constexpr int kFloats = kPrefetchBytes / 4;
+        __builtin_prefetch(p + i + kFloats, 1, 3);
+        __builtin_prefetch(g + i + kPrefetchBytes / int(sizeof(Grad)), 0, 3);
+        if (Rule::kStates > 0) __builtin_prefetch(s0 + i + kFloats, 1, 3);
+        if (Rule::kStates > 1) __builtin_prefetch(s1 + i + kFloats, 1, 3);
+    }
 
     F32 update(std::int64_t i) {
         F32 x = load_f32(p + i), a = {}, b = {};
@@ -65,7 +76,10 @@ struct Walk {
     template <bool kStream>
     std::int64_t pairs(std::int64_t i, std::int64_t end) {
         for (; i + 2 * kLanes <= end; i += 2 * kLanes) {
-            const F32 x = update(i), y = update(i + kLanes);
+            prefetch(i);
+            const F32 x = update(i);
+            if (kLanes * sizeof(float) == 64) prefetch(i + kLanes);
+            const F32 y = update(i + kLanes);
             if (kLow && kStream) LowMemory::stream2(low + i, x, y);
             if (kLow && !kStream) {
                 LowMemory::store(low + i, x);

@@ -163,5 +163,5 @@ def test_stale_saved_tensor_is_noticed() -> None:
 
 
 def test_meta_tensors_pass_through() -> None:
-    tensors = [torch.empty(10, device="meta") for _ in range(4)]
-    ak.adam_step(*tensors, [ak.AdamSegment(start=0, stop=10, lr=0.1, step=1)])  # type: ignore[arg-type]
+    p, g, m, v = (torch.empty(10, device="meta") for _ in range(4))
+    ak.adam_step(p, g, m, v, [ak.AdamSegment(start=0, stop=10, lr=0.1, step=1)])

@@ -31,9 +31,9 @@ def segment(start: int = 0, stop: int = N) -> ak.AdamSegment:
 
 
 def call(given: Tensors, segments: Any = None, **options: Any) -> None:
-    positional = [given[name] for name in ("param", "grad", "exp_avg", "exp_avg_sq")]
+    param, grad, m, v = (given[name] for name in ("param", "grad", "exp_avg", "exp_avg_sq"))
     segments = [segment()] if segments is None else segments
-    ak.adam_step(*positional, segments, low_precision=given["low_precision"], **options)
+    ak.adam_step(param, grad, m, v, segments, low_precision=given["low_precision"], **options)
 
 
 def overlapping(given: Tensors, name: str, other: str) -> None:

@@ -78,16 +78,16 @@ def test_cast(src_dtype: torch.dtype, dst_dtype: torch.dtype, stochastic: bool, 
 
 def test_scale_on_the_device_and_no_synchronisation() -> None:
     n = 10_000
-    tensors = [torch.rand(n, device="cuda") for _ in range(4)]
-    others = [t.clone() for t in tensors]
+    p, g, m, v = tensors = [torch.rand(n, device="cuda") for _ in range(4)]
+    p2, g2, m2, v2 = others = [t.clone() for t in tensors]
     segments = [ak.AdamSegment(start=0, stop=n, lr=0.1, step=2)]
     factor = torch.tensor(0.25, device="cuda")
-    ak.adam_step(*tensors, segments, grad_scale=factor)  # compiles
-    ak.adam_step(*others, segments, grad_scale=0.25)
+    ak.adam_step(p, g, m, v, segments, grad_scale=factor)  # compiles
+    ak.adam_step(p2, g2, m2, v2, segments, grad_scale=0.25)
     assert all(torch.equal(a, b) for a, b in zip(tensors, others, strict=True))
     torch.cuda.set_sync_debug_mode("error")
     try:
-        ak.adam_step(*tensors, segments, grad_scale=factor)
+        ak.adam_step(p, g, m, v, segments, grad_scale=factor)
         ak.grad_norm_scale(tensors[0])
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -58,7 +58,7 @@ def test_sequence_and_accumulation(runner: Runner) -> None:
     out = torch.tensor([10.0, 2.0], dtype=torch.float64)
     returned = run(runner, grads, scale=2.0, out=out)
     assert returned is out
-    expected = sum(4 * g.double().square().sum() for g in grads)
+    expected = torch.stack([4 * g.double().square().sum() for g in grads]).sum()
     torch.testing.assert_close(out, torch.stack([10 + expected, torch.tensor(2.0, dtype=torch.float64)]))
 
 

@@ -125,11 +125,10 @@ class Wire:
 
         def combine() -> None:
             rows = torch.stack(received)
-            tensor.copy_(
-                {dist.ReduceOp.SUM: rows.sum, dist.ReduceOp.MIN: rows.amin, dist.ReduceOp.MAX: rows.amax}[op](
-                    0
-                )
-            )
+            if op == dist.ReduceOp.SUM:
+                tensor.copy_(rows.sum(0))
+            else:
+                tensor.copy_(rows.amin(0) if op == dist.ReduceOp.MIN else rows.amax(0))
 
         tag = _tag(name, tensor)
         return self._launch(name, lambda: exchange(self.group, sent, received, tag, self.timeout_s, combine))

@@ -1,9 +1,10 @@
 """Fused AdamW on the CPU against torch's fused AdamW, DeepSpeed's CPU Adam and the memory's own speed.
 
-All contestants of a row work on the same arrays in the same run (DeepSpeed: in its own process, on arrays of the same
-size), one call each in turn; medians, and the best of each. The limit is a loop that reads four arrays and writes three of them back, the
-traffic of an Adam step, with ordinary and with non-temporal stores, whichever is faster. A second table compares a
-whole mixed-precision update: unscale, norm, clip, step, write the bf16 copy.
+All contestants of a row work on the same arrays in the same run (DeepSpeed: in its own process, on arrays of the
+same size, made the same way), one call each in turn; medians, and the best of each. The limit is a loop that reads
+four arrays and writes three of them back, the traffic of an Adam step, with ordinary and with non-temporal stores,
+whichever is faster. A second table compares a whole mixed-precision update: unscale, norm, clip, step, write the
+bf16 copy.
 
     python benchmarks/adam_step.py [--quick] [--peer-python PATH] [--out FILE]
 """
@@ -59,8 +60,9 @@ class Arrays:
         self.grad = (
             torch.rand(numel) + 0.5
         )  # positive: the second moment stays so under the plain stream, too
-        self.exp_avg = torch.rand(numel)
-        self.exp_avg_sq = torch.rand(numel)
+        # As optimizers make them: zeros whose pages get their place in memory at the first step, side by side.
+        self.exp_avg = torch.zeros(numel)
+        self.exp_avg_sq = torch.zeros(numel)
         self.bf16 = torch.empty(numel, dtype=torch.bfloat16)
         self.segments = [ak.AdamSegment(start=0, stop=numel, lr=1e-3, weight_decay=0.01, step=10)]
         self.optimizer = torch.optim.AdamW([self.param], lr=1e-3, weight_decay=0.01, fused=True)

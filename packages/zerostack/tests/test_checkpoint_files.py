@@ -184,11 +184,11 @@ def test_an_older_checkpoint_of_the_same_tag_is_replaced(tmp_path, solo):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ({"a": {"b": (1, 2)}}, r"values\.a\.b: a tuple would come back as a list; pass list"),
-        ({"a": [torch.zeros(1)]}, r"values\.a\[0\]: a tensor is not a small value"),
-        ({"a": {1: 2}}, r"values\.a: a key must be a str, got 1 \(int\)"),
-        ({"a": object()}, r"values\.a: expected str, int"),
-        ({"a": torch.float32}, r"values\.a: expected str, int"),
+        ({"a": {"b": (1, 2)}}, r"^a\.b: a tuple would come back as a list; pass list"),
+        ({"a": [torch.zeros(1)]}, r"^a\[0\]: a tensor is not a small value"),
+        ({"a": {1: 2}}, r"^a: a key must be a str, got 1 \(int\)"),
+        ({"a": object()}, r"^a: expected str, int"),
+        ({"a": torch.float32}, r"^a: expected str, int"),
     ],
 )
 def test_values_that_would_change_are_refused_with_their_path(tmp_path, solo, value, message):

@@ -61,7 +61,8 @@ def test_a_valid_configuration_resolves():
     assert (result.batch.train, result.batch.micro, result.batch.accumulation) == (32, 4, 4)
     assert result.config.zero_optimization.reduce_bucket_size == 50_000_000
     assert result.sources["zero_optimization.stage"] == "file"
-    assert result.sources["zero_optimization.stage3_prefetch_bucket_size"] == "default"
+    assert result.sources["seed"] == "default"
+    assert result.sources["zero_optimization.stage3_prefetch_bucket_size"] == "default: zero-core decides"
     assert result.sources["gradient_accumulation_steps"].startswith("derived: train_batch_size 32 / (")
     assert set(result.findings.switched_off) == {
         "zero_optimization.offload_param",

@@ -136,6 +136,7 @@ class Engine(Facts):
     def zero_grad(self) -> None:
         """Forget the gradients that have accumulated."""
         self.parts.optimizer.zero_grad()
+        self._pending_backward = False
 
     def train(self, mode: bool = True) -> Engine:
         """Put the model in training mode."""

@@ -26,17 +26,17 @@ def gather_text(text: str, group: dist.ProcessGroup) -> list[str]:
         return [text]
     device = _device(group)
     mine = torch.frombuffer(bytearray(text.encode() or b" "), dtype=torch.uint8).to(device)
-    sizes = torch.empty(group.size(), dtype=torch.int64, device=device)
-    dist.all_gather_into_tensor(sizes, torch.tensor([mine.numel()], device=device), group=group)
-    longest = int(sizes.max())
-    padded = torch.zeros(longest, dtype=torch.uint8, device=device)
+    sizes = [int(size) for size in _all_gather(torch.tensor([mine.numel()], device=device), group)]
+    padded = torch.zeros(max(sizes), dtype=torch.uint8, device=device)
     padded[: mine.numel()] = mine
-    everyone = torch.empty(longest * group.size(), dtype=torch.uint8, device=device)
-    dist.all_gather_into_tensor(everyone, padded, group=group)
-    rows = everyone.cpu().view(group.size(), longest)
-    return [
-        bytes(row[:size].numpy()).decode().strip() for row, size in zip(rows, sizes.tolist(), strict=True)
-    ]
+    rows = zip(_all_gather(padded, group), sizes, strict=True)
+    return [bytes(row[:size].cpu().numpy()).decode().strip() for row, size in rows]
+
+
+def _all_gather(tensor: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tensor]:
+    everyone = [torch.empty_like(tensor) for _ in range(group.size())]
+    dist.all_gather(everyone, tensor, group=group)
+    return everyone
 
 
 def gather_json(value: Any, group: dist.ProcessGroup) -> list[Any]:

@@ -81,7 +81,14 @@ def effective(
     if typed.train_batch_size is None and micro is None and not strict:
         micro, sources[MICRO] = 1, sources.get(MICRO, "nothing given: 1 assumed")
     batch = solve(typed.train_batch_size, micro, typed.gradient_accumulation_steps, around.world)
-    origin = {path: "file" if _given(ready, path) else "default" for path, _ in leaves(typed)}
+    origin = {
+        path: "file"
+        if _given(ready, path)
+        else "default"
+        if value is not None
+        else "default: zero-core decides"
+        for path, value in leaves(typed)
+    }
     return Effective(
         config=typed,
         batch=batch,

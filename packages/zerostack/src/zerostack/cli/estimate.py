@@ -1,0 +1,120 @@
+"""`zerostack estimate`: bytes per rank for every stage and world size, as a table and a chart.
+
+In: a number of parameters. Out: `zero_core.plan_memory`, side by side. Nothing is allocated.
+Source: ZeRO (Rajbhandari et al., arXiv:1910.02054), figure 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import zero_core as zero
+
+from ..explain import num_bytes, table
+from .main import parser_for
+from .text import parse_count, say
+
+_EXAMPLES = """\
+  zerostack estimate --params 7.5e9 --world 1,4,16,64
+  zerostack estimate --params 350M --world 8 --precision fp32 --optimizer sgd-momentum
+  zerostack estimate --params 70B --world 64,256,1024 --plot memory.png
+"""
+
+_PRECISIONS = {
+    "bf16": zero.Precision(compute=torch.bfloat16),
+    "fp16": zero.Precision(compute=torch.float16),
+    "fp32": zero.Precision(),
+}
+_KINDS = {
+    "params": "parameters",
+    "grads": "gradients",
+    "master": "fp32 master",
+    "optimizer": "optimizer state",
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the table; draw the chart if asked."""
+    parser = parser_for("estimate", _EXAMPLES)
+    parser.add_argument("--params", type=parse_count, required=True, metavar="N", help="7.5e9, 350M, 1.3B")
+    parser.add_argument(
+        "--world", type=_integers, default=[1, 4, 16, 64], metavar="N,N", help="numbers of ranks"
+    )
+    parser.add_argument("--stage", type=_integers, default=[0, 1, 2, 3], metavar="S,S", help="ZeRO stages")
+    parser.add_argument("--precision", choices=_PRECISIONS, default="bf16", help="dtype of the maths (bf16)")
+    parser.add_argument("--optimizer", default="adam", help="adam, lion, adagrad, sgd-momentum or sgd (adam)")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE.png", help="draw a bar for each stage and world size"
+    )
+    args = parser.parse_args(argv)
+    try:
+        plans = {
+            (stage, world): zero.plan_memory(
+                args.params,
+                stage=stage,
+                world=world,
+                precision=_PRECISIONS[args.precision],
+                optimizer=args.optimizer,
+            )
+            for stage in args.stage
+            for world in args.world
+        }
+    except zero.ZeroConfigError as error:
+        parser.error(str(error))
+    say(f"Model states per rank: {args.params:g} parameters, {args.precision}, {args.optimizer}")
+    say()
+    say(_total_table(plans, args.stage, args.world))
+    say()
+    say(f"What they are made of on {args.world[-1]} rank(s)")
+    say()
+    say(_parts_table(plans, args.stage, args.world[-1]))
+    say()
+    say(
+        "Not counted: activations, the units that are whole while they are used, and the allocator's own needs."
+    )
+    if args.plot is not None:
+        _draw(plans, args.plot, f"{args.params:g} parameters, {args.precision}, {args.optimizer}")
+        say(f"Chart: {args.plot}")
+    return 0
+
+
+def _integers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+Plans = dict[tuple[int, int], zero.MemoryPlan]
+
+
+def _total_table(plans: Plans, stages: list[int], worlds: list[int]) -> str:
+    head = ["stage", *[f"{world} rank{'s' if world > 1 else ''}" for world in worlds]]
+    rows = [[str(s), *[num_bytes(plans[s, w].model_states) for w in worlds]] for s in stages]
+    return table(head, rows)
+
+
+def _parts_table(plans: Plans, stages: list[int], world: int) -> str:
+    rows = [[str(s), *[num_bytes(getattr(plans[s, world], kind)) for kind in _KINDS]] for s in stages]
+    return table(["stage", *_KINDS.values()], rows)
+
+
+def _draw(plans: Plans, path: Path, title: str) -> None:
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    mpl.use("Agg")
+    figure = Figure(figsize=(1.6 + 0.7 * len(plans), 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    labels = [f"stage {stage}\n{world}" for stage, world in plans]
+    bottom = [0.0] * len(plans)
+    for kind, label in _KINDS.items():
+        heights = [getattr(plan, kind) / 1e9 for plan in plans.values()]
+        axes.bar(labels, heights, bottom=bottom, label=label, width=0.7)
+        bottom = [below + height for below, height in zip(bottom, heights, strict=True)]
+    for position, top in enumerate(bottom):
+        axes.text(position, top, f"{top:.3g}", ha="center", va="bottom", fontsize=8)
+    axes.set(ylabel="GB on each rank", xlabel="ZeRO stage and number of ranks", title=title)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,58 @@
+"""`zerostack run`: torch.distributed.run with `--num-procs`, one machine by default, and sensible thread counts.
+
+In: torchrun's own flags, a script and its arguments. Out: the script on every process. Nothing is added to what
+torchrun sets, so a script started here starts with torchrun too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+
+from torch.distributed import run as torchrun
+
+_EXAMPLES = """\
+examples:
+  zerostack run --num-procs 4 train.py --lr 3e-4
+  zerostack run --num-procs gpu train.py                           one process for each GPU
+  zerostack run --nnodes 2 --num-procs 8 --rdzv-backend c10d --rdzv-endpoint host0:29500 train.py
+  zerostack run --num-procs 2 -m my_package.train                  a module instead of a file
+
+Everything before the script is for torch.distributed.run, everything after it for the script.
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Start the script on every process and wait for it."""
+    args = _parser().parse_args(argv)
+    one_machine = args.nnodes in {"1", "1:1"} and not args.rdzv_endpoint
+    if one_machine and args.rdzv_backend in {"static", "c10d"} and args.node_rank == 0:
+        args.standalone = True
+    if "OMP_NUM_THREADS" not in os.environ:
+        os.environ["OMP_NUM_THREADS"] = str(threads_each(args.nproc_per_node))
+    torchrun.run(args)
+    return 0
+
+
+def threads_each(num_procs: str) -> int:
+    """An equal share of this machine's cores, at least one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    procs = int(num_procs) if num_procs.isdigit() else 1
+    return max(1, cores // procs)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = torchrun.get_args_parser()
+    parser.prog = "zerostack run"
+    parser.description = "Start a training script on several processes (torch.distributed.run)."
+    parser.epilog = _EXAMPLES
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument(
+        "--num-procs",
+        "--num_procs",
+        dest="nproc_per_node",
+        metavar="N",
+        help="processes on this machine: a number, or gpu, cpu, auto (same as --nproc-per-node)",
+    )
+    return parser

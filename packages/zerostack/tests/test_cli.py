@@ -1,0 +1,162 @@
+"""The commands: help that teaches, numbers of the paper, errors without a traceback."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import pytest
+from zerostack.cli import main
+from zerostack.cli.run import threads_each
+from zerostack.cli.text import parse_count
+
+
+def run(capsys, *arguments):
+    try:
+        status = main(list(arguments))
+    except SystemExit as stop:
+        status = stop.code
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+@pytest.mark.parametrize("command", ["run", "demo", "doctor", "explain", "estimate"])
+def test_help_shows_examples(capsys, command):
+    status, out, _ = run(capsys, command, "--help")
+    assert status == 0
+    assert "examples:" in out
+    assert f"zerostack {command}" in out
+
+
+def test_help_of_all(capsys):
+    for arguments in ([], ["--help"]):
+        status, out, _ = run(capsys, *arguments)
+        assert status == 0
+        assert all(
+            command in out for command in ("run", "demo", "doctor", "explain", "estimate", "examples:")
+        )
+    assert run(capsys, "--version")[1].strip() == "0.1.0"
+    status, _, err = run(capsys, "trian")
+    assert status == 2
+    assert "invalid choice: 'trian'" in err
+
+
+def test_estimate_gives_the_numbers_of_the_paper(capsys, tmp_path):
+    chart = tmp_path / "deep" / "chart.png"
+    arguments = ["--params", "7.5e9", "--world", "1,4,16,64", "--plot", str(chart)]
+    status, out, _ = run(capsys, "estimate", *arguments)
+    assert status == 0
+    rows = {
+        line.split()[0]: line.split()[1:] for line in out.splitlines() if line[:2] in {"0 ", "1 ", "2 ", "3 "}
+    }
+    last = {stage: f"{cells[-2]} {cells[-1]}" for stage, cells in list(rows.items())[:4]}
+    assert chart.read_bytes().startswith(b"\x89PNG")
+    table = out.split("What they are made of")[0]
+    sizes = [line.split("  ")[-1].strip() for line in table.splitlines() if line[:1] in "0123" and line[:1]]
+    assert sizes == ["120 GB", "31.4 GB", "16.6 GB", "1.88 GB"]
+    assert last
+    status, _, err = run(capsys, "estimate", "--params", "1B", "--optimizer", "adamm")
+    assert status == 2
+    assert "optimizer: expected one of" in err
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("7.5e9", 7.5e9), ("350M", 350e6), ("1.3b", 1.3e9), ("2K", 2000)]
+)
+def test_counts_may_have_units(text, value):
+    assert parse_count(text) == value
+
+
+def test_counts_are_positive():
+    with pytest.raises(ValueError, match="above 0"):
+        parse_count("-1M")
+
+
+def test_explain_shows_value_source_and_bytes(capsys, tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_text(
+        json.dumps(
+            {
+                "train_batch_size": 32,
+                "train_micro_batch_size_per_gpu": 2,
+                "optimizer": {"type": "AdamW", "params": {"lr": "auto"}},
+                "bf16": {"enabled": True},
+                "zero_optimization": {
+                    "stage": 2,
+                    "contiguous_gradients": True,
+                    "offload_param": {"device": "none"},
+                },
+            }
+        )
+    )
+    status, out, _ = run(capsys, "explain", str(path), "--params", "1e9", "--world", "4")
+    assert status == 0
+    words = [" ".join(line.split()) for line in out.splitlines()]
+    assert "train_batch_size 32 file" in words
+    assert (
+        "gradient_accumulation_steps 4 derived: train_batch_size 32 / (train_micro_batch_size_per_gpu 2 x ranks 4)"
+        in words
+    )
+    assert "gradient_clipping 1.0 default" in words
+    assert "optimizer.params.lr auto auto: from the optimizer or args.learning_rate, at initialize()" in words
+    assert any(line.startswith("zero_optimization.contiguous_gradients gradients always") for line in words)
+    assert any(line.startswith("zero_optimization.offload_param would be refused") for line in words)
+    assert "params 2 GB" in words
+    assert "optimizer 2 GB" in words
+    assert "total 5.5 GB" in words
+
+
+def test_errors_are_one_line_without_a_traceback(capsys, tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_text('{"train_batch_size": 1, "zero_optimization": {"stagee": 3}}')
+    status, out, err = run(capsys, "explain", str(path))
+    assert (status, out) == (2, "")
+    assert err == "zerostack explain: error: zero_optimization.stagee: unknown key; did you mean 'stage'?\n"
+
+
+def test_doctor_reports_this_machine_and_measures(capsys):
+    status, out, _ = run(capsys, "doctor", "--max-mb", "1")
+    assert status == 0
+    for words in ("processor", "bf16 on the CPU", "torch", "adam_step", "all_reduce GB/s", "1.05 MB"):
+        assert words in out
+
+
+def test_threads_share_the_cores():
+    assert threads_each("1") >= threads_each("2") >= 1
+    assert threads_each("100000") == 1
+    assert threads_each("gpu") >= 1
+
+
+def test_run_starts_a_script_on_every_process(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import os, pathlib, sys
+            import torch, torch.distributed as dist
+            import zerostack
+            zerostack.init_distributed()
+            total = torch.tensor([dist.get_rank() + 1])
+            dist.all_reduce(total)
+            text = f"{total.item()} {os.environ['OMP_NUM_THREADS']} {sys.argv[1:]}"
+            pathlib.Path(sys.argv[1], f"rank{dist.get_rank()}").write_text(text)
+            """
+        )
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "zerostack",
+        "run",
+        "--num-procs",
+        "2",
+        str(script),
+        str(tmp_path),
+        "--flag",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    for rank in range(2):
+        assert (tmp_path / f"rank{rank}").read_text() == f"3 {threads_each('2')} ['{tmp_path}', '--flag']"

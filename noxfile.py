@@ -9,7 +9,6 @@ from pathlib import Path
 import nox
 
 sys.path.insert(0, str(Path(__file__).parent / "tools"))
-import check_imports
 import dev
 
 nox.options.sessions = ["lint", "tests", "docs"]
@@ -32,8 +31,7 @@ def tests(session: nox.Session) -> None:
 @nox.parametrize("package", PACKAGES, ids=PACKAGES)
 def isolated(session: nox.Session, package: str) -> None:
     """One package's tests beside nothing but what it declares."""
-    needs = [f"packages/{name}" for name in with_siblings(package)]
-    session.install("-c", PINS, *needs, "pytest", "hypothesis")
+    session.install("-c", PINS, f"packages/{package}", "pytest", "hypothesis")
     session.run("python", "-m", "pip", "check")
     run_pytest(session, "-m", dev.NOT_BY_DEFAULT, f"packages/{package}/tests", *session.posargs)
 
@@ -109,12 +107,3 @@ def require_gpu(session: nox.Session) -> None:
     if version not in CUPY_EXTRA:
         session.skip("torch finds no CUDA device here, or was built without CUDA")
     session.install(f"packages/accel-kernels[{CUPY_EXTRA[version]}]")
-
-
-def with_siblings(package: str) -> list[str]:
-    """A package and those of this repository that it requires, directly or not."""
-    names = [package]
-    for name in names:  # grows while it is read
-        required = check_imports.read_package(Path("packages", name)).required
-        names += [sibling for sibling in PACKAGES if sibling in required and sibling not in names]
-    return names

@@ -114,13 +114,14 @@ def deepspeed_stage(model: GPT, dtype: torch.dtype, *, stage: int) -> Step:
     return step
 
 
-def zero_stage(model: GPT, dtype: torch.dtype, *, stage: int) -> Step:
+def zero_stage(model: GPT, dtype: torch.dtype, *, stage: int, shared_memory: bool = True) -> Step:
     """zero-core; bfloat16 keeps a float32 master copy."""
     import zero_core as zero
 
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("dp",))
     precision = zero.Precision(compute=dtype) if dtype != torch.float32 else zero.Precision()
-    sharded = zero.shard(model, mesh, stage=stage, precision=precision)
+    collectives = None if shared_memory else partial(zero.PlainCollectives, shared_memory=False)
+    sharded = zero.shard(model, mesh, stage=stage, precision=precision, collectives=collectives)
     optimizer = zero.ShardedOptimizer(sharded, torch_adamw(sharded.parameters()))
 
     def step(tokens: Tensor, targets: Tensor) -> float:
@@ -162,4 +163,8 @@ ENGINES: dict[str, Build] = {
     "fsdp2": fsdp2,
     **{f"deepspeed-{stage}": partial(deepspeed_stage, stage=stage) for stage in (1, 2, 3)},
     **{f"zero-core-{stage}": partial(zero_stage, stage=stage) for stage in (0, 1, 2, 3)},
+    **{
+        f"zero-core-{stage}-messages": partial(zero_stage, stage=stage, shared_memory=False)
+        for stage in (1, 3)
+    },
 }

@@ -183,6 +183,10 @@ def environment(name: str, sequences: int) -> tuple[str, dict[str, str]]:
     path = os.pathsep.join([str(Path(python).parent), os.environ.get("PATH", os.defpath)])
     common = {
         "OMP_NUM_THREADS": "1",
+        # The C library keeps what is freed. By default it gives large blocks back at once, and faulting the same
+        # pages in again costs every engine 0 to 5 % of a step, by chance: more than what is compared here.
+        "MALLOC_MMAP_MAX_": "0",
+        "MALLOC_TRIM_THRESHOLD_": str(1 << 36),
         "WORLD_SIZE": str(RANKS),
         "LOCAL_WORLD_SIZE": str(RANKS),
         "LOCAL_SIZE": str(RANKS),
@@ -307,8 +311,10 @@ def table(rows: Iterable[Row]) -> str:
 LEGEND = """\
 Step and CPU: ratio to DDP inside each round, median over rounds; CPU is the processor time of both ranks. Memory
 is per rank, beyond the process before its model was built: the peak of resident memory, what is resident between
-steps, and the tensors that Python can reach then. Sent: bytes a rank puts on the wire per step, headers
-included. Loss: the largest relative difference over the first steps from DDP's, in the first dtype of the table.
+steps, and the tensors that Python can reach then. Sent: bytes a rank puts on the loopback wire per step, headers
+included; zero-core's ranks exchange through memory that they share where they are on one machine (`-messages`: are
+told not to). All engines run with a C library that keeps freed memory. Loss: the largest relative difference over the
+first steps from DDP's, in the first dtype of the table.
 In bf16, `ddp` and `ddp+zero-redundancy` hold everything in bfloat16; all others keep a float32 copy of the
 parameters.
 """

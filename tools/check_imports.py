@@ -63,13 +63,16 @@ def requirement_name(requirement: str) -> str:
 def read_package(folder: Path) -> Package:
     """Read one package's metadata and sources."""
     project: Mapping[str, Any] = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
+    required = project.get("dependencies", [])
+    if "dependencies" in project.get("dynamic", []):
+        required = (folder / "requirements.txt").read_text().splitlines()
     extras = [line for lines in project.get("optional-dependencies", {}).values() for line in lines]
     source = folder / "src"
     provides = frozenset(path.parent.name for path in source.glob("*/__init__.py"))
     return Package(
         name=canonical(project["name"]),
         provides=provides,
-        required=frozenset(map(requirement_name, project.get("dependencies", []))),
+        required=frozenset(map(requirement_name, required)),
         optional=frozenset(map(requirement_name, extras)),
         imports=tuple(found for found in read_sources(source, provides) if top(found.module) not in provides),
     )

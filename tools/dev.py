@@ -134,12 +134,13 @@ def is_native(folder: Path) -> bool:
 def package_key(name: str) -> str:
     """A hash of what an editable install of the package depends on."""
     folder = package_folder(name)
+    metadata = [folder / name for name in ("pyproject.toml", "setup.py", "requirements.txt")]
     if not is_native(folder):
-        return digest([folder / "pyproject.toml"])
+        return digest(metadata)
     sources = [path for path in (REPO / "csrc").rglob("*") if path.is_file()]
     # A native package's editable install lists its modules: their names count, their text does not.
     modules = sorted(path.name for path in (folder / "src").rglob("*.py"))
-    return digest([folder / "pyproject.toml", folder / "CMakeLists.txt", *sources], str(compiler()), *modules)
+    return digest([*metadata, folder / "CMakeLists.txt", *sources], str(compiler()), *modules)
 
 
 def digest(files: Iterable[Path], *texts: str) -> str:

@@ -33,6 +33,7 @@ def main() -> int:
         "types of benchmarks": [python, "-m", "mypy", "benchmarks"],
         "layers": [str(Path(python).with_name("lint-imports")), "--no-cache"],
         "declared imports": [python, "tools/check_imports.py"],
+        "documented keys": [python, "tools/key_tables.py", "--check"],
         "installed pins": [python, "-m", "pip", "check"],
     }
     failed = []

@@ -78,6 +78,14 @@ def test_a_module_loaded_only_when_asked_for_may_import_from_an_extra(tmp_path: 
     assert "fast.py:1: one imports 'tqdm'" in problem
 
 
+def test_dependencies_may_stand_in_a_file_of_their_own(tmp_path: Path) -> None:
+    folder = tmp_path / "one"
+    package(tmp_path, "one", "import numpy")
+    (folder / "pyproject.toml").write_text("[project]\nname = 'one'\ndynamic = ['dependencies']\n")
+    (folder / "requirements.txt").write_text("numpy>=1.26\n")
+    assert problems(check_imports.read_package(folder)) == []
+
+
 def test_a_dependency_that_nothing_imports_is_named(tmp_path: Path) -> None:
     (problem,) = problems(package(tmp_path, "one", "", "'numpy'"))
     assert "never imports" in problem

@@ -41,6 +41,7 @@ def changed(before: dev.State, after: dev.State) -> set[str]:
     [
         ("constraints.txt", "numpy==2.1\n", {"dependencies"}),
         ("packages/plain/pyproject.toml", "[project]\nname = 'plain'\nversion = '2'\n", {"plain"}),
+        ("packages/plain/requirements.txt", "numpy\n", {"plain"}),
         ("packages/plain/src/plain/new.py", "", set()),
         ("packages/kernels/src/kernels/new.py", "", {"kernels"}),
         ("packages/kernels/src/kernels/__init__.py", "x = 1\n", set()),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -66,7 +68,8 @@ def one_step(rank: int, world_size: int, stage: int, at_c10d: bool):
         made.append(CountingCollectives(group))
         return made[-1]
 
-    model = zero.shard(model, mesh, stage=stage, collectives=zero.PlainCollectives if at_c10d else make)
+    through_messages = partial(zero.PlainCollectives, shared_memory=False)
+    model = zero.shard(model, mesh, stage=stage, collectives=through_messages if at_c10d else make)
     opt = zero.ShardedOptimizer(model, torch.optim.SGD(model.parameters(), lr=1e-3))
     with pytest.MonkeyPatch.context() as monkeypatch:
         for step in range(3):

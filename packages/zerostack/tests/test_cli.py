@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import textwrap
 
 import pytest
 from zerostack.cli import main
-from zerostack.cli.run import threads_each
 from zerostack.cli.text import parse_count
+from zerostack.machine import environment_of_each
 
 
 def run(capsys, *arguments):
@@ -123,10 +124,13 @@ def test_doctor_reports_this_machine_and_measures(capsys):
         assert words in out
 
 
-def test_threads_share_the_cores():
-    assert threads_each("1") >= threads_each("2") >= 1
-    assert threads_each("100000") == 1
-    assert threads_each("gpu") >= 1
+def test_processes_share_the_cores_and_what_is_set_stays(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    shares = [int(environment_of_each(procs)["OMP_NUM_THREADS"]) for procs in (1, 2, 100_000)]
+    assert shares[0] >= shares[1] >= shares[2] == 1
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.setenv("MALLOC_MMAP_MAX_", "5")
+    assert not {"OMP_NUM_THREADS", "MALLOC_MMAP_MAX_"} & environment_of_each(2).keys()
 
 
 def test_run_starts_a_script_on_every_process(tmp_path):
@@ -158,5 +162,6 @@ def test_run_starts_a_script_on_every_process(tmp_path):
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
+    threads = {**environment_of_each(2), **os.environ}["OMP_NUM_THREADS"]
     for rank in range(2):
-        assert (tmp_path / f"rank{rank}").read_text() == f"3 {threads_each('2')} ['{tmp_path}', '--flag']"
+        assert (tmp_path / f"rank{rank}").read_text() == f"3 {threads} ['{tmp_path}', '--flag']"

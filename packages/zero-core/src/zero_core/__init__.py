@@ -20,7 +20,7 @@ from .optimizer import ShardedOptimizer, clip_grad_norm, grad_norm
 from .precision import LossScaler, OverflowReport
 from .sharded_init import sharded_init
 from .state import Shard, load_optimizer_scalars, load_sharded_state, optimizer_scalars, sharded_state
-from .steppers import ShardOptimizer
+from .steppers import ShardOptimizer, check_elementwise
 from .version import __version__
 
 __all__ = [
@@ -42,6 +42,7 @@ __all__ = [
     "ZeroError",
     "ZeroStateError",
     "__version__",
+    "check_elementwise",
     "clip_grad_norm",
     "full_state_dict",
     "grad_norm",

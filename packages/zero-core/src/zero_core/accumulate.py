@@ -55,9 +55,11 @@ class GradShard:
                 self._pool.give(reduced)
         self.filled = True
 
-    def zero(self) -> None:
-        """Forget the gradient; the memory stays for the next one."""
+    def zero(self, *, free: bool) -> None:
+        """Forget the gradient; the memory stays for the next one, or is given back."""
         self.filled = False
+        if free:
+            self._buffer = None
 
     def zero_slots(self, slots: Iterable[int]) -> None:
         """Forget the gradients of some slots, where the others belong to another optimizer."""

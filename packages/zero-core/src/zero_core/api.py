@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
 from .collectives import Collectives, Fate, PlainCollectives, Wire, resolve_group, sibling_group
@@ -24,7 +23,7 @@ from .errors import ReleasedParameterError, ZeroConfigError, ZeroStateError
 from .fill import fill_buffers, fill_units
 from .flat_unit import FlatUnit
 from .gather import Gatherer
-from .hooks import Reducer
+from .hooks import Entrance, Reducer
 from .params import Residency, release_class
 from .units import UnitChoice, find_units
 
@@ -52,7 +51,6 @@ class Sharded:
     reducer: Reducer
     gatherer: Gatherer | None
     _removers: list[RemovableHandle] = field(default_factory=list)
-    _autocasts: list[torch.autocast] = field(default_factory=list)
 
     def units_of(self, module: nn.Module) -> list[FlatUnit]:
         """The units that hold parameters of `module`."""
@@ -60,13 +58,8 @@ class Sharded:
         return [unit for unit in self.units if any(id(param) in wanted for param in unit.params)]
 
     def install(self) -> None:
-        """Hook the model's entry: input dtypes, autocast, and clean-up after an interrupted backward."""
-        enter = torch.compiler.disable(self._enter)
-        leave = torch.compiler.disable(self._leave)
-        self._removers += [
-            self.model.register_forward_pre_hook(enter, prepend=True, with_kwargs=True),
-            self.model.register_forward_hook(leave, always_call=True),
-        ]
+        """Hook the model's entry, and let every submodule find this object."""
+        self._removers += Entrance(self.units, self.precision, self.reducer).hook(self.model)
         for module in self.model.modules():
             module.__dict__[_HANDLE] = self
         self.model.__dict__["zero_grad"] = self._zero_grad
@@ -84,40 +77,7 @@ class Sharded:
 
     def _zero_grad(self, set_to_none: bool = True) -> None:
         """`model.zero_grad()`: the accumulated gradients are not in `param.grad` alone."""
-        self.reducer.zero_grad()
-
-    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        if torch._C._current_graph_task_id() == -1:
-            self.reducer.abandon()
-            self._check_trainable()
-        compute = self.precision.compute
-        if compute is None:
-            return None
-        if self.precision.autocast:
-            context = torch.autocast(self.wire.device.type, dtype=compute)
-            context.__enter__()
-            self._autocasts.append(context)
-            return None
-
-        def cast(leaf: Any) -> Any:
-            wrong = isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and leaf.dtype != compute
-            return leaf.to(compute) if wrong else leaf
-
-        return tree_map(cast, args), tree_map(cast, kwargs)
-
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._autocasts:
-            self._autocasts.pop().__exit__(None, None, None)
-
-    def _check_trainable(self) -> None:
-        for unit in self.units:
-            if not unit.trainable:
-                for slot, param in zip(unit.layout.slots, unit.params, strict=True):
-                    if param.requires_grad:
-                        raise ZeroStateError(
-                            f"parameter '{slot.name}' was frozen when the model was sharded and now requires "
-                            "gradients: nobody would reduce them; set requires_grad before shard()"
-                        )
+        self.reducer.zero_grad(free=set_to_none)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
         """Refuse: hooks and process groups cannot be copied."""
@@ -150,7 +110,7 @@ def shard(
             a predicate `(name, module) -> bool`.
         precision: dtypes; None keeps each parameter's own, with fp32 masters.
         collectives: how bytes travel: an object that implements `Collectives`, or a function that makes one for a
-            process group (stage 3 has two); None sends them as they are.
+            process group (stage 3 has two of them); None sends them as they are.
         overlap: bytes in flight and the deadline of collectives.
         init_module: fills the parameters and buffers of one module of a meta model; None calls its
             `reset_parameters`.
@@ -185,7 +145,9 @@ def shard(
         return Wire(of, made(of) if callable(made) else made, device, overlap.timeout_s, fate)
 
     param_wire = wire(group)
-    reduce_wire = wire(sibling_group(group)) if stage == 3 else param_wire
+    # Messages between CPU ranks carry tags; elsewhere gathers and reductions may not share a group's one order.
+    alone = stage < 3 or (collectives is None and device.type == "cpu")
+    reduce_wire = param_wire if alone else wire(sibling_group(group))
     flat_units = [
         FlatUnit(spec, index, group.rank(), group.size(), stage) for index, spec in enumerate(specs)
     ]

@@ -104,14 +104,16 @@ class GradBucket:
         else:
             self._scattered = self.unit.stage == 1
 
-    def zero(self) -> None:
-        """Forget all contributions."""
+    def zero(self, *, free: bool) -> None:
+        """Forget all contributions; the memory of stages 0 and 1 stays for the next ones, or is given back."""
         self._scattered = False
         self._filled.clear()
         self.this_pass.clear()
         self.used.clear()
         if self.unit.stage >= 2:
             self._give_back()
+        elif free:
+            self.flat, self.views = None, []
 
     def zero_slots(self, slots: Iterable[int]) -> None:
         """Forget the contributions of some slots, where the others belong to another optimizer."""

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from datetime import timedelta
+from dataclasses import dataclass
 from typing import Protocol, TypeVar, cast
 
 import torch
@@ -19,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .diagnosis import diagnose
 from .errors import CollectiveError, ZeroConfigError
+from .exchange import Messages, SharedMemory, Works, as_bytes, connect, exchange
 
 T = TypeVar("T")
 
@@ -117,7 +117,7 @@ class Wire:
         """All-reduce a few values (norms, verdicts) in place; these never go through the seam."""
         if self.device.type != "cpu":
             return self._launch(
-                name, lambda: _Works([dist.all_reduce(tensor, op, self.group, async_op=True)], None)
+                name, lambda: Works([dist.all_reduce(tensor, op, self.group, async_op=True)], None)
             )
         received = [torch.empty_like(tensor) for _ in range(self.group.size())]
         sent = [tensor.clone()] * self.group.size()
@@ -139,11 +139,11 @@ class Wire:
         if size == 1 or not tensor.numel():
             return
         payload = tensor.contiguous()
-        flat = _as_bytes(payload)
+        flat = as_bytes(payload)
         if self.device.type != "cpu":
             source = dist.get_global_rank(self.group, 0)
             work = dist.broadcast(flat, source, group=self.group, async_op=True)
-            self._launch(f"broadcast of {name}", lambda: _Works([work], None)).wait()
+            self._launch(f"broadcast of {name}", lambda: Works([work], None)).wait()
         else:
             sent = [flat if rank == 0 else flat[:0]] * size
             received = [flat if rank != 0 and r == 0 else flat[:0] for r in range(size)]
@@ -180,7 +180,7 @@ class Wire:
 
 
 class PlainCollectives:
-    """The bytes as they are: by the back end's own collectives on an accelerator, by tagged messages on the CPU.
+    """The bytes as they are: by the back end's own collectives on an accelerator, by `exchange` on the CPU.
 
     Gloo's `reduce_scatter_tensor` takes 2-10 times as long as its messages and a local sum, its `all_gather` some 4
     times; and where ranks have come to different collectives it pairs them all the same, or aborts the process.
@@ -189,28 +189,31 @@ class PlainCollectives:
     Args:
         group: the ranks among which the bytes travel.
         timeout_s: deadline of a wait on the CPU (on an accelerator the back end's own watchdog decides).
+        shared_memory: on the CPU, use memory that the ranks share if all of them are on one machine.
     """
 
-    def __init__(self, group: dist.ProcessGroup, timeout_s: float = 60.0) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup, timeout_s: float = 60.0, *, shared_memory: bool = True
+    ) -> None:
         self.group = group
         self.timeout_s = timeout_s
-        self._scratch: list[torch.Tensor] = []
+        self.shared_memory = shared_memory
+        self._way: Messages | SharedMemory | None = None
 
     def all_gather(self, shard: torch.Tensor, out: torch.Tensor, *, tag: int) -> Handle:
         """See `Collectives.all_gather`."""
         rank, size = self.group.rank(), self.group.size()
         if out.device.type != "cpu" and size > 1:
-            return _Works([dist.all_gather_into_tensor(out, shard, group=self.group, async_op=True)], None)
+            return Works([dist.all_gather_into_tensor(out, shard, group=self.group, async_op=True)], None)
         received = list(out.view(size, -1))
-        handle = exchange(self.group, [shard] * size, received, tag, self.timeout_s)
+        handle = self._connected().swap([shard] * size, tag, into=received)
         if received[rank].data_ptr() != shard.data_ptr():
             received[rank].copy_(shard)
         return handle
 
     def reduce_scatter(self, full: torch.Tensor, out: torch.Tensor, *, tag: int) -> Handle:
         """See `Collectives.reduce_scatter`."""
-        rank, size = self.group.rank(), self.group.size()
-        if out.device.type != "cpu" and size > 1:
+        if out.device.type != "cpu" and self.group.size() > 1:
             wide = full.to(torch.promote_types(full.dtype, out.dtype))
             target = (
                 out
@@ -221,84 +224,21 @@ class PlainCollectives:
                 target, wide, op=dist.ReduceOp.AVG, group=self.group, async_op=True
             )
             copy = None if target is out else lambda: out.copy_(target)
-            return _Works([work], None, copy, keep=[wide, target])
-        parts = list(full.view(size, -1))
-        nbytes = parts[0].numel() * full.element_size()
-        scratch = self._borrow(nbytes * (size - 1))
-        received = (
-            list(scratch[: nbytes * (size - 1)].view(full.dtype).view(size - 1, -1)) if size > 1 else []
-        )
-        received.insert(rank, parts[rank])
+            return Works([work], None, copy, keep=[wide, target])
+        parts = list(full.view(self.group.size(), -1))
+        return self._connected().swap(parts, tag, then=lambda received: mean_of(received, out))
 
-        def finish() -> None:
-            mean_of(received, out)
-            self._scratch.append(scratch)
-
-        return exchange(self.group, parts, received, tag, self.timeout_s, finish)
-
-    def _borrow(self, nbytes: int) -> torch.Tensor:
-        """Bytes for what arrives; kept between reductions, since fresh pages cost more than the copy."""
-        for position, buffer in enumerate(self._scratch):
-            if buffer.numel() >= nbytes:
-                return self._scratch.pop(position)
-        return torch.empty(nbytes, dtype=torch.uint8)
+    def _connected(self) -> Messages | SharedMemory:
+        """The way that bytes take on the CPU, agreed by all ranks at the first collective."""
+        if self._way is None:
+            way = connect if self.shared_memory else Messages
+            self._way = way(self.group, self.timeout_s)
+        return self._way
 
     def trim(self) -> None:
         """See `Collectives.trim`."""
-        self._scratch.clear()
-
-
-@dataclass
-class _Works:
-    """Works of the process group, then something to do with what arrived.
-
-    A time-out of None leaves the deadline to the back end. `keep` holds what must outlive the works.
-    """
-
-    works: Sequence[dist.Work]
-    timeout_s: float | None
-    then: Callable[[], object] | None = None
-    keep: Sequence[torch.Tensor] = field(default_factory=list)
-
-    def wait(self) -> None:
-        for work in self.works:
-            if self.timeout_s is None:
-                work.wait()
-            else:
-                work.wait(timedelta(seconds=self.timeout_s))
-        if self.then is not None:
-            self.then()
-
-
-def exchange(
-    group: dist.ProcessGroup,
-    sent: Sequence[torch.Tensor],
-    received: Sequence[torch.Tensor],
-    tag: int,
-    timeout_s: float,
-    then: Callable[[], object] | None = None,
-) -> Handle:
-    """Send `sent[r]` to every other rank r and receive `received[r]` from it; empty tensors do not travel.
-
-    Args:
-        group: a group whose messages carry tags (gloo).
-        sent: what goes to each rank, contiguous; the entry of this rank is not looked at.
-        received: where to put what comes from each rank, likewise.
-        tag: of these messages; a receive never matches another tag.
-        timeout_s: deadline of the handle's `wait`.
-        then: called when everything has arrived.
-    """
-    rank, works = group.rank(), []
-    for step in range(1, group.size()):  # everyone starts with the next rank, so that no rank is flooded
-        peer, source = (rank + step) % group.size(), (rank - step) % group.size()
-        if received[source].numel():
-            from_rank = dist.get_global_rank(group, source)
-            works.append(dist.irecv(_as_bytes(received[source]), from_rank, group=group, tag=tag))
-        if sent[peer].numel():
-            works.append(
-                dist.isend(_as_bytes(sent[peer]), dist.get_global_rank(group, peer), group=group, tag=tag)
-            )
-    return _Works([work for work in works if work is not None], timeout_s, then, [*sent, *received])
+        if self._way is not None:
+            self._way.trim()
 
 
 def mean_of(parts: Sequence[torch.Tensor], out: torch.Tensor) -> None:
@@ -343,8 +283,3 @@ def sibling_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
 def _tag(what: str, tensor: torch.Tensor) -> int:
     """31 bits that name a collective and its size, alike on every rank."""
     return zlib.crc32(f"{what} {tensor.numel()} {tensor.dtype}".encode()) & 0x7FFFFFFF
-
-
-def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """The same memory as bytes: what travels is moved, not interpreted."""
-    return tensor.detach().view(-1).view(torch.uint8)

@@ -27,7 +27,7 @@ class Precision:
         reduce: dtype of the full gradient buffer of a unit, and of gradients on the wire. `None`: the parameter's.
         accumulate: dtype of the reduced gradients kept from one backward to the next. `None`: `reduce`.
         master: dtype of the copy that the optimizer updates; where it equals the parameter's dtype there is no
-            copy and the shard itself is updated.
+            copy and the shard itself is updated. `None`: fp32, or the parameter's own where that is wider.
 
     Raises:
         ZeroConfigError: a dtype that is not floating-point, or a `compute` autocast cannot provide.
@@ -39,14 +39,12 @@ class Precision:
     param: torch.dtype | None = None
     reduce: torch.dtype | None = None
     accumulate: torch.dtype | None = None
-    master: torch.dtype = torch.float32
+    master: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         for field in ("compute", "param", "reduce", "accumulate", "master"):
             dtype = getattr(self, field)
-            if dtype is None and field != "master":
-                continue
-            if dtype not in FLOAT_DTYPES:
+            if dtype is not None and dtype not in FLOAT_DTYPES:
                 raise ZeroConfigError(
                     f"Precision({field}=...): expected one of {', '.join(map(str, FLOAT_DTYPES))}, got {dtype!r}"
                 )
@@ -75,6 +73,10 @@ class Precision:
         """The dtype of the reduced gradients of parameters of dtype `param`."""
         return self.accumulate or self.reduce_dtype(param)
 
+    def master_dtype(self, param: torch.dtype) -> torch.dtype:
+        """The dtype in which parameters of dtype `param` are updated."""
+        return self.master or torch.promote_types(param, torch.float32)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Overlap:
@@ -82,8 +84,8 @@ class Overlap:
 
     Args:
         enabled: False waits for every collective where it is launched.
-        reduce_bytes: full gradients in reduction at once, per rank; at the limit the oldest is waited for. `None`:
-            one largest unit.
+        reduce_bytes: full gradients in reduction at once, per rank, and at stages 1 and 2 updated parameters on their
+            way to it; at the limit the oldest is waited for. `None`: one largest unit.
         prefetch_bytes: stage 3: full parameters gathered ahead of use, per rank. `None`: one largest unit.
         timeout_s: seconds after which a collective that has not finished is an error (where the back end of
             the process group lets a wait end).

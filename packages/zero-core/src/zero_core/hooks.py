@@ -11,17 +11,19 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd import Variable
+from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
 from .accumulate import GradShard
 from .buckets import BufferPool, GradBucket, ReduceOrder
 from .collectives import Pending, Wire
 from .config import Overlap, Precision
-from .errors import CollectiveError
+from .errors import CollectiveError, ZeroStateError
 from .flat_unit import FlatUnit
 
 
@@ -47,6 +49,56 @@ class Lane:
         return self.unit.stage == 0 and self.shard.in_place and self.bucket.dtype == self.unit.full.dtype
 
 
+class Entrance:
+    """What happens where the model is entered: input dtypes, autocast, clean-up after an interrupted backward."""
+
+    def __init__(self, units: list[FlatUnit], precision: Precision, reducer: Reducer) -> None:
+        self.frozen = [unit for unit in units if not unit.trainable]
+        self.precision = precision
+        self.reducer = reducer
+        self._autocasts: list[torch.autocast] = []
+
+    def hook(self, model: nn.Module) -> list[RemovableHandle]:
+        """Install the hooks; returns what removes them."""
+        enter, leave = torch.compiler.disable(self._enter), torch.compiler.disable(self._leave)
+        return [
+            model.register_forward_pre_hook(enter, prepend=True, with_kwargs=True),
+            model.register_forward_hook(leave, always_call=True),
+        ]
+
+    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        if torch._C._current_graph_task_id() == -1:
+            self.reducer.abandon()
+            self._check_frozen()
+        compute = self.precision.compute
+        if compute is None:
+            return None
+        if self.precision.autocast:
+            context = torch.autocast(self.reducer.wire.device.type, dtype=compute)
+            context.__enter__()
+            self._autocasts.append(context)
+            return None
+
+        def cast(leaf: Any) -> Any:
+            wrong = isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and leaf.dtype != compute
+            return leaf.to(compute) if wrong else leaf
+
+        return tree_map(cast, args), tree_map(cast, kwargs)
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._autocasts:
+            self._autocasts.pop().__exit__(None, None, None)
+
+    def _check_frozen(self) -> None:
+        for unit in self.frozen:
+            for slot, param in zip(unit.layout.slots, unit.params, strict=True):
+                if param.requires_grad:
+                    raise ZeroStateError(
+                        f"parameter '{slot.name}' was frozen when the model was sharded and now requires "
+                        "gradients: nobody would reduce them; set requires_grad before shard()"
+                    )
+
+
 class Reducer:
     """Takes gradients as autograd makes them and reduces each unit as soon as it is complete.
 
@@ -56,6 +108,7 @@ class Reducer:
     Attributes:
         lanes: one for each trainable unit.
         sync: False under `no_sync`: gradients stay local.
+        limit_bytes: of full buffers that may be under way at once.
         listeners: called with a unit when its gradients are complete, and with None at the end of a pass.
     """
 
@@ -67,7 +120,7 @@ class Reducer:
         self.pool = BufferPool()
         self.lanes = [self._lane(unit, precision) for unit in units if unit.trainable]
         sizes = [lane.unit.layout.numel * lane.bucket.dtype.itemsize for lane in self.lanes]
-        self._limit_bytes = max(sizes, default=0) if overlap.reduce_bytes is None else overlap.reduce_bytes
+        self.limit_bytes = max(sizes, default=0) if overlap.reduce_bytes is None else overlap.reduce_bytes
         self._order = ReduceOrder(len(self.lanes))
         self._order_agreed = False
         self._in_flight: deque[_InFlight] = deque()
@@ -143,7 +196,7 @@ class Reducer:
         unit, full = lane.unit, lane.bucket.seal()
         out = lane.shard.landing() if unit.stage >= 2 else full[slice(*unit.slice)]
         nbytes = full.numel() * full.element_size()
-        while self._in_flight and nbytes + sum(f.nbytes for f in self._in_flight) > self._limit_bytes:
+        while self._in_flight and nbytes + sum(f.nbytes for f in self._in_flight) > self.limit_bytes:
             self._finish(self._in_flight.popleft())
         self._in_flight.append(_InFlight(lane, self.wire.reduce(unit.label, full, out), out, nbytes))
         if not self.overlap.enabled:
@@ -190,18 +243,19 @@ class Reducer:
             self.wire.collectives.trim()
             self._unsynced = False
 
-    def zero_grad(self, owned: Mapping[int, set[int]] | None = None) -> None:
+    def zero_grad(self, owned: Mapping[int, set[int]] | None = None, *, free: bool = True) -> None:
         """Forget gradients: all, or those of some slots (several optimizers may share a model).
 
         Args:
             owned: unit index -> slots.
+            free: give the memory of units that have none left back, until the next backward.
         """
         self.abandon()
         for lane in self.lanes:
             slots = set(range(len(lane.unit.params))) if owned is None else owned.get(lane.unit.index, set())
             if len(slots) == len(lane.unit.params):
-                lane.bucket.zero()
-                lane.shard.zero()
+                lane.bucket.zero(free=free)
+                lane.shard.zero(free=free)
             else:
                 lane.bucket.zero_slots(slots)
                 lane.shard.zero_slots(slots)

@@ -31,7 +31,7 @@ class Slot:
         """The first of the names."""
         return self.names[0]
 
-    @property
+    @cached_property
     def stop(self) -> int:
         """One past the last element."""
         return self.offset + self.numel
@@ -68,7 +68,7 @@ class UnitLayout:
     numel: int
     world_size: int
 
-    @property
+    @cached_property
     def shard_numel(self) -> int:
         """Elements of one rank's shard."""
         return self.numel // self.world_size

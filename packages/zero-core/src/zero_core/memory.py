@@ -100,9 +100,10 @@ def plan_memory(
         params += share(numel * dtype.itemsize, 3)
         if trainable:
             grads += share(numel * precision.accumulate_dtype(dtype).itemsize, 2)
-            master += 0 if dtype == precision.master else share(numel * precision.master.itemsize, 1)
+            updated = precision.master_dtype(dtype)
+            master += 0 if dtype == updated else share(numel * updated.itemsize, 1)
             # States follow the master's dtype, as torch's optimizers make them.
-            state += share(numel * STATE_BYTES[optimizer] * precision.master.itemsize // 4, 1)
+            state += share(numel * STATE_BYTES[optimizer] * updated.itemsize // 4, 1)
     return MemoryPlan(stage, world, params, grads, master, state, _in_flight(unit_sizes, stage, precision))
 
 

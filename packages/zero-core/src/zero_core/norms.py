@@ -19,7 +19,7 @@ def global_norm(shards: Sequence[torch.Tensor], wire: Wire, *, replicated: bool)
     """The 2-norm of gradients that are spread over the ranks; every rank calls it.
 
     Args:
-        shards: this rank's parts, flat, fp32/bf16/fp16.
+        shards: this rank's parts, flat, of any floating dtype.
         wire: the ranks.
         replicated: every rank holds all of them (stage 0), so nothing is added up.
 
@@ -27,8 +27,12 @@ def global_norm(shards: Sequence[torch.Tensor], wire: Wire, *, replicated: bool)
         float64 scalar tensor, equal on all ranks; nan if any gradient is not finite.
     """
     sums = torch.zeros(2, dtype=torch.float64, device=wire.device)
-    if shards:
-        grad_norm_scale(list(shards), out=sums)
+    narrow = [shard for shard in shards if shard.dtype != torch.float64]
+    if narrow:
+        grad_norm_scale(narrow, out=sums)
+    for shard in shards:
+        if shard.dtype == torch.float64:
+            sums += torch.stack([shard.square().sum(), (~shard.isfinite()).sum()])
     if not replicated:
         wire.all_reduce("gradient norm", sums, dist.ReduceOp.SUM).wait()
     return torch.where(sums[1] > 0, torch.full_like(sums[0], torch.nan), sums[0].sqrt())

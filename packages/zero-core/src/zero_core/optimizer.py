@@ -20,7 +20,7 @@ from .hooks import Lane
 from .norms import clip_factor, global_norm
 from .precision import LossScaler, OverflowReport, locate_overflow
 from .publish import Publisher
-from .steppers import ShardOptimizer, ShardSlot, UnitStep, choose_stepper
+from .steppers import ShardOptimizer, ShardSlot, UnitStep, check_elementwise, choose_stepper
 
 if TYPE_CHECKING:
     from .api import Sharded
@@ -31,7 +31,8 @@ class ShardedOptimizer(Optimizer):
 
     The groups, hyperparameters and state of `optimizer` stay where they are; only the parameters in its groups are
     replaced by this rank's shards of them, so LR schedulers attach to either object as usual. AdamW, Adam, Adagrad
-    and SGD run as one fused pass over each flat shard; others run themselves.
+    and SGD run as one fused pass over each flat shard; others run themselves, and so does one with step hooks of its
+    own (register later ones on this object).
 
     Args:
         model: a model that `zero_core.shard` returned.
@@ -46,7 +47,8 @@ class ShardedOptimizer(Optimizer):
         overflow_report: where that gradient was.
 
     Raises:
-        ZeroConfigError: the optimizer holds a parameter that is not the model's, or that is frozen.
+        ZeroConfigError: the optimizer holds a parameter that is not the model's, or nothing but frozen ones, or is
+            known not to be elementwise.
 
     Bytes per rank: the state of `optimizer` and the master copy, for this rank's shards only.
     Source: ZeRO (Rajbhandari et al., 2020), section 5.1.
@@ -63,18 +65,19 @@ class ShardedOptimizer(Optimizer):
         from .api import sharded
 
         self._sharded: Sharded = sharded(model)
+        check_elementwise(optimizer)
         self.inner = optimizer
         self.scaler = scaler
-        master_dtype = self._sharded.precision.master
-        self.slots = self._take_over(optimizer, master_dtype)
+        self.slots = self._take_over(optimizer)
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self.state = optimizer.state
         self._lanes = [lane for lane in self._sharded.reducer.lanes if lane.unit.index in self._owned]
-        self._stepper = stepper or choose_stepper(optimizer, master_dtype)
-        overlap = self._sharded.overlap.enabled
+        self._stepper = stepper or choose_stepper(optimizer, self._lanes)
         gatherer = self._sharded.gatherer
         self._publisher = Publisher(
-            self._sharded.wire, gatherer.refresh if gatherer else None, overlap=overlap
+            self._sharded.wire,
+            gatherer.refresh if gatherer else None,
+            limit_bytes=self._sharded.reducer.limit_bytes if self._sharded.overlap.enabled else 0,
         )
         self._norm: torch.Tensor | None = None
         self._clip: torch.Tensor | None = None
@@ -82,7 +85,7 @@ class ShardedOptimizer(Optimizer):
         self.last_step_skipped = False
         self.overflow_report: OverflowReport | None = None
 
-    def _take_over(self, optimizer: Optimizer, master_dtype: torch.dtype) -> dict[int, list[ShardSlot]]:
+    def _take_over(self, optimizer: Optimizer) -> dict[int, list[ShardSlot]]:
         """Put this rank's shards in the place of the parameters; returns the slots of each unit, in order."""
         where = {id(p): (unit, i) for unit in self._sharded.units for i, p in enumerate(unit.params)}
         foreign = [tuple(p.shape) for g in optimizer.param_groups for p in g["params"] if id(p) not in where]
@@ -112,7 +115,7 @@ class ShardedOptimizer(Optimizer):
                 self._owned.setdefault(unit.index, set()).add(index)
                 place = next((part for part in unit.local_slots if part.index == index), None)
                 state = optimizer.state.pop(param, None)
-                flat = unit.ensure_master(master_dtype)
+                flat = unit.ensure_master(self._sharded.precision.master_dtype(unit.full.dtype))
                 if place is None:  # the parameter lies wholly in other ranks' shards
                     continue
                 master = nn.Parameter(flat[place.start : place.stop])
@@ -159,8 +162,12 @@ class ShardedOptimizer(Optimizer):
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients of this optimizer's parameters (`set_to_none` is accepted for torch's sake)."""
-        self._sharded.reducer.zero_grad(self._owned)
+        """Forget the gradients of this optimizer's parameters.
+
+        Args:
+            set_to_none: give their memory back until the next backward, as torch does; False keeps it.
+        """
+        self._sharded.reducer.zero_grad(self._owned, free=set_to_none)
         self._norm = self._clip = None
 
     def grad_norm(self) -> torch.Tensor:

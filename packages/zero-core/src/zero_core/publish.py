@@ -6,6 +6,7 @@ the full parameters on every rank. This ends a gradient's way.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 
 from .collectives import Pending, Wire
@@ -18,14 +19,15 @@ class Publisher:
     Args:
         wire: the collectives for parameters.
         refresh: stage 3's word to the gatherer that a shard has new values.
-        overlap: False waits for every gather where it is launched.
+        limit_bytes: of units being gathered at once; a larger one goes alone. 0 waits for each.
     """
 
-    def __init__(self, wire: Wire, refresh: Callable[[FlatUnit], None] | None, *, overlap: bool) -> None:
+    def __init__(self, wire: Wire, refresh: Callable[[FlatUnit], None] | None, *, limit_bytes: int) -> None:
         self.wire = wire
         self.refresh = refresh
-        self.overlap = overlap
-        self._pending: list[Pending] = []
+        self.limit_bytes = limit_bytes
+        self._gathers: deque[tuple[Pending, int]] = deque()
+        self._others: list[Pending] = []
 
     def publish(self, unit: FlatUnit, *, cast: bool) -> None:
         """Start to publish `unit`.
@@ -39,15 +41,20 @@ class Publisher:
         if self.refresh is not None:
             self.refresh(unit)
         elif unit.stage > 0:
-            self._pending.append(self.wire.gather(unit.label, unit.shard, unit.full))
-            if not self.overlap:
+            nbytes = unit.full_bytes
+            while self._gathers and nbytes + sum(size for _, size in self._gathers) > self.limit_bytes:
+                self._gathers.popleft()[0].wait()
+            self._gathers.append((self.wire.gather(unit.label, unit.shard, unit.full), nbytes))
+            if not self.limit_bytes:
                 self.finish()
 
     def after(self, pending: Pending) -> None:
         """Wait in `finish` for something else too."""
-        self._pending.append(pending)
+        self._others.append(pending)
 
     def finish(self) -> None:
         """Return when every parameter published may be used."""
-        while self._pending:
-            self._pending.pop(0).wait()
+        while self._gathers:
+            self._gathers.popleft()[0].wait()
+        while self._others:
+            self._others.pop().wait()

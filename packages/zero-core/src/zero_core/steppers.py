@@ -14,10 +14,27 @@ from typing import Any, Protocol
 import accel_kernels as ak
 import torch
 from torch import nn
-from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
+from torch.optim import LBFGS, SGD, Adafactor, Adagrad, Adam, AdamW, Optimizer, SparseAdam
 
+from .errors import ZeroConfigError
 from .flat_unit import FlatUnit
+from .hooks import Lane
 from .layout import ALIGN_ELEMENTS, LocalSlot
+
+_WHOLE_TENSORS = (LBFGS, Adafactor, SparseAdam, *filter(None, [getattr(torch.optim, "Muon", None)]))
+
+
+def check_elementwise(inner: Optimizer) -> None:
+    """Refuse the optimizers of torch whose update of one element looks at others: a rank steps slices.
+
+    Raises:
+        ZeroConfigError: `inner` is one of them. What an optimizer from elsewhere does cannot be known.
+    """
+    if isinstance(inner, _WHOLE_TENSORS):
+        raise ZeroConfigError(
+            f"{type(inner).__name__} updates whole tensors, and a rank steps flat slices of them: it would compute "
+            "something else without a word; use an elementwise optimizer such as AdamW"
+        )
 
 
 @dataclass(frozen=True)
@@ -151,18 +168,25 @@ class FusedStepper:
         self._flat: dict[int, tuple[torch.Tensor, ...]] = {}
 
     @staticmethod
-    def supports(inner: Optimizer, master_dtype: torch.dtype) -> bool:
+    def supports(inner: Optimizer, lanes: Sequence[Lane]) -> bool:
         """Whether a kernel does exactly what `inner` would do."""
+        dtypes = {
+            (lane.unit.master.dtype, lane.shard.dtype) for lane in lanes if lane.unit.master is not None
+        }
         unusual = ("amsgrad", "maximize", "differentiable", "capturable")
         return (
             type(inner) in _RULES
-            and master_dtype == torch.float32
+            and not (
+                inner._optimizer_step_pre_hooks or inner._optimizer_step_post_hooks
+            )  # only its own step calls
+            and all(master == torch.float32 and grad != torch.float64 for master, grad in dtypes)
             and not any(group.get(option) for group in inner.param_groups for option in unusual)
             and len({bool(group.get("momentum")) for group in inner.param_groups}) == 1
         )
 
     def step(self, work: Sequence[UnitStep], scale: torch.Tensor | float) -> Iterator[UnitStep]:
         """See `ShardOptimizer.step`."""
+        self.inner._opt_called = True  # type: ignore[attr-defined]  # or torch's schedulers warn of a missing step
         for item in work:
             unit = item.unit
             assert unit.master is not None
@@ -218,6 +242,6 @@ def _merge(segments: list[Any]) -> list[Any]:
     return merged
 
 
-def choose_stepper(inner: Optimizer, master_dtype: torch.dtype) -> ShardOptimizer:
+def choose_stepper(inner: Optimizer, lanes: Sequence[Lane]) -> ShardOptimizer:
     """The fused pass where it does what `inner` would do, else `inner` itself."""
-    return FusedStepper(inner) if FusedStepper.supports(inner, master_dtype) else TorchStepper(inner)
+    return FusedStepper(inner) if FusedStepper.supports(inner, lanes) else TorchStepper(inner)

@@ -16,6 +16,7 @@ from .api import add_config_arguments, initialize
 from .distributed import init_distributed
 from .engine import Engine
 from .errors import CheckpointError, ConfigError, EngineStateError, ZerostackError
+from .version import __version__
 
 __all__ = [
     "CheckpointError",
@@ -23,6 +24,7 @@ __all__ = [
     "Engine",
     "EngineStateError",
     "ZerostackError",
+    "__version__",
     "add_config_arguments",
     "init_distributed",
     "initialize",

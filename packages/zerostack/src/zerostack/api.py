@@ -170,7 +170,7 @@ def _optimizer(
             [p for p in model.parameters() if p.requires_grad] if parameters is None else list(parameters)
         )
         made = policies.optimizer(settings.config, trainable) if given is None else given(trainable)
-    policies.check_elementwise(made, settings.config.zero_optimization.stage)
+    zero.check_elementwise(made)
     return made
 
 

@@ -136,7 +136,9 @@ _ZERO: Rows = {
     "memory_efficient_linear": no_effect("linear layers are torch's own"),
     "pipeline_loading_checkpoint": no_effect("each rank reads only the ranges that it holds"),
     "override_module_apply": no_effect("zero_core.sharded_init needs no patched Module.apply"),
-    "log_trace_cache_warnings": no_effect("a change in the order of use is logged whenever it happens"),
+    "log_trace_cache_warnings": no_effect(
+        "a change in the order of use ends prefetching for one pass, nothing else"
+    ),
     "enable_sanity_checks": no_effect("checks are always on"),
     "save_muon_momentum_buffer_in_memory": refused("Muon's update needs whole matrices", False),
     "offload_param": refused(

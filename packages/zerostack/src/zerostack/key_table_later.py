@@ -34,7 +34,7 @@ _CURRICULUM = {
 
 LATER: dict[str, Key] = {
     "activation_checkpointing": refused(
-        "use zero_core.checkpoint or zero_core.checkpoint_modules on the model",
+        "wrap blocks of the model in torch.utils.checkpoint instead: it works at every stage",
         inside="partition_activations=false cpu_checkpointing=false "
         "contiguous_memory_optimization=false number_checkpoints=null "
         "synchronize_checkpoint_boundary=false profile=false",

@@ -48,6 +48,19 @@ def resident_bytes() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
+def environment_of_each(procs: int) -> dict[str, str]:
+    """Variables for each of several processes that compute on this machine's processor; what is set already stays.
+
+    An equal share of the cores; and a C library that keeps freed memory: by default it gives large blocks back at
+    once, and a training step would spend several per cent of its time on getting the same pages again.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    wanted = {"OMP_NUM_THREADS": str(max(1, cores // procs))}
+    if not torch.accelerator.is_available():
+        wanted |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 36)}
+    return {name: value for name, value in wanted.items() if name not in os.environ}
+
+
 def bfloat16_pays(device: torch.device) -> tuple[bool, str]:
     """Whether maths in bfloat16 are faster than in fp32 on a device, and why."""
     if device.type == "cuda":

@@ -27,8 +27,6 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
 }
 
-_NEEDS_WHOLE_TENSORS = (torch.optim.LBFGS, torch.optim.Adafactor, torch.optim.SparseAdam)
-
 
 def precision(config: Config) -> zero.Precision:
     """The five dtypes of training."""
@@ -41,7 +39,7 @@ def precision(config: Config) -> zero.Precision:
     if config.fp16.enabled:
         return zero.Precision(compute=torch.float16, **common)
     if config.bf16.enabled:
-        master = torch.bfloat16 if config.bf16.bf16_master_weights_and_grads else torch.float32
+        master = torch.bfloat16 if config.bf16.bf16_master_weights_and_grads else None
         return zero.Precision(compute=torch.bfloat16, master=master, **common)
     if config.torch_autocast.enabled:
         return zero.Precision(param=torch.float32, compute=DTYPES[config.torch_autocast.dtype], **common)
@@ -103,22 +101,6 @@ def optimizer(config: Config, parameters: Iterable[Any]) -> Optimizer:
         "Lion": Lion,
     }
     return classes[kind](parameters, **params)
-
-
-def check_elementwise(given: Optimizer, stage: int) -> None:
-    """Refuse optimizers whose update of one element looks at others, where a rank holds only some.
-
-    Raises:
-        ConfigError: If so.
-    """
-    muon = getattr(torch.optim, "Muon", None)
-    whole = (*_NEEDS_WHOLE_TENSORS, *([muon] if muon is not None else []))
-    if stage > 0 and isinstance(given, whole):
-        name = type(given).__name__
-        raise ConfigError(
-            f"{name} needs whole tensors, and at stage {stage} a rank holds slices; use stage 0 or an elementwise "
-            "optimizer such as AdamW"
-        )
 
 
 def check_same(config: Config, given: Optimizer) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+_TAG = 0x7A53  # of these messages; between two ranks they arrive in the order in which they were sent
+
 
 def _device(group: dist.ProcessGroup) -> torch.device:
     """Where tensors must live to travel in `group`."""
@@ -33,9 +35,25 @@ def gather_text(text: str, group: dist.ProcessGroup) -> list[str]:
     return [bytes(row[:size].cpu().numpy()).decode().strip() for row, size in rows]
 
 
-def _all_gather(tensor: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tensor]:
-    everyone = [torch.empty_like(tensor) for _ in range(group.size())]
-    dist.all_gather(everyone, tensor, group=group)
+def _all_gather(mine: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tensor]:
+    """Every rank's tensor, all of one shape.
+
+    On the CPU as messages: gloo finishes its collectives on a thread of its own, which ends the process with an abort
+    if it comes to free the last one's tensors while the interpreter shuts down, as after a save at a program's end.
+    """
+    rank, size = group.rank(), group.size()
+    everyone = [mine if r == rank else torch.empty_like(mine) for r in range(size)]
+    if mine.device.type != "cpu":
+        dist.all_gather(everyone, mine, group=group)
+        return everyone
+    works = []
+    for step in range(1, size):
+        to, source = (rank + step) % size, (rank - step) % size
+        works.append(dist.irecv(everyone[source], dist.get_global_rank(group, source), group=group, tag=_TAG))
+        works.append(dist.isend(mine, dist.get_global_rank(group, to), group=group, tag=_TAG))
+    for work in works:
+        assert work is not None  # this rank is in the group
+        work.wait()
     return everyone
 
 
@@ -70,14 +88,10 @@ def any_rank(flag: bool, group: dist.ProcessGroup) -> bool:
     """Whether the flag is up on any rank."""
     if group.size() == 1:
         return flag
-    seen = torch.tensor([int(flag)], device=_device(group))
-    dist.all_reduce(seen, op=dist.ReduceOp.MAX, group=group)
-    return bool(seen.item())
+    return any(map(bool, _all_gather(torch.tensor([int(flag)], device=_device(group)), group)))
 
 
 def all_sum(values: Sequence[float], group: dist.ProcessGroup) -> list[float]:
     """Element-wise sum over ranks."""
-    total = torch.tensor(values, dtype=torch.float64, device=_device(group))
-    if group.size() > 1:
-        dist.all_reduce(total, group=group)
-    return [float(item) for item in total.tolist()]
+    mine = torch.tensor(values, dtype=torch.float64, device=_device(group))
+    return [float(item) for item in torch.stack(_all_gather(mine, group)).sum(0).tolist()]

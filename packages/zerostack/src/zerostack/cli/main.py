@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.metadata
 import sys
 from collections.abc import Sequence
 
 from ..errors import ZerostackError
+from ..version import __version__
 from .text import complain
 
 _COMMANDS = {
@@ -73,7 +73,7 @@ def _without_command(arguments: list[str]) -> int:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=importlib.metadata.version("zerostack"))
+    parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument("command", choices=list(_COMMANDS), metavar="COMMAND", help="one of the above")
     parser.parse_args(arguments or ["--help"])
     return 2

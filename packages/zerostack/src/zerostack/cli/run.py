@@ -1,7 +1,7 @@
-"""`zerostack run`: torch.distributed.run with `--num-procs`, one machine by default, and sensible thread counts.
+"""`zerostack run`: torch.distributed.run with `--num-procs`, one machine by default, and a sensible environment.
 
-In: torchrun's own flags, a script and its arguments. Out: the script on every process. Nothing is added to what
-torchrun sets, so a script started here starts with torchrun too.
+In: torchrun's own flags, a script and its arguments. Out: the script on every process. What is set beside torchrun's
+own variables only makes it faster, so a script started here starts with torchrun too.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import os
 from collections.abc import Sequence
 
 from torch.distributed import run as torchrun
+
+from ..machine import environment_of_each
 
 _EXAMPLES = """\
 examples:
@@ -29,17 +31,9 @@ def main(argv: Sequence[str]) -> int:
     one_machine = args.nnodes in {"1", "1:1"} and not args.rdzv_endpoint
     if one_machine and args.rdzv_backend in {"static", "c10d"} and args.node_rank == 0:
         args.standalone = True
-    if "OMP_NUM_THREADS" not in os.environ:
-        os.environ["OMP_NUM_THREADS"] = str(threads_each(args.nproc_per_node))
+    os.environ.update(environment_of_each(int(args.nproc_per_node) if args.nproc_per_node.isdigit() else 1))
     torchrun.run(args)
     return 0
-
-
-def threads_each(num_procs: str) -> int:
-    """An equal share of this machine's cores, at least one."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    procs = int(num_procs) if num_procs.isdigit() else 1
-    return max(1, cores // procs)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import FrameType
 
 from ..cli.text import complain, say
+from ..machine import environment_of_each
 from .settings import Settings
 from .training import INTERRUPTED
 
@@ -51,8 +52,7 @@ def launch(settings: Settings) -> int:
 
 
 def _start(settings: Settings, store: Path) -> list[subprocess.Popen[bytes]]:
-    threads = max(1, len(os.sched_getaffinity(0)) // settings.procs)
-    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
+    environment = {**os.environ, **environment_of_each(settings.procs)}
     command = [sys.executable, "-m", "zerostack.demo.worker", str(store)]
     return [
         subprocess.Popen(

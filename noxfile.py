@@ -69,11 +69,8 @@ def gpu(session: nox.Session) -> None:
 def bench_gpu(session: nox.Session) -> None:
     """The benchmarks on a CUDA device; skipped where there is none."""
     require_gpu(session)
-    scripts = sorted(Path("benchmarks").glob("gpu_*.py"))
-    if not scripts:
-        session.skip("there are no GPU benchmarks yet")
-    for script in scripts:
-        session.run("python", str(script), *session.posargs)
+    for name in dev.benchmark_names("gpu_"):
+        session.run("python", f"benchmarks/{name}.py", *session.posargs)
 
 
 @nox.session

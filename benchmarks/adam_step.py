@@ -12,7 +12,6 @@ bf16 copy.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import platform
@@ -24,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import _measure
 import accel_kernels as ak
 import torch
 from accel_kernels import native
@@ -206,44 +206,56 @@ def measure(
 
 
 def show(results: dict[str, list[Any]], which: str) -> str:
+    """Both tables, as Markdown."""
     lines = [
+        f"AdamW step, fp32, {which} of the rounds (bars: ratios >= 1.0, of the limit >= 95 %)",
         "",
-        f"AdamW step, fp32, {which} of the rounds (bars: ratio to torch and DeepSpeed >= 1.0, of the limit >= 95 %)",
-        "elements threads | ours ms  GB/s | limit ms  GB/s | of limit | torch fused ms  ratio | DeepSpeed ms  ratio",
+        "| elements | threads | ours ms | GB/s | limit GB/s | of limit | torch fused | ratio | DeepSpeed | ratio |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in results["step"]:
         s, n = row["seconds"][which], row["numel"]
         ours, fused, deep = s["adam_step"], s["torch AdamW(fused)"], s.get("DeepSpeed CPUAdam")
         limit = min(s["stream"], s["stream, non-temporal"])
-        peer = f"{deep * 1e3:12.2f} {deep / ours:6.2f}" if deep else f"{'-':>12} {'-':>6}"
+        peer = f"{deep * 1e3:.2f} | {deep / ours:.2f}" if deep else "- | -"
         lines.append(
-            f"{n:>9,} {row['threads']:>5} | {ours * 1e3:7.2f} {n * BYTES_STEP / ours / 1e9:5.1f} | "
-            f"{limit * 1e3:8.2f} {n * BYTES_STEP / limit / 1e9:5.1f} | {limit / ours:8.1%} | "
-            f"{fused * 1e3:14.2f} {fused / ours:6.2f} | {peer}"
+            f"| {n:,} | {row['threads']} | {ours * 1e3:.2f} | {n * BYTES_STEP / ours / 1e9:.1f} "
+            f"| {n * BYTES_STEP / limit / 1e9:.1f} | {limit / ours:.1%} "
+            f"| {fused * 1e3:.2f} | {fused / ours:.2f} | {peer} |"
         )
     lines += [
         "",
-        f"unscale + norm + clip + step + bf16 copy, {which} of the rounds (bar: ratio >= 1.3)",
-        "elements threads | ours ms | torch's passes ms  ratio | ours, norm known ms  ratio",
+        f"Unscale + norm + clip + step + bf16 copy, {which} of the rounds (bar: ratio >= 1.3)",
+        "",
+        "| elements | threads | ours ms | torch's passes ms | ratio | ours, norm known, ms | ratio |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in results["update"]:
-        s = row["seconds"][which]
-        ours, passes, known = s.values()
+        ours, passes, known = row["seconds"][which].values()
         lines.append(
-            f"{row['numel']:>9,} {row['threads']:>5} | {ours * 1e3:7.2f} | {passes * 1e3:17.2f} "
-            f"{passes / ours:6.2f} | {known * 1e3:19.2f} {passes / known:6.2f}"
+            f"| {row['numel']:,} | {row['threads']} | {ours * 1e3:.2f} | {passes * 1e3:.2f} | {passes / ours:.2f} "
+            f"| {known * 1e3:.2f} | {passes / known:.2f} |"
         )
     return "\n".join(lines)
 
 
-def cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor()
+def page(record: dict[str, Any]) -> str:
+    """The results as a page."""
+    hardware, load = record["hardware"], record["load_average"]
+    versions = ", ".join(f"{name} {version}" for name, version in sorted(record["versions"].items()))
+    head = (
+        f"# Fused AdamW on the CPU\n\n{record['date']}; {hardware['processor']} ({hardware['instruction_set']}), "
+        f"{hardware['cores']} cores, {hardware['memory_gib']} GiB; {versions}; "
+        f"load average {load[0]:.1f} at the start."
+    )
+    return f"{head}\n\n{show(record, 'median')}\n\n{show(record, 'best')}\n\n{LEGEND}"
+
+
+LEGEND = """\
+The limit is the faster of two loops that read four arrays and write three of them back, with ordinary and with
+non-temporal stores. Contestants take turns, one call each. The best of the rounds is what a machine with other work
+on it would show when left alone.
+"""
 
 
 def has_deepspeed(python: Path) -> bool:
@@ -282,21 +294,19 @@ def main() -> None:
                 step, update = measure(numel, threads, rounds, peer, versions)
                 results["step"].append(step)
                 results["update"].append(update)
-    print(ak.report())
-    print(show(results, "median"))
-    print(show(results, "best"))  # what a machine with other work on it would show when left alone
-    print(f"\nload average: {load[0]:.1f} at the start, {os.getloadavg()[0]:.1f} at the end")
+    record = {
+        "benchmark": "adam_step",
+        "date": _measure.today(),
+        "hardware": _measure.hardware(),
+        "load_average": [load[0], os.getloadavg()[0]],
+        "versions": versions,
+        **results,
+    }
+    print(page(record))
     if out is not None:
-        machine = {
-            "cpu": cpu_name(),
-            "cores": cores,
-            "load_average": [load[0], os.getloadavg()[0]],
-            "system": platform.platform(),
-        }
-        date = datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat()
-        record = {"date": date, "machine": machine, "versions": versions, **results}
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(record, indent=1) + "\n")
+        out.with_suffix(".md").write_text(page(record))
 
 
 if __name__ == "__main__":

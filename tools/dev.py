@@ -202,9 +202,9 @@ def docs(arguments: list[str]) -> int:
 def bench(arguments: list[str]) -> int:
     """Run every benchmark quickly, or one with its own arguments."""
     if arguments and not arguments[0].startswith("-"):
-        name = arguments[0].removesuffix(".py")
-        if name not in benchmark_names():
-            raise SetupError(f"no benchmark {name!r}; there are: {', '.join(benchmark_names())}")
+        name, known = arguments[0].removesuffix(".py"), [*benchmark_names(), *benchmark_names("gpu_")]
+        if name not in known:
+            raise SetupError(f"no benchmark {name!r}; there are: {', '.join(known)}")
         return run(VENV.python, f"benchmarks/{name}.py", *arguments[1:])
     codes = {
         name: run(VENV.python, f"benchmarks/{name}.py", "--quick", *arguments) for name in benchmark_names()
@@ -215,10 +215,11 @@ def bench(arguments: list[str]) -> int:
     return 1 if failed else 0
 
 
-def benchmark_names() -> list[str]:
-    """The benchmarks: every script in benchmarks/ that can be run."""
-    scripts = (REPO / "benchmarks").glob("[!_]*.py")
-    return sorted(path.stem for path in scripts if '__name__ == "__main__"' in path.read_text())
+def benchmark_names(prefix: str = "") -> list[str]:
+    """The benchmarks: every script in benchmarks/ that can be run; those for a GPU begin with `gpu_`."""
+    scripts = (REPO / "benchmarks").glob(f"{prefix or '[!_]'}*.py")
+    names = sorted(path.stem for path in scripts if '__name__ == "__main__"' in path.read_text())
+    return [name for name in names if name.startswith("gpu_") == (prefix == "gpu_")]
 
 
 def build(arguments: list[str]) -> int:

@@ -7,6 +7,7 @@ import sys
 
 import dev
 import pytest
+import torch
 
 # The engines that say most in least time; the peers of their own environment are not part of the tests.
 FEWER = {"train_step": ["--engines", "ddp,fsdp2,zero-core-3", "--dtypes", "bf16"]}
@@ -18,3 +19,11 @@ def test_quick_mode_prints_a_table(name: str) -> None:
     result = subprocess.run(command, cwd=dev.REPO, capture_output=True, text=True, timeout=600, check=False)
     assert result.returncode == 0, result.stderr
     assert "|" in result.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize("name", dev.benchmark_names("gpu_"))
+def test_a_gpu_benchmark_says_what_it_needs(name: str) -> None:
+    command = [sys.executable, f"benchmarks/{name}.py", "--quick"]
+    result = subprocess.run(command, cwd=dev.REPO, capture_output=True, text=True, timeout=120, check=False)
+    assert (result.returncode, "needs a CUDA device" in result.stdout) == (2, True)

@@ -31,7 +31,7 @@ class Arrays:
     def __init__(self, numel: int) -> None:
         self.param = torch.nn.Parameter(torch.rand(numel, device="cuda"))
         self.grad = torch.rand(numel, device="cuda") + 0.5
-        self.moments = [torch.zeros(numel, device="cuda") for _ in range(2)]
+        self.exp_avg, self.exp_avg_sq = torch.zeros(2, numel, device="cuda").unbind()
         self.bf16 = torch.empty(numel, device="cuda", dtype=torch.bfloat16)
         self.segments = [ak.AdamSegment(start=0, stop=numel, lr=1e-3, weight_decay=0.01, step=10)]
         self.optimizer = torch.optim.AdamW([self.param], lr=1e-3, weight_decay=0.01, fused=True)
@@ -40,14 +40,20 @@ class Arrays:
 
     def ours(self) -> None:
         """Our fused step."""
-        ak.adam_step(self.param, self.grad, *self.moments, self.segments)
+        ak.adam_step(self.param, self.grad, self.exp_avg, self.exp_avg_sq, self.segments)
 
     def ours_update(self) -> None:
         """Unscale, norm, clip, step and bf16 copy; the factor stays on the device."""
         norm = ak.grad_norm_scale(self.grad)[0].sqrt()
         clip = (1e12 / (norm + 1e-6)).clamp(max=1.0).float().reshape(1)
         ak.adam_step(
-            self.param, self.grad, *self.moments, self.segments, grad_scale=clip, low_precision=self.bf16
+            self.param,
+            self.grad,
+            self.exp_avg,
+            self.exp_avg_sq,
+            self.segments,
+            grad_scale=clip,
+            low_precision=self.bf16,
         )
 
     def torch_update(self) -> None:

@@ -1,6 +1,6 @@
 """The developer's one command: sets everything up when it has to, then runs what was asked for.
 
-    python3 tools/dev.py demo            train a small model sharded over two processes, in about a minute
+    python3 tools/dev.py demo            train a small model sharded over two processes, in about two minutes
     python3 tools/dev.py test [ARGS]     all tests and documentation examples; ARGS go to pytest
     python3 tools/dev.py lint            style, types, import boundaries, declared dependencies
     python3 tools/dev.py docs            run the examples of every README and documentation page

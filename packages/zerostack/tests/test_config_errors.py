@@ -189,6 +189,15 @@ def test_the_table_and_the_typed_fields_are_the_same_keys():
         ({"train_batch_size": "8"}, "train_batch_size: expected a whole number, got '8'"),
         ({"train_batch_size": 0}, "train_batch_size: expected at least 1, got 0"),
         ({"train_batch_size": 8.5}, "train_batch_size: expected a whole number, got 8.5"),
+        (
+            {"optimizer": {"type": "SGD", "params": {"nesterov": True}}},
+            "optimizer.params.nesterov: needs a momentum",
+        ),
+        (
+            {"fp16": {"enabled": True, "min_loss_scale": 1e9}},
+            "fp16.min_loss_scale: expected at most the first scale",
+        ),
+        ({"fp16": {"initial_scale_power": 2000}}, "fp16.initial_scale_power: expected at most 64, got 2000"),
         ({"gradient_clipping": True}, "gradient_clipping: expected a number, got True"),
         ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage: expected 0, 1, 2 or 3, got 4"),
         ({"zero_optimization": True}, "zero_optimization: expected an object"),

@@ -101,6 +101,14 @@ def test_missing_or_short_text_is_refused_at_once(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_files_of_very_different_sizes_are_text_enough(tmp_path):
+    for index in range(25):
+        (tmp_path / f"{index:02}.txt").write_text("tiny\n" if index == 19 else "a longer text\n" * 1000)
+    corpus = text.load(str(tmp_path), CONTEXT)
+    assert len(corpus.held_out) > 10_000
+    assert len(corpus.train) > len(corpus.held_out)
+
+
 def test_the_standard_library_is_text_enough_and_part_is_kept_apart():
     corpus = text.load(None, CONTEXT)
     assert len(corpus.train) > 5_000_000

@@ -161,6 +161,25 @@ def test_an_optimizer_that_contradicts_the_configuration_is_refused():
     zerostack.initialize(model=model, optimizer=optimizer, config=raw)
 
 
+def test_nothing_passed_beside_the_configuration_is_ignored():
+    model = Small()
+    with pytest.raises(ConfigError, match="differ in type 'AdamW' and SGD"):
+        zerostack.initialize(model=model, optimizer=lambda p: torch.optim.SGD(p, lr=0.1), config=config(1))
+    loader = DataLoader(Numbers(), batch_size=5)
+    with pytest.raises(ConfigError, match="per_gpu is 2 and the DataLoader's batch_size is 5"):
+        zerostack.initialize(model=model, training_data=loader, config=config(1))
+    with pytest.raises(ConfigError, match="collate_fn: training_data is a DataLoader"):
+        zerostack.initialize(
+            model=model, training_data=DataLoader(Numbers(), batch_size=2), collate_fn=list, config=config(1)
+        )
+    rates = {"type": "WarmupLR", "params": {"warmup_max_lr": [0.1, 0.2]}}
+    with pytest.raises(
+        ConfigError, match=r"scheduler\.params\.warmup_max_lr: expected one rate or 1 .* got 2"
+    ):
+        zerostack.initialize(model=model, config=config(1, scheduler=rates))
+    zerostack.initialize(model=model, config=config(1))  # none of them had touched the model
+
+
 def test_optimizers_that_need_whole_tensors_are_refused_before_the_model_changes():
     raw = config(2)
     del raw["optimizer"]

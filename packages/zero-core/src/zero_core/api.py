@@ -6,6 +6,7 @@ submodule by `sharded`. Read `hooks` next for the backward, `gather` for stage 3
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -154,6 +155,7 @@ def shard(
     released = release_class(_explain(flat_units))
     fill_units(model, flat_units, precision, param_wire, init_module)
     fill_buffers(model, param_wire)
+    param_wire.salt = reduce_wire.salt = param_wire.broadcast_text("name of the model", secrets.token_hex(4))
     reducer = Reducer(flat_units, reduce_wire, precision, overlap)
     gatherer = None
     if stage == 3:
@@ -200,9 +202,9 @@ def _device_of(mesh: DeviceMesh | dist.ProcessGroup, group: dist.ProcessGroup) -
         else str(dist.distributed_c10d._get_pg_default_device(group))
     )
     kind = torch.device(kind).type
-    return (
-        torch.device(kind, torch.accelerator.current_device_index()) if kind != "cpu" else torch.device("cpu")
-    )
+    if kind == "cpu":
+        return torch.device("cpu")
+    return torch.device(kind, torch.get_device_module(kind).current_device())
 
 
 def _explain(units: list[FlatUnit]) -> Callable[[nn.Parameter], str]:

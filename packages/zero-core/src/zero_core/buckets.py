@@ -60,6 +60,7 @@ class GradBucket:
         self.used: set[int] = set()
         self._filled: set[int] = set()
         self._scattered = False
+        self._carried: torch.Tensor | None = None
         self._pool = pool
 
     @property
@@ -104,9 +105,16 @@ class GradBucket:
         else:
             self._scattered = self.unit.stage == 1
 
+    def add_carried(self, reduced: torch.Tensor) -> None:
+        """Stage 1: to a slice just reduced, add the mean of the earlier micro-batches that `_open` put aside."""
+        if self._carried is not None:
+            reduced.add_(self._carried)
+            self._carried = None
+
     def zero(self, *, free: bool) -> None:
         """Forget all contributions; the memory of stages 0 and 1 stays for the next ones, or is given back."""
         self._scattered = False
+        self._carried = None
         self._filled.clear()
         self.this_pass.clear()
         self.used.clear()
@@ -114,13 +122,20 @@ class GradBucket:
             self._give_back()
         elif free:
             self.flat, self.views = None, []
+        elif self.flat is not None:
+            self._blank_gaps(self.flat)
 
     def zero_slots(self, slots: Iterable[int]) -> None:
         """Forget the contributions of some slots, where the others belong to another optimizer."""
+        slots = set(slots)
         for index in slots:
             self.used.discard(index)
             if index in self._filled:
                 self.views[index].zero_()
+        if self._carried is not None:
+            for part in self.unit.local_slots:
+                if part.index in slots:
+                    self._carried[part.start : part.stop].zero_()
 
     def _open(self) -> torch.Tensor:
         if self.flat is None:
@@ -129,18 +144,19 @@ class GradBucket:
                 self.flat = self._pool.take(layout.numel, self.dtype, device)
             else:
                 self.flat = torch.empty(layout.numel, dtype=self.dtype, device=device)
-            for lo, hi in layout.gaps:
-                self.flat[lo:hi].zero_()
+            self._blank_gaps(self.flat)
             self.views = self.unit.views_of(self.flat)
         if self._scattered:
-            # Stage 1 after a reduction: this rank's slice holds the mean, the others nothing. With the slice times N
-            # and the rest zero, the next reduction's mean is the old mean plus the mean of what is added now.
-            start, stop = self.unit.slice
-            self.flat[:start].zero_()
-            self.flat[stop:].zero_()
-            self.flat[start:stop].mul_(self.unit.layout.world_size)
+            # Stage 1 after a reduction: this rank's slice holds the mean, the rest nothing of meaning. The mean waits
+            # aside, the buffer starts from zero, and the two are added once the next reduction is done.
+            self._carried = self.flat[slice(*self.unit.slice)].clone()
+            self.flat.zero_()
             self._scattered = False
         return self.flat
+
+    def _blank_gaps(self, flat: torch.Tensor) -> None:
+        for lo, hi in self.unit.layout.gaps:
+            flat[lo:hi].zero_()
 
     def _give_back(self) -> None:
         if self.flat is not None:

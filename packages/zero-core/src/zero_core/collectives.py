@@ -43,7 +43,8 @@ class Collectives(Protocol):
     def reduce_scatter(self, full: torch.Tensor, out: torch.Tensor, *, tag: int) -> Handle:
         """Write the mean over ranks of this rank's n/N slice of `full` to `out`.
 
-        `out` may be that very slice of `full`, and may have another dtype; sums are formed in at least fp32.
+        `out` may be that very slice of `full`, and may have another dtype. On the CPU sums are formed in at least fp32;
+        an accelerator's back end forms them in the wider of the two dtypes (`Precision(reduce=torch.float32)`).
         The rest of `full` holds nothing of meaning afterwards.
         """
 
@@ -84,6 +85,9 @@ class Wire:
         device: where small values travel from.
         timeout_s: for messages.
         fate: shared by the wires of one model.
+
+    Attributes:
+        salt: goes into tags: that of one model, so that no other model's bytes are taken for its own.
     """
 
     def __init__(
@@ -99,16 +103,17 @@ class Wire:
         self.device = device
         self.timeout_s = timeout_s
         self.fate = fate or Fate()
+        self.salt = ""
         self._launched = 0
 
     def gather(self, name: str, shard: torch.Tensor, out: torch.Tensor) -> Pending:
         """All-gather `shard` into `out`; `name` goes into errors."""
-        tag = _tag(f"gather of {name}", out)
+        tag = _tag(f"gather of {name}{self.salt}", out)
         return self._launch(f"gather of {name}", lambda: self.collectives.all_gather(shard, out, tag=tag))
 
     def reduce(self, name: str, full: torch.Tensor, out: torch.Tensor) -> Pending:
         """Reduce-scatter the mean of `full` into `out`; `name` goes into errors."""
-        tag = _tag(f"reduction of {name}", full)
+        tag = _tag(f"reduction of {name}{self.salt}", full)
         return self._launch(
             f"reduction of {name}", lambda: self.collectives.reduce_scatter(full, out, tag=tag)
         )
@@ -130,7 +135,7 @@ class Wire:
             else:
                 tensor.copy_(rows.amin(0) if op == dist.ReduceOp.MIN else rows.amax(0))
 
-        tag = _tag(name, tensor)
+        tag = _tag(name + self.salt, tensor)
         return self._launch(name, lambda: exchange(self.group, sent, received, tag, self.timeout_s, combine))
 
     def broadcast(self, name: str, tensor: torch.Tensor) -> None:
@@ -147,7 +152,7 @@ class Wire:
         else:
             sent = [flat if rank == 0 else flat[:0]] * size
             received = [flat if rank != 0 and r == 0 else flat[:0] for r in range(size)]
-            tag = _tag(f"broadcast of {name}", tensor)
+            tag = _tag(f"broadcast of {name}{self.salt}", tensor)
             launch = lambda: exchange(self.group, sent, received, tag, self.timeout_s)  # noqa: E731  # one expression
             self._launch(f"broadcast of {name}", launch).wait()
         if payload.data_ptr() != tensor.data_ptr():
@@ -174,7 +179,7 @@ class Wire:
             raise self.fate.failure
         try:
             return call()
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
             self.fate.failure = diagnose(self.group, what, self.timeout_s, error)
             raise self.fate.failure from error
 

@@ -17,7 +17,7 @@ PATIENCE_S = 5.0
 """How long a rank that failed waits for the word of the others."""
 
 
-def diagnose(group: dist.ProcessGroup, what: str, timeout_s: float, error: RuntimeError) -> CollectiveError:
+def diagnose(group: dist.ProcessGroup, what: str, timeout_s: float, error: Exception) -> CollectiveError:
     """Compose the error for this rank's failed collective `what`."""
     rank, size = group.rank(), group.size()
     others = _positions(group, what, patience_s=min(PATIENCE_S, timeout_s))
@@ -49,6 +49,6 @@ def _positions(group: dist.ProcessGroup, position: str, patience_s: float) -> di
                 if store.check([f"{key}/{ranks[rank]}"]):
                     found[rank] = json.loads(store.get(f"{key}/{ranks[rank]}"))
             time.sleep(0.05)
-    except RuntimeError:  # the store lives on a rank that is gone
+    except (RuntimeError, ValueError):  # the store lives on a rank that is gone, or there is no default group
         pass
     return found

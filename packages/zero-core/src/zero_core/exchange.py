@@ -111,14 +111,14 @@ class Messages:
             then: called with what came from each rank (this rank's own entry: what it would have sent itself).
         """
         rank, size = self.group.rank(), self.group.size()
-        nbytes = sent[rank].numel() * sent[rank].element_size()
-        scratch = self._borrow(0 if into is not None else nbytes * (size - 1))
-        parts = (
-            list(scratch[: nbytes * (size - 1)].view(sent[rank].dtype).view(size - 1, -1))
-            if into is None and size > 1
-            else []
-        )
-        received = list(into) if into is not None else [*parts[:rank], sent[rank], *parts[rank:]]
+        if into is not None:
+            return exchange(
+                self.group, sent, into, tag, self.timeout_s, None if then is None else lambda: then(into)
+            )
+        nbytes = sent[rank].numel() * sent[rank].element_size() * (size - 1)
+        scratch = self._borrow(nbytes)
+        parts = list(scratch[:nbytes].view(sent[rank].dtype).view(size - 1, -1)) if size > 1 else []
+        received = [*parts[:rank], sent[rank], *parts[rank:]]
 
         def finish() -> None:
             if then is not None:
@@ -143,41 +143,23 @@ class Messages:
 class _Block:
     """A part of a rank's file: a head where each reader notes the last use that it has read, then the payload."""
 
-    memory: mmap.mmap
-    world_size: int
     offset: int
+    nbytes: int
     use: int = 0
-
-    @property
-    def nbytes(self) -> int:
-        return len(self.memory)
-
-    @property
-    def head(self) -> torch.Tensor:
-        """[world_size] int64."""
-        return torch.frombuffer(self.memory, dtype=torch.int64, count=self.world_size)
-
-    def read_by_all_but(self, rank: int) -> bool:
-        """Whether every other rank has read the last use."""
-        return all(use == self.use for reader, use in enumerate(self.head.tolist()) if reader != rank)
-
-    def part(self, start: int, like: torch.Tensor) -> torch.Tensor:
-        """The bytes from `start`, as a flat tensor of the size and dtype of `like`."""
-        return torch.frombuffer(self.memory, dtype=like.dtype, count=like.numel(), offset=start)
 
 
 class SharedMemory:
     """The parts through memory that all ranks map, a message to say where; see Note [Shared memory].
 
-    Blocks are kept for the next use: as many bytes as were under way at once.
+    Blocks are kept for the next use: the parts that were under way at once, and on their way to slower readers.
     """
 
     def __init__(self, messages: Messages, files: Sequence[int]) -> None:
         self.group = messages.group
         self.timeout_s = messages.timeout_s
         self._files = files
+        self._maps: dict[int, mmap.mmap] = {}
         self._blocks: list[_Block] = []
-        self._seen: dict[tuple[int, int], _Block] = {}
         for file in files:
             weakref.finalize(self, os.close, file)
 
@@ -198,67 +180,79 @@ class SharedMemory:
         found = [torch.empty_like(note) for note in notes]
 
         def finish() -> None:
-            blocks = [self._block_of(source, found[source]) for source in range(size)]
-            parts = [
-                sent[rank] if source == rank else blocks[source].part(int(found[source][2]), sent[rank])
-                for source in range(size)
-            ]
-            if into is not None:
-                for source in range(size):
-                    if source != rank:
+            parts, heads = list(sent), []
+            for source in range(size):
+                if source != rank:
+                    offset, nbytes, start, use = found[source].tolist()
+                    memory = self._memory(source, offset + nbytes)
+                    parts[source] = _part(memory, offset + start, sent[rank])
+                    heads.append((_head(memory, offset, size), use))
+                    if into is not None:
                         into[source].copy_(parts[source])
             if then is not None:
                 then(parts if into is None else into)
             _fence()
-            for source in range(size):
-                if source != rank:
-                    blocks[source].head[rank] = found[source][3]
+            for head, use in heads:
+                head[rank] = use
 
-        found[rank] = notes[rank]
         return exchange(self.group, notes, found, tag, self.timeout_s, finish)
 
     def _write(self, sent: Sequence[torch.Tensor]) -> tuple[_Block, list[int]]:
         """Copy what goes to other ranks into a block; returns where each rank's part starts in it."""
         rank, size = self.group.rank(), self.group.size()
-        distinct = {
-            part.data_ptr(): part for r, part in enumerate(sent) if r != rank
-        }  # a gather sends all the same
+        # A gather sends the same to all.
+        distinct = {part.data_ptr(): part for r, part in enumerate(sent) if r != rank}
         stride = _whole_lines(sent[rank].numel() * sent[rank].element_size())
         first = _whole_lines(8 * size)
         block = self._borrow(first + stride * len(distinct))
+        memory = self._memory(rank, block.offset + block.nbytes)
         where = {}
         for position, (pointer, part) in enumerate(distinct.items()):
             where[pointer] = first + position * stride
-            block.part(where[pointer], part).copy_(part.view(-1))
+            _part(memory, block.offset + where[pointer], part).copy_(part.view(-1))
         block.use += 1
         return block, [where.get(part.data_ptr(), 0) for part in sent]
 
     def _borrow(self, nbytes: int) -> _Block:
+        """The smallest block that is large enough and that every other rank has read, or a new one."""
         rank = self.group.rank()
-        for block in self._blocks:
-            if block.nbytes >= nbytes and block.read_by_all_but(rank):
-                return block
+        for block in sorted(self._blocks, key=lambda block: block.nbytes):
+            if block.nbytes >= nbytes:
+                head = _head(self._memory(rank, block.offset + block.nbytes), block.offset, self.group.size())
+                if all(use == block.use for reader, use in enumerate(head.tolist()) if reader != rank):
+                    return block
         offset = sum(block.nbytes for block in self._blocks)
-        nbytes += -nbytes % mmap.ALLOCATIONGRANULARITY
+        nbytes += -nbytes % mmap.PAGESIZE
         try:
             os.posix_fallocate(self._files[rank], offset, nbytes)  # or a later write would end the process
         except OSError as error:
             raise RuntimeError(f"no {nbytes} bytes of shared memory to be had: {error.strerror}") from error
-        self._blocks.append(self._map(rank, offset, nbytes))
+        self._blocks.append(_Block(offset, nbytes))
         return self._blocks[-1]
 
-    def _block_of(self, source: int, note: torch.Tensor) -> _Block:
-        """The block that a note names."""
-        offset, nbytes = int(note[0]), int(note[1])
-        if (source, offset) not in self._seen:
-            self._seen[source, offset] = self._map(source, offset, nbytes)
-        return self._seen[source, offset]
-
-    def _map(self, owner: int, offset: int, nbytes: int) -> _Block:
-        return _Block(mmap.mmap(self._files[owner], nbytes, offset=offset), self.group.size(), offset)
+    def _memory(self, owner: int, stop: int) -> mmap.mmap:
+        """A rank's file, mapped at least up to `stop`; one mapping a file, renewed when the file has grown."""
+        if owner not in self._maps or len(self._maps[owner]) < stop:
+            try:
+                self._maps[owner] = mmap.mmap(self._files[owner], os.fstat(self._files[owner]).st_size)
+            except OSError as error:
+                raise RuntimeError(
+                    f"cannot map the memory that rank {owner} shares: {error.strerror}"
+                ) from error
+        return self._maps[owner]
 
     def trim(self) -> None:
         """Keep the blocks: fresh pages at every pass would cost more than the copies."""
+
+
+def _head(memory: mmap.mmap, offset: int, world_size: int) -> torch.Tensor:
+    """[world_size] int64: for each reader, the last use of the block that it has read."""
+    return torch.frombuffer(memory, dtype=torch.int64, count=world_size, offset=offset)
+
+
+def _part(memory: mmap.mmap, start: int, like: torch.Tensor) -> torch.Tensor:
+    """The bytes from `start`, as a flat tensor of the size and dtype of `like`."""
+    return torch.frombuffer(memory, dtype=like.dtype, count=like.numel(), offset=start)
 
 
 def connect(group: dist.ProcessGroup, timeout_s: float) -> Messages | SharedMemory:
@@ -287,8 +281,11 @@ def _create() -> tuple[int | None, bytes]:
     if not hasattr(os, "memfd_create"):  # not Linux
         return None, b""
     name = f"zero_core-{secrets.token_hex(8)}"
-    file = os.memfd_create(name, os.MFD_CLOEXEC)
-    machine = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    try:
+        machine = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        file = os.memfd_create(name, os.MFD_CLOEXEC)
+    except OSError:  # a sandbox that allows neither
+        return None, b""
     return file, f"{machine} /proc/{os.getpid()}/fd/{file} /memfd:{name}".encode()
 
 

@@ -60,7 +60,7 @@ def fill_buffers(model: nn.Module, wire: Wire) -> None:
     for prefix, module in model.named_modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:
-                placed = buffer.to(wire.device)
+                placed = buffer.to(wire.device).contiguous()
                 module._buffers[name] = placed
                 wire.broadcast(f"buffer '{prefix}.{name}'", placed)
 
@@ -75,6 +75,7 @@ def _meta_initialisers(
     """
     unit_of = {id(param): unit.index for unit in units for param in unit.params}
     per_unit: list[list[nn.Module]] = [[] for _ in units]
+    found: list[tuple[nn.Module, str]] = []
     for name, module in model.named_modules():
         params = [param for param in module._parameters.values() if param is not None and param.is_meta]
         buffers = [key for key, buffer in module._buffers.items() if buffer is not None and buffer.is_meta]
@@ -92,11 +93,12 @@ def _meta_initialisers(
                 f"{label} is on the meta device and its parameters belong to several units (different dtypes, or "
                 "tied elsewhere): build the model under zero_core.sharded_init"
             )
-        for key in buffers:
-            buffer = module._buffers[key]
-            assert buffer is not None
-            module._buffers[key] = torch.zeros(buffer.shape, dtype=buffer.dtype)
+        found += [(module, key) for key in buffers]
         per_unit[homes.pop() if homes else 0].append(module)
+    for module, key in found:  # only now: nothing can be refused any more
+        buffer = module._buffers[key]
+        assert buffer is not None
+        module._buffers[key] = torch.zeros(buffer.shape, dtype=buffer.dtype)
     return per_unit
 
 

@@ -50,6 +50,7 @@ class FlatUnit:
         self.full: torch.Tensor
         self.shard: torch.Tensor
         self.master: torch.Tensor | None = None
+        self._versions: list[int] = []
 
     @property
     def full_bytes(self) -> int:
@@ -81,12 +82,30 @@ class FlatUnit:
         """The values that the optimizer updates, in `dtype`; the shard itself where it has that dtype."""
         if self.master is None or self.master.dtype != dtype:
             self.master = self.shard if self.shard.dtype == dtype else self.shard.to(dtype)
+            self._versions = [param._version for param in self.params]
         return self.master
 
     def refresh_master(self) -> None:
         """Take the shard's values over into the master, after something else than the optimizer wrote them."""
         if self.master is not None and self.master.data_ptr() != self.shard.data_ptr():
             self.master.copy_(self.shard)
+        self._versions = [param._version for param in self.params]
+
+    def take_edits(self) -> None:
+        """Below stage 3: what plain torch code wrote to the parameters since the last step goes into the master.
+
+        A parameter's version counter is its own, not the buffer's: gathers and steps leave it alone.
+        """
+        if self.stage < 3 and self._versions != [param._version for param in self.params]:
+            self.refresh_master()
+
+    def detached(self) -> str | None:
+        """Below stage 3: the name of a parameter that no longer lies in the flat buffer."""
+        start, size = self.full.data_ptr(), self.full.element_size()
+        for slot, param in zip(self.layout.slots, self.params, strict=True):
+            if slot.numel and param.data_ptr() != start + slot.offset * size:
+                return slot.name
+        return None
 
     def enter(self, then: Residency, released: type[ReleasedParameter]) -> None:
         """Change state: allocate before a gather, show the parameters after it, free them on release."""

@@ -64,6 +64,8 @@ class Gatherer:
         self._keep_until_end: set[int] = set()
         self._calls: Counter[int] = Counter()
         self._depth = 0
+        self._model = model
+        self._input_hooks: list[RemovableHandle] = []
         self._on_the_way: dict[int, Pending] = {}
         self._removers: list[RemovableHandle] = []
         by_anchor: dict[nn.Module, list[FlatUnit]] = {model: []}
@@ -81,6 +83,8 @@ class Gatherer:
     # -- forward ----------------------------------------------------------------------------------------------
 
     def _before_forward(self, units: list[FlatUnit], module: nn.Module, args: Any, kwargs: Any) -> None:
+        if module is self._model and not _inside_backward():
+            self._depth = 0  # whatever interrupted an earlier forward
         self._depth += 1
         if self._depth == 1 and not _inside_backward():
             self._begin_pass()
@@ -94,8 +98,10 @@ class Gatherer:
     def _after_forward(
         self, units: list[FlatUnit], module: nn.Module, args: Any, kwargs: Any, output: Any
     ) -> None:
-        self._depth -= 1
+        self._depth = max(0, self._depth - 1)  # an earlier hook may have kept ours from seeing the entry
         needs_backward, understood = _tensors_needing_grad(output)
+        if torch.is_grad_enabled() and module is not self._model:
+            needs_backward += _kept_on(module)
         for unit in units:
             self._forwards[unit.index] -= 1
             if torch.is_grad_enabled() and not understood:
@@ -116,6 +122,7 @@ class Gatherer:
         self.reducer.abandon()
         self._forwards.clear()
         self._in_backward.clear()
+        self._forget_inputs()
         self._plan = self._plans[torch.is_grad_enabled()]
         self._plan.begin()
         for unit in self.units:
@@ -137,7 +144,7 @@ class Gatherer:
             return
         self._in_backward.clear()
         self._keep_until_end.clear()
-        self._calls.clear()
+        self._forget_inputs()
         for each in self.units:
             self._release_if_idle(each)
 
@@ -163,8 +170,14 @@ class Gatherer:
                         self._in_backward.discard(unit.index)
                         self._release_if_idle(unit)
 
-        for tensor in inputs:
-            tensor.register_hook(partial(done, id(tensor)))
+        self._input_hooks += [tensor.register_hook(partial(done, id(tensor))) for tensor in inputs]
+
+    def _forget_inputs(self) -> None:
+        """Stop watching: an input may be a leaf that outlives the pass."""
+        for handle in self._input_hooks:
+            handle.remove()
+        self._input_hooks.clear()
+        self._calls.clear()
 
     # -- the unit ---------------------------------------------------------------------------------------------
 
@@ -180,13 +193,23 @@ class Gatherer:
         """Start the gather of a unit that rests as shards."""
         if unit.residency is Residency.SHARDED:
             unit.enter(Residency.GATHERING, self.released)
-            self._on_the_way[unit.index] = self.wire.gather(unit.label, unit.shard, unit.full)
+            with self._back_to_shards_on_failure(unit):
+                self._on_the_way[unit.index] = self.wire.gather(unit.label, unit.shard, unit.full)
 
     def arrive(self, unit: FlatUnit) -> None:
         """Wait until the unit is whole."""
         if unit.residency is Residency.GATHERING:
-            self._on_the_way.pop(unit.index).wait()
+            with self._back_to_shards_on_failure(unit):
+                self._on_the_way.pop(unit.index).wait()
             unit.enter(Residency.GATHERED, self.released)
+
+    @contextmanager
+    def _back_to_shards_on_failure(self, unit: FlatUnit) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            unit.enter(Residency.SHARDED, self.released)
+            raise
 
     def _release_if_idle(self, unit: FlatUnit) -> None:
         index = unit.index
@@ -205,11 +228,12 @@ class Gatherer:
     def hold(self, units: list[FlatUnit]) -> Iterator[None]:
         """Have these units whole inside the block; every rank must enter it."""
         for unit in units:
-            self.launch(unit)
-        for unit in units:
-            self.arrive(unit)
             self._pins[unit.index] += 1
         try:
+            for unit in units:
+                self.launch(unit)
+            for unit in units:
+                self.arrive(unit)
             yield
         finally:
             for unit in units:
@@ -224,11 +248,6 @@ class Gatherer:
             if self._pins[unit.index] > 0:
                 self.launch(unit)
                 self.arrive(unit)
-
-    def abort(self) -> None:
-        """Back to shards, whatever an interrupted pass left whole; not while a forward or backward runs."""
-        self._depth = 0
-        self._begin_pass()
 
     def close(self) -> None:
         """Remove the hooks."""
@@ -256,14 +275,22 @@ def _tensors_needing_grad(output: Any) -> tuple[list[torch.Tensor], bool]:
         if isinstance(leaf, torch.Tensor):
             if leaf.requires_grad and leaf.grad_fn is not None:
                 found.append(leaf)
-        elif is_dataclass(leaf) and not isinstance(leaf, type):
-            pending += tree_leaves([getattr(leaf, field.name) for field in fields(leaf)])
         elif not isinstance(
             leaf, (int, float, str, bool, bytes, complex, type(None), torch.dtype, torch.device)
         ):
-            if hasattr(leaf, "__dict__") and id(leaf) not in seen:
-                seen.add(id(leaf))
+            if id(leaf) in seen:
+                continue
+            seen.add(id(leaf))
+            if is_dataclass(leaf) and not isinstance(leaf, type):
+                pending += tree_leaves([getattr(leaf, field.name) for field in fields(leaf)])
+            elif hasattr(leaf, "__dict__"):
                 pending += tree_leaves(list(vars(leaf).values()))
             else:
                 understood = False
     return found, understood
+
+
+def _kept_on(module: nn.Module) -> list[torch.Tensor]:
+    """Tensors with a graph that a module or its submodules keep as attributes, such as an auxiliary loss."""
+    values = (value for part in module.modules() for value in part.__dict__.values())
+    return [value for value in values if isinstance(value, torch.Tensor) and value.grad_fn is not None]

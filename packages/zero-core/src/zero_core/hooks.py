@@ -54,6 +54,7 @@ class Entrance:
 
     def __init__(self, units: list[FlatUnit], precision: Precision, reducer: Reducer) -> None:
         self.frozen = [unit for unit in units if not unit.trainable]
+        self.resident = [unit for unit in units if unit.stage < 3]
         self.precision = precision
         self.reducer = reducer
         self._autocasts: list[torch.autocast] = []
@@ -69,7 +70,9 @@ class Entrance:
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         if torch._C._current_graph_task_id() == -1:
             self.reducer.abandon()
-            self._check_frozen()
+            self._check_parameters()
+            while self._autocasts:  # left by a forward that was interrupted
+                self._autocasts.pop().__exit__(None, None, None)
         compute = self.precision.compute
         if compute is None:
             return None
@@ -89,7 +92,15 @@ class Entrance:
         if self._autocasts:
             self._autocasts.pop().__exit__(None, None, None)
 
-    def _check_frozen(self) -> None:
+    def _check_parameters(self) -> None:
+        for unit in self.resident:
+            name = unit.detached()
+            if name is not None:
+                raise ZeroStateError(
+                    f"parameter '{name}' no longer lies in its unit's buffer: something has replaced its data (such as "
+                    "model.to(), .half(), .double() or load_state_dict(assign=True)) and no step would reach it; do "
+                    "that before shard(), or use zero_core.load_full_state_dict"
+                )
         for unit in self.frozen:
             for slot, param in zip(unit.layout.slots, unit.params, strict=True):
                 if param.requires_grad:
@@ -108,6 +119,7 @@ class Reducer:
     Attributes:
         lanes: one for each trainable unit.
         sync: False under `no_sync`: gradients stay local.
+        generation: changes whenever a gradient does.
         limit_bytes: of full buffers that may be under way at once.
         listeners: called with a unit when its gradients are complete, and with None at the end of a pass.
     """
@@ -126,6 +138,8 @@ class Reducer:
         self._in_flight: deque[_InFlight] = deque()
         self._pass_open = False
         self._unsynced = False
+        self._launched: set[int] = set()
+        self.generation = 0
         self._removers: list[RemovableHandle] = []
         for position, lane in enumerate(self.lanes):
             for index, param in enumerate(lane.unit.params):
@@ -148,19 +162,29 @@ class Reducer:
             self._order.restart()
             Variable._execution_engine.queue_callback(self._close_pass)
 
+    @torch.no_grad()
     def _arrive(self, position: int, index: int, param: nn.Parameter) -> None:
         self.open_pass()
         lane = self.lanes[position]
+        if position in self._launched:
+            raise ZeroStateError(
+                f"{lane.unit.label}: a gradient came after the reduction of the unit had started, as when a module is "
+                "called twice under torch.utils.checkpoint(use_reentrant=True); use use_reentrant=False"
+            )
         grad = param.grad
         assert grad is not None
+        grad = grad.detach()  # with create_graph it has a graph of its own, which no reduction carries on
+        self.generation += 1
         lane.bucket.land(index, grad.to_dense() if grad.is_sparse else grad, overwrite=lane.shows_grad)
         param.grad = lane.bucket.views[index] if lane.shows_grad else None
         if lane.bucket.complete:
             if self.sync:
                 for ready in self._order.ready(position):
+                    self._launched.add(ready)
                     self._launch(self.lanes[ready])
             self._tell(lane.unit)
 
+    @torch.no_grad()
     def _close_pass(self) -> None:
         if self.sync:
             for position in self._order.rest():
@@ -172,6 +196,7 @@ class Reducer:
 
     def _end_pass(self) -> None:
         self._pass_open = False
+        self._launched.clear()
         for lane in self.lanes:
             lane.bucket.this_pass.clear()
         self.pool.clear()
@@ -214,7 +239,9 @@ class Reducer:
             assert full is not None
             self.wire.gather(unit.label, reduced, full).wait()
             reduced = full
+        lane.bucket.add_carried(reduced)
         lane.shard.accept(reduced)
+        self.generation += 1
         lane.bucket.retire(keep=lane.shard.in_place)
         if lane.shows_grad:
             for param, view in zip(unit.params, lane.bucket.views, strict=True):
@@ -261,6 +288,10 @@ class Reducer:
                 lane.shard.zero_slots(slots)
             for index in slots:
                 lane.unit.params[index].grad = None
+        self.generation += 1
+        self.pool.clear()
+        if owned is None or all(len(owned.get(e.unit.index, ())) == len(e.unit.params) for e in self.lanes):
+            self._unsynced = False
 
     def close(self) -> None:
         """Remove the hooks."""

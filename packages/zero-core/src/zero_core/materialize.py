@@ -58,16 +58,22 @@ def stream_full(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     Every rank must run it to the end. A tensor's values last until the next one is asked for; tied names follow each
     other with the same tensor.
     """
+    for names, tensor in _stream(model):
+        for name in names:
+            yield name, tensor
+
+
+def _stream(model: nn.Module) -> Iterator[tuple[list[str], torch.Tensor]]:
+    """Each distinct parameter and persistent buffer with all its names, whole, one unit at a time."""
     state = sharded(model)
-    prefix_free = {id(p): p for p in model.parameters()}
+    wanted = {id(p) for p in model.parameters()}
     for unit in state.units_of(model):
         with state.gatherer.hold([unit]) if state.gatherer else nullcontext():
             for slot, param in zip(unit.layout.slots, unit.params, strict=True):
-                if id(param) in prefix_free:
-                    for name in _local_names(state, model, slot.names):
-                        yield name, param.detach()
+                if id(param) in wanted:
+                    yield _local_names(state, model, slot.names), param.detach()
     for name, buffer in _persistent_buffers(model).items():
-        yield name, buffer
+        yield [name], buffer
 
 
 def full_state_dict(
@@ -86,12 +92,9 @@ def full_state_dict(
     """
     keep = not rank0_only or sharded(model).wire.group.rank() == 0
     found: dict[str, torch.Tensor] = {}
-    copies: dict[int, torch.Tensor] = {}
-    for name, tensor in stream_full(model):
+    for names, tensor in _stream(model):
         if keep:
-            if tensor.data_ptr() not in copies or copies[tensor.data_ptr()].shape != tensor.shape:
-                copies = {tensor.data_ptr(): tensor.to(device, copy=True)}  # tied names follow each other
-            found[name] = copies[tensor.data_ptr()]
+            found |= dict.fromkeys(names, tensor.to(device, copy=True))  # tied names share one copy
     return {name: found[name] for name in _expected(model) if name in found}
 
 
@@ -108,10 +111,12 @@ def load_full_state_dict(
     """
     state = sharded(model)
     wire, reads = state.wire, state.wire.group.rank() == 0
-    if reads and state_dict is None:
-        raise ZeroConfigError("load_full_state_dict: the first rank must pass the state dict, got None")
     expected = _expected(model)
-    problems = _mismatch(expected, state_dict or {}, strict=strict) if reads else []
+    problems: list[str] = []
+    if reads and state_dict is None:
+        problems = ["the first rank must pass the state dict, got None"]
+    elif reads:
+        problems = _mismatch(expected, state_dict or {}, strict=strict)
     problems = json.loads(wire.broadcast_text("check of the state dict", json.dumps(problems)))
     if problems:
         raise ZeroConfigError("load_full_state_dict: " + "; ".join(problems))

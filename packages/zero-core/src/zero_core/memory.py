@@ -15,7 +15,15 @@ from .config import Precision
 from .errors import ZeroConfigError
 from .units import UnitChoice, find_units
 
-STATE_BYTES = {"adam": 8, "adamw": 8, "lion": 4, "adagrad": 4, "sgd-momentum": 4, "sgd": 0}
+STATE_BYTES = {
+    "adam": 8,
+    "adamw": 8,
+    "adam-amsgrad": 12,
+    "lion": 4,
+    "adagrad": 4,
+    "sgd-momentum": 4,
+    "sgd": 0,
+}
 """fp32 optimizer state, in bytes a parameter, the master not counted."""
 
 
@@ -64,7 +72,7 @@ def plan_memory(
         stage: 0 to 3.
         world: number of ranks.
         precision: None: for a number, bf16 with fp32 masters as in the paper; for a model, its own dtypes.
-        optimizer: one of "adam", "adamw", "lion", "adagrad", "sgd-momentum", "sgd".
+        optimizer: one of "adam", "adamw", "adam-amsgrad", "lion", "adagrad", "sgd-momentum", "sgd".
         units: as for `shard`; sizes what is in flight. With a number of parameters nothing is known of units.
 
     Raises:

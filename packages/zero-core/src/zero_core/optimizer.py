@@ -6,6 +6,7 @@ reductions, agree on overflow, fold unscaling and clipping into one factor, step
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +49,7 @@ class ShardedOptimizer(Optimizer):
 
     Raises:
         ZeroConfigError: the optimizer holds a parameter that is not the model's, or nothing but frozen ones, or is
-            known not to be elementwise.
+            known not to be elementwise; the scaler is another optimizer's.
 
     Bytes per rank: the state of `optimizer` and the master copy, for this rank's shards only.
     Source: ZeRO (Rajbhandari et al., 2020), section 5.1.
@@ -79,8 +80,10 @@ class ShardedOptimizer(Optimizer):
             gatherer.refresh if gatherer else None,
             limit_bytes=self._sharded.reducer.limit_bytes if self._sharded.overlap.enabled else 0,
         )
-        self._norm: torch.Tensor | None = None
-        self._clip: torch.Tensor | None = None
+        if scaler is not None:
+            scaler.bind(self)
+        self._norm: tuple[int, torch.Tensor] | None = None  # of which gradients, and their norm
+        self._max_norm: float | None = None
         self._num_steps = 0
         self.last_step_skipped = False
         self.overflow_report: OverflowReport | None = None
@@ -122,8 +125,8 @@ class ShardedOptimizer(Optimizer):
                 if state:
                     lo, hi = place.param_start, place.param_start + place.numel
                     optimizer.state[master] = {
-                        key: value.reshape(-1)[lo:hi].to(flat.device, copy=True)
-                        if isinstance(value, torch.Tensor) and value.shape == param.shape and value.dim() > 0
+                        key: value.reshape(-1)[lo:hi].to(flat, copy=True)
+                        if key != "step" and isinstance(value, torch.Tensor) and value.shape == param.shape
                         else value
                         for key, value in state.items()
                     }
@@ -152,14 +155,29 @@ class ShardedOptimizer(Optimizer):
         self.overflow_report = self._find_overflow()
         self.last_step_skipped = self.overflow_report is not None
         if not self.last_step_skipped:
+            for lane in self._lanes:
+                lane.unit.take_edits()
             work = [self._unit_step(lane, used) for lane in self._lanes if lane.shard.value is not None]
             for item in self._stepper.step(work, self._factor()):
                 self._publisher.publish(item.unit, cast=not self._stepper.casts)
-            self._publisher.finish()
+        self._publisher.finish()
+        self._norm = self._max_norm = None
         if self.scaler is not None:
             self.scaler.update(overflow=self.last_step_skipped)
-        self._norm = self._clip = None
         return loss
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refuse: groups are taken over when this object is built.
+
+        Raises:
+            ZeroConfigError: always, once built.
+        """
+        if hasattr(self, "_stepper"):
+            raise ZeroConfigError(
+                "ShardedOptimizer: a group that is added now would not be stepped; build the torch optimizer with all "
+                "its groups, then a ShardedOptimizer on it (frozen layers that train later: see requires_grad, shard)"
+            )
+        super().add_param_group(param_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients of this optimizer's parameters.
@@ -168,7 +186,7 @@ class ShardedOptimizer(Optimizer):
             set_to_none: give their memory back until the next backward, as torch does; False keeps it.
         """
         self._sharded.reducer.zero_grad(self._owned, free=set_to_none)
-        self._norm = self._clip = None
+        self._norm = self._max_norm = None
 
     def grad_norm(self) -> torch.Tensor:
         """The global 2-norm of the averaged, unscaled, unclipped gradients; every rank calls it.
@@ -183,9 +201,8 @@ class ShardedOptimizer(Optimizer):
         """Scale the next step's gradients so that their global norm is at most `max_norm`; returns the norm before."""
         if not max_norm > 0:
             raise ZeroConfigError(f"clip_grad_norm: expected max_norm > 0, got {max_norm!r}")
-        norm = self.grad_norm()
-        self._clip = clip_factor(norm, max_norm)
-        return norm
+        self._max_norm = float(max_norm)
+        return self.grad_norm()
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's part of the state, for the same world size and stage; see `sharded_state` for any other."""
@@ -219,15 +236,24 @@ class ShardedOptimizer(Optimizer):
                 f"load_state_dict: the shards of {', '.join(map(repr, mismatch[:4]))} differ in presence or size from "
                 "those of this model; it was saved at another world size or stage: use sharded_state for that"
             )
-        self.inner.load_state_dict(state_dict["inner"])
+        groups = self.inner.param_groups
+        self.inner.load_state_dict(copy.deepcopy(state_dict["inner"]))  # torch would share its tensors
+        # Torch puts new group dictionaries in the place of those that schedulers and this object hold.
+        for group, loaded in zip(groups, self.inner.param_groups, strict=True):
+            group.update(loaded)
+        self.inner.param_groups = groups
         self.state = self.inner.state
         if self.scaler is not None and state_dict["scaler"] is not None:
             self.scaler.load_state_dict(state_dict["scaler"])
         self._num_steps = state_dict["num_steps"]
-        for name, unit in held.items():
-            assert unit.master is not None
-            unit.master.copy_(saved[name])
-            self._publisher.publish(unit, cast=True)
+        for unit in self._sharded.units:
+            if (
+                unit.index in self._owned
+            ):  # on every rank, one without a part of the unit too: the gather is collective
+                if unit.name in held:
+                    assert unit.master is not None
+                    unit.master.copy_(saved[unit.name])
+                self._publisher.publish(unit, cast=True)
         self._publisher.finish()
 
     def unit_of(self, slot: ShardSlot) -> FlatUnit:
@@ -260,8 +286,9 @@ class ShardedOptimizer(Optimizer):
         return UnitStep(unit, grad, slots)
 
     def _scaled_norm(self) -> torch.Tensor:
-        if self._norm is None:
-            self._sharded.reducer.finish()
+        reducer = self._sharded.reducer
+        reducer.finish()
+        if self._norm is None or self._norm[0] != reducer.generation:
             shards: list[torch.Tensor] = []
             for lane in self._lanes:
                 value = lane.shard.value
@@ -272,8 +299,9 @@ class ShardedOptimizer(Optimizer):
                 else:
                     parts = (slot.place for slot in self.slots.get(lane.unit.index, []))
                     shards += [value[part.start : part.stop] for part in parts]
-            self._norm = global_norm(shards, self._sharded.wire, replicated=self._sharded.stage == 0)
-        return self._norm
+            norm = global_norm(shards, self._sharded.wire, replicated=self._sharded.stage == 0)
+            self._norm = (reducer.generation, norm)
+        return self._norm[1]
 
     def _find_overflow(self) -> OverflowReport | None:
         if self.scaler is None or bool(torch.isfinite(self._scaled_norm())):
@@ -283,9 +311,9 @@ class ShardedOptimizer(Optimizer):
     def _factor(self) -> torch.Tensor | float:
         """What gradients are multiplied by in the step: unscaling and clipping."""
         unscale = 1.0 if self.scaler is None else 1.0 / self.scaler.value
-        if self._clip is None:
+        if self._max_norm is None:
             return unscale
-        factor = self._clip * unscale
+        factor = clip_factor(self.grad_norm(), self._max_norm) * unscale
         return factor if factor.is_cuda else float(factor)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -90,6 +91,20 @@ class LossScaler:
         self.min_scale = min_scale
         self._finite_steps = 0
         self._tolerance = hysteresis
+        self._owner: weakref.ref[object] | None = None
+
+    def bind(self, optimizer: object) -> None:
+        """Belong to one optimizer, whose steps adapt the scale.
+
+        Raises:
+            ZeroConfigError: it belongs to another one, whose step would change the scale under this one's gradients.
+        """
+        owner = None if self._owner is None else self._owner()
+        if owner is not None and owner is not optimizer:
+            raise ZeroConfigError(
+                "LossScaler: it belongs to another optimizer; give each optimizer one of its own"
+            )
+        self._owner = weakref.ref(optimizer)
 
     def scale(self, loss: torch.Tensor) -> torch.Tensor:
         """The loss to call `backward` on."""

@@ -140,9 +140,8 @@ class _Builder:
         part.local = torch.zeros(n, dtype=flat.dtype, device=flat.device)
         mine = flat[start : start + n]
         part.local[: mine.numel()].copy_(mine)
-        nbytes = param.numel() * param.element_size()
-        if param.untyped_storage().nbytes() != nbytes or not param.is_contiguous():
-            param.data = torch.empty(param.shape, dtype=param.dtype, device=param.device)
+        # A storage of its own: whoever else looks at the old one (a buffer made of the same tensor) keeps it.
+        param.data = torch.empty(param.shape, dtype=param.dtype, device=param.device)
         param.__class__ = self.released
         free_storage(param)
 

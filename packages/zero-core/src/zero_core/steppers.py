@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.optim import LBFGS, SGD, Adafactor, Adagrad, Adam, AdamW, Optimizer, SparseAdam
 
-from .errors import ZeroConfigError
+from .errors import ZeroConfigError, ZeroStateError
 from .flat_unit import FlatUnit
 from .hooks import Lane
 from .layout import ALIGN_ELEMENTS, LocalSlot
@@ -165,6 +165,7 @@ class FusedStepper:
     def __init__(self, inner: Optimizer) -> None:
         self.inner = inner
         self._rule = _RULES[type(inner)]
+        self._options = self._asked_for(inner)
         self._flat: dict[int, tuple[torch.Tensor, ...]] = {}
 
     @staticmethod
@@ -173,19 +174,32 @@ class FusedStepper:
         dtypes = {
             (lane.unit.master.dtype, lane.shard.dtype) for lane in lanes if lane.unit.master is not None
         }
-        unusual = ("amsgrad", "maximize", "differentiable", "capturable")
         return (
             type(inner) in _RULES
             and not (
                 inner._optimizer_step_pre_hooks or inner._optimizer_step_post_hooks
             )  # only its own step calls
             and all(master == torch.float32 and grad != torch.float64 for master, grad in dtypes)
-            and not any(group.get(option) for group in inner.param_groups for option in unusual)
-            and len({bool(group.get("momentum")) for group in inner.param_groups}) == 1
+            and not any(any(unusual) for unusual, _ in FusedStepper._asked_for(inner))
+            and len({momentum for _, momentum in FusedStepper._asked_for(inner)}) == 1
         )
+
+    @staticmethod
+    def _asked_for(inner: Optimizer) -> list[tuple[tuple[bool, ...], bool]]:
+        """For each group: the options that no kernel has, and whether there is momentum."""
+        unusual = ("amsgrad", "maximize", "differentiable", "capturable")
+        return [
+            (tuple(bool(group.get(option)) for option in unusual), bool(group.get("momentum")))
+            for group in inner.param_groups
+        ]
 
     def step(self, work: Sequence[UnitStep], scale: torch.Tensor | float) -> Iterator[UnitStep]:
         """See `ShardOptimizer.step`."""
+        if self._asked_for(self.inner) != self._options:
+            raise ZeroStateError(
+                "the optimizer's groups now ask for other options (amsgrad, maximize, differentiable, capturable, or "
+                "momentum where there was none) than when ShardedOptimizer was built; build a new one"
+            )
         self.inner._opt_called = True  # type: ignore[attr-defined]  # or torch's schedulers warn of a missing step
         for item in work:
             unit = item.unit
@@ -223,8 +237,7 @@ class FusedStepper:
                 view = flat[slot.place.start : slot.place.stop]
                 held = state.get(name)
                 if held is None or held.data_ptr() != view.data_ptr():
-                    if held is not None:
-                        view.copy_(held)
+                    view.copy_(held) if held is not None else view.fill_(self._rule.initial(slot.group))
                     state[name] = view
         return self._flat[unit.index]
 

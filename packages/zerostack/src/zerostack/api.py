@@ -95,8 +95,15 @@ def initialize(
         micro_batch=None if given_loader is None else given_loader.batch_size,
     )
     settings = effective(source, around)
-
+    _check_loader(settings, given_loader, collate_fn)
     made = _optimizer(settings, model, optimizer, model_parameters)
+    policies.check_rates(settings.config, made)
+    if lr_scheduler is not None and settings.config.scheduler is not None:
+        raise ConfigError(
+            'both initialize(lr_scheduler=...) and a "scheduler" section are given; leave one out'
+        )
+    scaler = policies.loss_scaler(settings.config)
+
     model = zero.shard(
         model,
         mesh,
@@ -104,7 +111,6 @@ def initialize(
         precision=policies.precision(settings.config),
         overlap=policies.overlap(settings.config),
     )
-    scaler = policies.loss_scaler(settings.config)
     sharded = zero.ShardedOptimizer(model, made, scaler=scaler)
     scheduler = _scheduler(settings, sharded, lr_scheduler)
     loader = None
@@ -119,9 +125,9 @@ def initialize(
             collate_fn=collate_fn,
         )
     kind = mesh.device_type
-    device = (
-        torch.device(kind, torch.accelerator.current_device_index()) if kind != "cpu" else torch.device("cpu")
-    )
+    device = torch.device(kind)
+    if kind != "cpu":
+        device = torch.device(kind, torch.get_device_module(kind).current_device())
     parts = Parts(
         module=model,
         optimizer=sharded,
@@ -156,6 +162,23 @@ def _only_config(args: Any, config: Any, config_params: Any) -> str | os.PathLik
     return source
 
 
+def _check_loader(
+    settings: Effective, loader: DataLoader[Any] | None, collate_fn: Callable[[list[Any]], Any] | None
+) -> None:
+    """Refuse what a loader that is ready cannot take over any more."""
+    if loader is None:
+        return
+    if collate_fn is not None:
+        raise ConfigError(
+            "collate_fn: training_data is a DataLoader, which has one of its own; leave one of the two out"
+        )
+    if loader.batch_size not in {None, settings.batch.micro}:
+        raise ConfigError(
+            f"train_micro_batch_size_per_gpu is {settings.batch.micro} and the DataLoader's batch_size is "
+            f'{loader.batch_size}; make them equal, or write "auto"'
+        )
+
+
 def _optimizer(
     settings: Effective,
     model: nn.Module,
@@ -163,13 +186,14 @@ def _optimizer(
     parameters: Iterable[Any] | None,
 ) -> Optimizer:
     if isinstance(given, Optimizer):
-        policies.check_same(settings.config, given)
         made = given
     else:
         trainable = (
             [p for p in model.parameters() if p.requires_grad] if parameters is None else list(parameters)
         )
         made = policies.optimizer(settings.config, trainable) if given is None else given(trainable)
+    if given is not None:
+        policies.check_same(settings.config, made)
     zero.check_elementwise(made)
     return made
 
@@ -179,8 +203,4 @@ def _scheduler(
 ) -> LRScheduler | None:
     if given is None:
         return policies.scheduler(settings.config, optimizer)
-    if settings.config.scheduler is not None:
-        raise ConfigError(
-            'both initialize(lr_scheduler=...) and a "scheduler" section are given; leave one out'
-        )
     return given(optimizer) if callable(given) and not isinstance(given, LRScheduler) else given

@@ -106,7 +106,14 @@ def _solved(around: Surroundings) -> Found | None:
     return ..., "auto"
 
 
-_ARGS_BETAS = "adam_betas"
+def _betas(around: Surroundings) -> Found | None:
+    found = _from_optimizer("betas")(around)
+    first, second = (getattr(around.args, f"adam_beta{i}", None) for i in (1, 2))
+    if found is None and first is not None and second is not None:
+        return [first, second], "auto: args.adam_beta1, args.adam_beta2"
+    return found
+
+
 _RESOLVERS: Mapping[str, tuple[str, Callable[[Surroundings], Found | None]]] = {
     "train_batch_size": ("the batch equation", _solved),
     "gradient_accumulation_steps": (
@@ -119,7 +126,7 @@ _RESOLVERS: Mapping[str, tuple[str, Callable[[Surroundings], Found | None]]] = {
         "the optimizer or args.learning_rate",
         _from_optimizer("lr", "learning_rate", "lr"),
     ),
-    "optimizer.params.betas": ("the optimizer or args.adam_betas", _from_optimizer("betas", _ARGS_BETAS)),
+    "optimizer.params.betas": ("the optimizer or args.adam_beta1 and adam_beta2", _betas),
     "optimizer.params.eps": ("the optimizer or args.adam_epsilon", _from_optimizer("eps", "adam_epsilon")),
     "optimizer.params.weight_decay": (
         "the optimizer or args.weight_decay",

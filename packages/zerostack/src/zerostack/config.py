@@ -39,6 +39,10 @@ def read(config: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path}: expected JSON in UTF-8, got other bytes at position {error.start}"
+        ) from error
     try:
         tree = json.loads(text, object_pairs_hook=_Pairs)
     except json.JSONDecodeError as error:

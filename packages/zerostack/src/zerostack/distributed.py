@@ -6,6 +6,7 @@ In: torchrun's environment variables, or nothing (then a group of one rank). Out
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -16,14 +17,23 @@ from .errors import ConfigError
 
 def init_distributed(
     dist_backend: str | None = None,
+    *,
     distributed_port: int = 29500,
+    timeout: timedelta | None = None,
+    init_method: str | None = None,
     dist_init_required: bool | None = None,
+    rank: int = -1,
+    world_size: int = -1,
 ) -> None:
     """Make the default process group unless there is one.
 
     Args:
         dist_backend: Back end of torch.distributed; None chooses gloo, with nccl for CUDA tensors.
         distributed_port: Port of the rendezvous where MASTER_PORT does not say.
+        timeout: Deadline of collectives; None leaves it to torch.
+        init_method: URL of the rendezvous; None means torchrun's environment variables.
+        rank: This process among all, with `init_method`.
+        world_size: Number of processes, with `init_method`.
         dist_init_required: False: there must be a group already.
 
     Raises:
@@ -36,12 +46,17 @@ def init_distributed(
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     backend = dist_backend or ("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    if init_method is not None:
+        dist.init_process_group(
+            backend, init_method=init_method, timeout=timeout, rank=rank, world_size=world_size
+        )
+        return
     if "RANK" not in os.environ:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
         return
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", str(distributed_port))
-    dist.init_process_group(backend)
+    dist.init_process_group(backend, timeout=timeout)
 
 
 def data_parallel_mesh(given: DeviceMesh | None) -> DeviceMesh:

@@ -17,7 +17,7 @@ import zero_core as zero
 
 from . import snapshot
 from .clock import Clock, peak_bytes
-from .errors import EngineStateError
+from .errors import ConfigError, EngineStateError
 from .facts import Facts
 from .full_model import save_full_model
 
@@ -34,6 +34,7 @@ class Engine(Facts):
 
     clock: Clock = field(init=False)
     _pending_backward: bool = field(default=False, init=False)
+    _reported_step: int | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.clock = Clock(enabled=self.config.wall_clock_breakdown, device=self.device)
@@ -42,6 +43,9 @@ class Engine(Facts):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Forward of the model."""
+        if self._reported_step is None:  # the time before the first forward is nobody's
+            self.clock.since_last_report()
+            self._reported_step = self.global_steps
         with self.clock.span("forward"):
             return self.module(*args, **kwargs)
 
@@ -118,12 +122,13 @@ class Engine(Facts):
         if every is None or self.global_steps % every:
             return
         elapsed_s, spans = self.clock.since_last_report()
+        steps, self._reported_step = self.global_steps - (self._reported_step or 0), self.global_steps
         words = [f"step {self.global_steps}", f"skipped {self.skipped_steps}", f"lr {_rates(self.get_lr())}"]
         if self.config.fp16.enabled:
             words.append(f"loss scale {self.loss_scale:g}")
         if self.config.timers.throughput.enabled:
-            words.append(f"{every * self.train_batch_size() / elapsed_s:.1f} samples/s")
-        words += [f"{name} {total / every:.1f} ms" for name, total in spans.items()]
+            words.append(f"{steps * self.train_batch_size() / elapsed_s:.1f} samples/s")
+        words += [f"{name} {total / steps:.1f} ms" for name, total in spans.items()]
         if self.config.memory_breakdown:
             words.append(f"peak memory {peak_bytes(self.device) / 1e6:.0f} MB")
         if self.global_rank == 0:
@@ -134,9 +139,10 @@ class Engine(Facts):
         return zero.no_sync(self.module)
 
     def zero_grad(self) -> None:
-        """Forget the gradients that have accumulated."""
+        """Forget the gradients that have accumulated; the next micro-batch is the first of an update again."""
         self.parts.optimizer.zero_grad()
         self._pending_backward = False
+        self.progress.micro_steps -= self.micro_steps % self.gradient_accumulation_steps()
 
     def train(self, mode: bool = True) -> Engine:
         """Put the model in training mode."""
@@ -189,9 +195,9 @@ class Engine(Facts):
             load_dir: What was `save_dir`.
             tag: Which checkpoint; None means the one that `latest` names.
             load_module_strict: Whether names missing here or there are errors.
-            load_optimizer_states: Whether to take over the optimizer's state, the loss scale and the counters.
+            load_optimizer_states: Whether to take over the optimizer's state and the loss scale.
             load_lr_scheduler_states: Whether to take over the schedule.
-            load_module_only: Only the parameters and buffers; everything else stays as it is.
+            load_module_only: Only the parameters and buffers; everything else, counters too, stays as it is.
 
         Returns:
             The directory that was loaded and its `client_state`; (None, {}) where there is no `latest`.
@@ -199,6 +205,7 @@ class Engine(Facts):
         Raises:
             CheckpointError: If the checkpoint is damaged or does not fit; nothing was changed.
         """
+        self._reported_step = None
         return snapshot.load(
             self,
             Path(load_dir),
@@ -213,7 +220,15 @@ class Engine(Facts):
         """Write the whole model's parameters, in the 16-bit dtype of training, as one safetensors file.
 
         All ranks call it; the first one writes, one unit of the model at a time.
+
+        Raises:
+            ConfigError: For a file name that promises a pickle.
         """
+        if not save_filename.endswith(".safetensors"):
+            raise ConfigError(
+                f"save_16bit_model: expected a file name that ends in .safetensors, got {save_filename!r}; nothing "
+                "here writes pickles"
+            )
         dtype = torch.float16 if self.fp16_enabled() else torch.bfloat16 if self.bfloat16_enabled() else None
         return save_full_model(self.module, Path(save_dir) / save_filename, dtype, self.parts.group)
 

@@ -49,11 +49,11 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def num_bytes(count: float) -> str:
     """Bytes in decimal units, as memory is sold and as the ZeRO paper counts."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 999.5:  # from there on, three digits would say 1000
             return f"{count:.3g} {unit}"
         count /= 1000
-    return f"{count:.3g} TB"
+    return f"{count:,.3f}".rstrip("0").rstrip(".") + " PB"
 
 
 def _refusals(switched_off: dict[str, str]) -> list[tuple[str, str]]:
@@ -103,4 +103,6 @@ def _memory(settings: Effective, model_or_num_params: nn.Module | float) -> str:
     planned = plan(settings, model_or_num_params)
     kinds = ("params", "grads", "master", "optimizer", "in_flight")
     rows = [(kind, num_bytes(getattr(planned, kind))) for kind in kinds]
+    if not isinstance(model_or_num_params, nn.Module) and _stage(settings) >= 2:
+        rows[-1] = ("in_flight", "the largest units of the model, which a number does not tell")
     return table(("what", "bytes"), [*rows, ("total", num_bytes(planned.total))])

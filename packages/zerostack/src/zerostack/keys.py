@@ -199,8 +199,8 @@ def _refuse(row: Key, value: Any, findings: Findings) -> None:
 def is_off(row: Key, value: Any) -> bool:
     """Whether a value of a refused key asks for nothing.
 
-    That is: one of its off values; for a section also null, false, {}, `enabled: false`, `device: "none"`, or
-    nothing but documented defaults.
+    That is: one of its off values; for a section also null, false, {}, `enabled: false` (or "auto": nothing here
+    turns it on), `device: "none"`, or nothing but documented defaults.
     """
     if any(_same(value, off) for off in row.off):
         return True
@@ -210,7 +210,11 @@ def is_off(row: Key, value: Any) -> bool:
         return True
     if not isinstance(value, Mapping):
         return False
-    return value.get("enabled") is False or value.get("device") == "none" or _is_default(value, row.inside)
+    return (
+        value.get("enabled") in (False, "auto")
+        or value.get("device") == "none"
+        or _is_default(value, row.inside)
+    )
 
 
 def _is_default(value: Any, default: Any) -> bool:

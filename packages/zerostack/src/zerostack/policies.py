@@ -62,11 +62,12 @@ def overlap(config: Config) -> zero.Overlap:
 
 
 def loss_scaler(config: Config) -> zero.LossScaler | None:
-    """fp16: a dynamic or static scale. bf16 with `check_grad_overflow`: a scale of 1, for the check alone."""
+    """float16: a dynamic or static scale. bf16 with `check_grad_overflow`: a scale of 1, for the check alone."""
     fp16 = config.fp16
-    if fp16.enabled and fp16.loss_scale:
+    in_float16 = fp16.enabled or (config.torch_autocast.enabled and config.torch_autocast.dtype == "float16")
+    if in_float16 and fp16.loss_scale:
         return zero.LossScaler(fp16.loss_scale, dynamic=False, min_scale=fp16.loss_scale)
-    if fp16.enabled:
+    if in_float16:
         return zero.LossScaler(
             2.0**fp16.initial_scale_power,
             growth_interval=fp16.loss_scale_window,
@@ -125,6 +126,22 @@ def check_same(config: Config, given: Optimizer) -> None:
             + ", ".join(differing)
             + '; leave one of the two out, or write "auto"'
         )
+
+
+def check_rates(config: Config, optimizer: Optimizer) -> None:
+    """Refuse a schedule with another number of rates than the optimizer has parameter groups.
+
+    Raises:
+        ConfigError: If so.
+    """
+    if config.scheduler is None:
+        return
+    groups = len(optimizer.param_groups)
+    for name, value in config.scheduler.params.model_dump().items():
+        if isinstance(value, list) and len(value) != groups:
+            raise ConfigError(
+                f"scheduler.params.{name}: expected one rate or {groups} (one a parameter group), got {len(value)}"
+            )
 
 
 def scheduler(config: Config, attached_to: Optimizer) -> LRScheduler | None:

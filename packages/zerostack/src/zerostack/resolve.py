@@ -112,6 +112,16 @@ def _check_consistent(typed: Config) -> None:
     on = [name for name in ("fp16", "bf16", "torch_autocast") if getattr(typed, name).enabled]
     if len(on) > 1:
         raise ConfigError(f"{' and '.join(on)} are both enabled; keep one")
+    fp16 = typed.fp16
+    first_scale = fp16.loss_scale or 2.0**fp16.initial_scale_power
+    if not fp16.loss_scale and fp16.min_loss_scale > first_scale:
+        raise ConfigError(
+            f"fp16.min_loss_scale: expected at most the first scale, {first_scale:g}, got {fp16.min_loss_scale:g}"
+        )
+    if typed.optimizer is not None and getattr(typed.optimizer.params, "nesterov", False):
+        params = typed.optimizer.params
+        if not params.momentum or params.dampening:
+            raise ConfigError("optimizer.params.nesterov: needs a momentum above 0 and a dampening of 0")
     master, states = typed.bf16.bf16_master_weights_and_grads, typed.bf16.bf16_optimizer_states
     if master != states:
         raise ConfigError(

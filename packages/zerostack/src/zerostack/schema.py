@@ -15,10 +15,15 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _never(value: Any) -> Any:
+    """`inf`, as some write "every so many steps, never"."""
+    return None if value == float("inf") else value
+
+
 Int = Annotated[int, BeforeValidator(_whole)]
 Count = Annotated[Int, Field(ge=1)]
 Size = Annotated[Int, Field(ge=0)]
-Rate = Annotated[float, Field(ge=0)]
+Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Rates = Rate | list[Rate]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Pair = Annotated[list[Fraction], Field(min_length=2, max_length=2)]
@@ -152,7 +157,7 @@ class FP16(Section):
     enabled: bool = False
     auto_cast: bool = False
     loss_scale: Rate = 0.0
-    initial_scale_power: Size = 16
+    initial_scale_power: Annotated[Int, Field(ge=0, le=64)] = 16
     loss_scale_window: Count = 1000
     hysteresis: Count = 2
     consecutive_hysteresis: bool = False
@@ -258,7 +263,7 @@ class Config(Section):
     zero_optimization: Zero = Zero()
     seed: Int = 1234
     dataloader_drop_last: bool = False
-    steps_per_print: Count | None = 10
+    steps_per_print: Annotated[Count | None, BeforeValidator(_never)] = 10
     wall_clock_breakdown: bool = False
     memory_breakdown: bool = False
     dump_state: bool = False

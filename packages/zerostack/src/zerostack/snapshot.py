@@ -38,16 +38,25 @@ def save(
     engine: Engine, root: Path, tag: str, client_state: Mapping[str, Any], *, point_latest: bool
 ) -> Path:
     """Save an engine; see `Engine.save_checkpoint`."""
-    _check_tags(engine, tag)
+    tag = _agreed_tag(engine, tag)
     parts = engine.parts
+    left = engine.micro_steps % engine.gradient_accumulation_steps()
+    if left:
+        log.warning(
+            "save_checkpoint: the gradients of %d micro-batch(es) since the last update are not saved", left
+        )
     values = {
         "progress": asdict(engine.progress),
+        "optimizer_type": type(parts.optimizer.inner).__name__,
         "optimizer_groups": [_hyperparameters(group) for group in parts.optimizer.param_groups],
         "optimizer_scalars": _scalars_of_all_ranks(engine),
         "lr_scheduler": None
         if parts.scheduler is None
-        else encode(parts.scheduler.state_dict(), "lr_scheduler"),
-        "scaler": None if parts.scaler is None else parts.scaler.state_dict(),
+        else {
+            "type": type(parts.scheduler).__name__,
+            "state": encode(parts.scheduler.state_dict(), "lr_scheduler"),
+        },
+        "scaler": None if (scaler := _adapting_scaler(engine)) is None else scaler.state_dict(),
         "saved_at": {"stage": engine.zero_optimization_stage(), "world": engine.world_size},
         "client_state": dict(client_state),
     }
@@ -62,18 +71,25 @@ def save(
     )
 
 
-def _check_tags(engine: Engine, tag: str) -> None:
-    """Ranks that name a checkpoint differently are about to mix two of them."""
+def _adapting_scaler(engine: Engine) -> zero.LossScaler | None:
+    """The loss scaler, if it has learned anything; a fixed scale is the configuration's to say."""
+    scaler = engine.parts.scaler
+    return scaler if scaler is not None and scaler.dynamic else None
+
+
+def _agreed_tag(engine: Engine, tag: str) -> str:
+    """The first rank's tag; ranks that name a checkpoint differently may be about to mix two of them."""
     given = ranks.gather_text(tag, engine.parts.group)
     policy = engine.config.checkpoint.tag_validation
     if len(set(given)) == 1 or policy == "Ignore":
-        return
+        return given[0]
     message = (
         f"save_checkpoint: ranks give different tags: {', '.join(map(repr, given))}; the first rank's is used"
     )
     if policy == "Fail":
         raise CheckpointError(message + ' (checkpoint.tag_validation is "Fail")')
     log.warning(message)
+    return given[0]
 
 
 def _hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -127,12 +143,14 @@ def load(
         zero.load_optimizer_scalars(parts.optimizer, values["optimizer_scalars"])
         for group, saved in zip(parts.optimizer.param_groups, values["optimizer_groups"], strict=True):
             group.update({name: decode(value) for name, value in saved.items()})
-        if parts.scaler is not None and values["scaler"] is not None:
-            parts.scaler.load_state_dict(values["scaler"])
+        if (scaler := _adapting_scaler(engine)) is not None and values["scaler"] is not None:
+            scaler.load_state_dict(values["scaler"])
     if scheduler and parts.scheduler is not None and values["lr_scheduler"] is not None:
-        parts.scheduler.load_state_dict(decode(values["lr_scheduler"]))
+        parts.scheduler.load_state_dict(decode(values["lr_scheduler"]["state"]))
     if progress:
         engine.progress = Progress(**values["progress"])
+        # Gradients are not saved, and another number of ranks may accumulate over another number of micro-batches.
+        engine.progress.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
         _restore_random_states(engine, own)
     engine.zero_grad()
     return str(reader.path), values["client_state"]
@@ -216,6 +234,18 @@ def _check_values(engine: Engine, values: Mapping[str, Any], *, optimizer: bool,
     groups, saved = len(engine.parts.optimizer.param_groups), len(values["optimizer_groups"])
     if optimizer and groups != saved:
         raise CheckpointError(f"the checkpoint has {saved} parameter group(s), the optimizer {groups}")
+    own, of_saved = type(engine.parts.optimizer.inner).__name__, values["optimizer_type"]
+    if optimizer and own != of_saved:
+        raise CheckpointError(
+            f"the checkpoint holds the state of {of_saved}, the engine steps with {own}; pass "
+            "load_optimizer_states=False to start the optimizer anew"
+        )
+    schedule, of_saved = engine.parts.scheduler, (values["lr_scheduler"] or {}).get("type")
+    if scheduler and schedule is not None and of_saved not in {None, type(schedule).__name__}:
+        raise CheckpointError(
+            f"the checkpoint holds the state of a {of_saved}, the engine has a {type(schedule).__name__}; pass "
+            "load_lr_scheduler_states=False to start the schedule anew"
+        )
     if scheduler and (engine.parts.scheduler is None) != (values["lr_scheduler"] is None):
         has = "a schedule" if engine.parts.scheduler is None else "no schedule"
         log.warning("load_checkpoint: the checkpoint has %s and the engine differs; the rates may jump", has)

@@ -15,7 +15,9 @@ from ..errors import CheckpointError
 
 LATEST = "latest"
 INDEX = "index.json"
-_TAG = re.compile(r"[\w.+=-][\w.+= -]*")
+_TAG = re.compile(r"[\w.+=-]([\w.+= -]*[\w.+=-])?")
+
+FORMAT = "zerostack-checkpoint"
 
 
 def check_tag(tag: str) -> None:
@@ -36,13 +38,34 @@ def rank_file(rank: int) -> str:
 
 
 def prepare(root: Path, tag: str, nonce: str) -> Path:
-    """Make the hidden directory to write in, and remove what a killed attempt at the same tag left."""
+    """Make the hidden directory to write in, and remove what killed attempts at the same tag left.
+
+    Raises:
+        CheckpointError: What has the tag's name is none of our checkpoints, and would be replaced.
+    """
     root.mkdir(parents=True, exist_ok=True)
-    for stale in root.glob(f".{tag}.tmp-*"):
+    final = root / tag
+    if final.exists() and not is_checkpoint(final):
+        raise CheckpointError(
+            f"{final} is there already and is no checkpoint of this format; it will not be replaced: give another "
+            "directory or tag, or remove it"
+        )
+    leftovers = [*root.glob(f".{tag}.tmp-*"), *(root.glob(f".{tag}.old-*") if final.exists() else ())]
+    for stale in leftovers:
         shutil.rmtree(stale, ignore_errors=True)
     path = hidden(root, tag, nonce)
     path.mkdir()
     return path
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a directory is one of ours: it has an index, which names its format near its end."""
+    try:
+        with (path / INDEX).open("rb") as file:
+            file.seek(max(0, (path / INDEX).stat().st_size - 200))
+            return FORMAT.encode() in file.read()
+    except OSError:
+        return False
 
 
 def hidden(root: Path, tag: str, nonce: str) -> Path:
@@ -61,7 +84,12 @@ def commit(root: Path, tag: str, written: Path, *, point_latest: bool) -> Path:
     aside = root / f".{tag}.old-{written.name.rpartition('-')[2]}"
     if final.exists():
         final.rename(aside)
-    written.rename(final)
+    try:
+        written.rename(final)
+    except OSError:
+        if aside.exists():
+            aside.rename(final)
+        raise
     sync_directory(root)
     if point_latest:
         pointer = root / f".{LATEST}.tmp"

@@ -15,10 +15,9 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError
-from .files import INDEX, write_text
+from .files import FORMAT, INDEX, write_text
 from .tensor_file import dtype_name, dtype_of
 
-FORMAT = "zerostack-checkpoint"
 VERSION = 1
 
 

@@ -38,6 +38,8 @@ _PACKAGES = (
     "safetensors",
     "pydantic",
     "cupy-cuda12x",
+    "cupy-cuda13x",
+    "numba",
 )
 _SIZES_KB = (64, 1024, 16 * 1024, 64 * 1024, 256 * 1024)
 
@@ -48,6 +50,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--no-bandwidth", action="store_true", help="do not start processes to measure")
     parser.add_argument("--max-mb", type=float, default=64, metavar="N", help="largest message (64)")
     args = parser.parse_args(argv)
+    if args.max_mb < 0.0625:
+        parser.error(f"--max-mb: expected at least 0.0625, got {args.max_mb:g}")
     say(table(("machine", ""), _machine()))
     say()
     say(table(("package", "version"), [(name, _version(name)) for name in _PACKAGES]))

@@ -6,6 +6,7 @@ Source: ZeRO (Rajbhandari et al., arXiv:1910.02054), figure 1.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--precision", choices=_PRECISIONS, default="bf16", help="dtype of the maths (bf16)")
     parser.add_argument("--optimizer", default="adam", help="adam, lion, adagrad, sgd-momentum or sgd (adam)")
     parser.add_argument(
-        "--plot", type=Path, metavar="FILE.png", help="draw a bar for each stage and world size"
+        "--plot", type=_picture, metavar="FILE.png", help="draw a bar for each stage and world size"
     )
     args = parser.parse_args(argv)
     try:
@@ -81,7 +82,18 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _integers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected whole numbers such as 1,4,16, got {text!r}") from None
+
+
+def _picture(text: str) -> Path:
+    if Path(text).suffix not in {".png", ".svg", ".pdf"}:
+        raise argparse.ArgumentTypeError(
+            f"expected a file name that ends in .png, .svg or .pdf, got {text!r}"
+        )
+    return Path(text)
 
 
 Plans = dict[tuple[int, int], zero.MemoryPlan]

@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--world",
         type=int,
-        default=int(os.environ.get("WORLD_SIZE", "1")),
+        default=int(os.environ.get("WORLD_SIZE") or "1"),
         metavar="N",
         help="data-parallel ranks",
     )

@@ -51,6 +51,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except BrokenPipeError:  # the reader of a pipe has seen enough
         return 1
+    except OSError as error:
+        complain(f"zerostack {arguments[0]}: error: {error}")
+        return 2
+    except KeyboardInterrupt:
+        complain("stopped")
+        return 130
     return status
 
 

@@ -11,6 +11,7 @@ import os
 from collections.abc import Sequence
 
 from torch.distributed import run as torchrun
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from ..machine import environment_of_each
 
@@ -27,12 +28,31 @@ Everything before the script is for torch.distributed.run, everything after it f
 
 def main(argv: Sequence[str]) -> int:
     """Start the script on every process and wait for it."""
-    args = _parser().parse_args(argv)
-    one_machine = args.nnodes in {"1", "1:1"} and not args.rdzv_endpoint
-    if one_machine and args.rdzv_backend in {"static", "c10d"} and args.node_rank == 0:
-        args.standalone = True
-    os.environ.update(environment_of_each(int(args.nproc_per_node) if args.nproc_per_node.isdigit() else 1))
-    torchrun.run(args)
+    parser = _parser()
+    args = parser.parse_args(argv)
+    try:
+        num_procs = torchrun.determine_local_world_size(args.nproc_per_node)
+    except ValueError as error:
+        parser.error(f"--num-procs: {error}")
+    if num_procs < 1:
+        parser.error(f"--num-procs: expected at least 1, got {num_procs}")
+    rendezvous = (
+        "rdzv_backend",
+        "rdzv_endpoint",
+        "rdzv_id",
+        "rdzv_conf",
+        "master_addr",
+        "master_port",
+        "node_rank",
+    )
+    untouched = all(getattr(args, name) == parser.get_default(name) for name in rendezvous)
+    args.standalone = args.standalone or (untouched and args.nnodes in {"1", "1:1"})
+    os.environ.update(environment_of_each(num_procs))
+    try:
+        torchrun.run(args)
+    except ChildFailedError as error:  # torchrun has reported which rank failed, and how
+        _, failure = error.get_first_failure()
+        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
     return 0
 
 

@@ -54,7 +54,9 @@ def launch(settings: Settings) -> int:
 def _start(settings: Settings, store: Path) -> list[subprocess.Popen[bytes]]:
     environment = {**os.environ, **environment_of_each(settings.procs)}
     command = [sys.executable, "-m", "zerostack.demo.worker", str(store)]
-    return [
+    # What is ignored here stays ignored there, until the worker is far enough to listen.
+    ours = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    workers = [
         subprocess.Popen(
             [*command, str(rank), str(settings.procs), settings.to_json()],
             env=environment,
@@ -63,11 +65,14 @@ def _start(settings: Settings, store: Path) -> list[subprocess.Popen[bytes]]:
         )
         for rank in range(settings.procs)
     ]
+    for number, handler in ours.items():
+        signal.signal(number, handler)
+    return workers
 
 
 @contextmanager
 def _handling(presses: _Presses) -> Iterator[None]:
-    """Count Ctrl-C and SIGTERM; while processes start, they ignore what would kill them before they listen."""
+    """Count Ctrl-C and SIGTERM."""
     before = {number: signal.signal(number, presses.press) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield

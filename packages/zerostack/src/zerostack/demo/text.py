@@ -68,7 +68,10 @@ def load(path: str | None, context: int) -> Corpus:
         pieces, origin = _user_text(Path(path))
     train = b"\n".join(piece for i, piece in enumerate(pieces) if (i + 1) % _HELD_OUT_EVERY)
     held_out = b"\n".join(piece for i, piece in enumerate(pieces) if not (i + 1) % _HELD_OUT_EVERY)
-    if not held_out:  # few files: the end of the text
+    if (
+        len(held_out) < context + 2 or len(train) < context + 2
+    ):  # few or very uneven files: the end of the text
+        train = b"\n".join(pieces)
         cut = len(train) - len(train) // _HELD_OUT_EVERY
         train, held_out = train[:cut], train[cut:]
     if len(held_out) < context + 2:

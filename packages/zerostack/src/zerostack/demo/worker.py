@@ -80,8 +80,10 @@ def _phases(run: Run) -> int:
             say(f"Going on from {loaded}." if loaded else "Nothing to resume from: starting anew.")
     if engine.global_steps == 0 and settings.twin_steps:
         run.losses.ddp = training.train_twin(run, engine)
+    elif engine.global_steps >= settings.steps and run.first:
+        say(f"Already at step {engine.global_steps}; --steps {engine.global_steps + 300} would train on.")
     interrupted = training.train(run, engine)
-    if not interrupted:
+    if not interrupted and engine.global_steps not in dict(run.losses.held_out):
         run.losses.held_out.append((engine.global_steps, training.held_out_loss(run, engine)))
     saved = training.save(run, engine)
     if run.first:
@@ -98,19 +100,21 @@ def _phases(run: Run) -> int:
 def _prove(run: Run, engine: Engine, saved: str) -> None:
     """The tables and the text at the end; every rank takes part, the first one prints."""
     settings = run.settings
+    first_step = engine.global_steps + 1
     held = training.measure_held(run, engine)
     sample = training.generate(run, engine)
     uninterrupted, resumed = training.prove_resume(run, engine)
     if not run.first:
         return
     ours, ddp, kept = run.losses.ours, run.losses.ddp, run.losses.held_out[-1][1]
-    say(f"\nLoss {ours[0]:.3f} -> {ours[-1]:.3f} nats a byte ({kept:.3f} on text kept apart).")
+    if ours:
+        say(f"\nLoss {ours[0]:.3f} -> {ours[-1]:.3f} nats a byte ({kept:.3f} on text kept apart).")
     if ddp:
         apart = max(abs(a - b) for a, b in zip(ours, ddp, strict=False))
         say(f"Plain DDP on the same start and data: {len(ddp)} steps, losses at most {apart:.1e} apart.")
     say(f"\nWhat each rank held\n\n{held}\n")
     say(f"Resumed from {saved}\n")
-    say(report.continuation_table(settings.steps + 1, uninterrupted, resumed))
+    say(report.continuation_table(first_step, uninterrupted, resumed))
     say(f"\nWhat it writes now\n\n{sample}\n")
     (settings.out_dir / "sample.txt").write_text(sample, encoding="utf-8")
     say(f"Written to {settings.out}: loss.png, losses.json, sample.txt, checkpoints.")

@@ -10,16 +10,15 @@ import math
 
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
-from .rates import Rates, per_group
+from .rates import ClosedForm, Rates, per_group
 
 log = logging.getLogger(__name__)
 
 _HIGHEST_MOMENTUM = 0.999
 
 
-class LRRangeTest(LRScheduler):
+class LRRangeTest(ClosedForm):
     """Raise the rate steadily to find the largest one that trains.
 
     `lr(n) = min_lr * (1 + step_rate * n / step_size)`, with the fraction rounded down when `staircase`.
@@ -56,7 +55,7 @@ class LRRangeTest(LRScheduler):
         return [lr * (1.0 + self.step_rate * intervals) for lr in self.min_lrs]
 
 
-class OneCycle(LRScheduler):
+class OneCycle(ClosedForm):
     """One rise and fall of the rate, then decay; the momentum runs the other way.
 
     In the cycle, `lr(n) = min_lr + (max_lr - min_lr) * s` and `momentum = max_mom - (max_mom - min_mom) * s`,

@@ -11,9 +11,8 @@ import math
 
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
-from .rates import Rates, per_group
+from .rates import ClosedForm, Rates, per_group
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +35,7 @@ def warmup_fraction(iteration: int, num_steps: int, kind: str) -> float:
     return math.log(done + 1) / math.log(num_steps) if kind == "log" else done / num_steps
 
 
-class WarmupLR(LRScheduler):
+class WarmupLR(ClosedForm):
     """Warm up from the lowest to the highest rate, then stay: `lr = min + (max - min) * warmup_fraction`.
 
     Args:
@@ -111,7 +110,7 @@ class WarmupDecayLR(WarmupLR):
         return max(0.0, left / max(1.0, self.total_num_steps - self.warmup_num_steps))
 
 
-class WarmupCosineLR(LRScheduler):
+class WarmupCosineLR(ClosedForm):
     """Warm up to the optimizer's own rate, then fall along half a cosine.
 
     `lr = optimizer's rate * ratio`; in the warm-up `ratio = warmup_min_ratio + (1 - warmup_min_ratio) *

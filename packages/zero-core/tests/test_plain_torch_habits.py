@@ -1,0 +1,341 @@
+"""What people do to models and optimizers in plain torch works here too, or is an error: never a silent difference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import zero_core as zero
+from torch import nn
+from torch.optim import SGD, AdamW
+from torch.utils.checkpoint import checkpoint
+from zero_core.params import Residency
+from zero_core.testing import run_ranks
+from zero_core_models import Net, batches, dp_mesh, loss_of, plain_copy, relative_error, seeded
+
+STAGES = [0, 1, 2, 3]
+BF16 = zero.Precision(compute=torch.bfloat16)
+
+
+def stack(bias: bool = False) -> nn.Module:
+    return nn.Sequential(*(nn.Linear(64, 64, bias=bias) for _ in range(4)))
+
+
+def units_of_one_parameter(rank: int, world_size: int, stage: int) -> bool:
+    start = seeded(stack)
+    expected = {name: value.clone() for name, value in start.state_dict().items()}
+    model = zero.shard(start, dp_mesh(world_size), stage=stage)
+    return all(torch.equal(value, expected[name]) for name, value in zero.full_state_dict(model).items())
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_state_dict_never_takes_one_layer_for_another(stage: int) -> None:
+    # A freed unit's memory goes to the next one: the same address, other values.
+    assert all(run_ranks(units_of_one_parameter, 2, 2, stage))
+
+
+class Norm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(32, 32) for _ in range(2))
+        self.norm = nn.LayerNorm(32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = torch.tanh(block(x))
+        return self.norm(x).square().mean()
+
+
+def resume(rank: int, world_size: int, stage: int) -> tuple[float, list[float], bool]:
+    mesh = dp_mesh(world_size)
+
+    def build(lr: float):
+        model = zero.shard(seeded(Norm), mesh, stage=stage, precision=BF16)
+        return model, zero.ShardedOptimizer(model, AdamW(model.parameters(), lr=lr))
+
+    def train(model, opt, first: int, steps: int) -> None:
+        for step in range(first, first + steps):
+            torch.manual_seed(step)
+            model(torch.randn(2, 32)).backward()
+            opt.step()
+            opt.zero_grad()
+
+    model, opt = build(0.125)
+    train(model, opt, 0, 2)
+    held = {index: len(slots) for index, slots in opt.slots.items()}
+    state, weights = opt.state_dict(), zero.full_state_dict(model)
+    fresh, again = build(1.0)
+    schedulers = [torch.optim.lr_scheduler.ExponentialLR(each, 0.5) for each in (again, again.inner)]
+    zero.load_full_state_dict(fresh, weights)
+    again.load_state_dict(state)
+    rates = [again.param_groups[0]["lr"], again.inner.param_groups[0]["lr"]]
+    train(model, opt, 2, 2)
+    train(fresh, again, 2, 2)
+    for scheduler in schedulers:
+        scheduler.step()
+    rates.append(again.param_groups[0]["lr"])
+    error = relative_error(zero.full_state_dict(fresh), zero.full_state_dict(model))
+    return error, rates, len(held) < len(zero.sharded(model).units)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_optimizer_resumes_where_ranks_hold_no_part_of_a_unit(stage: int) -> None:
+    results = run_ranks(resume, 4, 4, stage)
+    for error, rates, _ in results:
+        assert error == 0
+        assert rates[:2] == [0.125, 0.125], (
+            "hyperparameters come from the state, for every holder of the groups"
+        )
+        assert rates[2] != 0.125, "and schedulers still reach them"
+    assert stage == 0 or any(without for _, _, without in results), "every rank had a part of every unit"
+
+
+def stale_norms(rank: int, world_size: int) -> None:
+    model = zero.shard(seeded(stack), dp_mesh(world_size), stage=2)
+    opt = zero.ShardedOptimizer(model, SGD(model.parameters(), lr=1.0))
+    x = torch.randn(3, 64)
+    model(x).sum().backward()
+    first = zero.grad_norm(opt).item()
+    model.zero_grad()
+    (model(x).sum() * 100).backward()
+    assert zero.grad_norm(opt).item() == pytest.approx(100 * first, rel=1e-5)
+    zero.clip_grad_norm(opt, 1.0)
+    (model(x).sum() * 100).backward()  # after the call: the clip is of what is stepped
+    before = zero.full_state_dict(model)
+    opt.step()
+    moved = sum((zero.full_state_dict(model)[name] - value).square().sum() for name, value in before.items())
+    assert moved.sqrt().item() == pytest.approx(1.0, rel=1e-4)
+
+
+def test_norm_and_clip_are_of_the_gradients_that_are_stepped() -> None:
+    run_ranks(stale_norms, 2, 2)
+
+
+def edits(rank: int, world_size: int, stage: int) -> tuple[float, float]:
+    model = zero.shard(seeded(stack), dp_mesh(world_size), stage=stage, precision=BF16)
+    opt = zero.ShardedOptimizer(model, SGD(model.parameters(), lr=0.0))
+    ones = {name: torch.ones_like(value) for name, value in zero.full_state_dict(model).items()}
+    found = []
+    for edit in (
+        lambda: model.load_state_dict(ones),
+        lambda: [p.clamp_(max=0.5) for p in model.parameters()],
+    ):
+        with torch.no_grad():
+            edit()
+        model(torch.randn(2, 64)).sum().backward()
+        opt.step()
+        opt.zero_grad()
+        found.append(float(max(value.max() for value in zero.full_state_dict(model).values())))
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_values_written_by_plain_torch_survive_the_step(stage: int) -> None:
+    assert run_ranks(edits, 2, 2, stage) == [(1.0, 0.5)] * 2
+
+
+def refusals(rank: int, world_size: int) -> None:
+    mesh = dp_mesh(world_size)
+    model = zero.shard(seeded(stack), mesh, stage=1)
+    scaler = zero.LossScaler(8.0)
+    opt = zero.ShardedOptimizer(model, SGD(model.parameters(), lr=0.1, momentum=0.9), scaler=scaler)
+    with pytest.raises(zero.ZeroConfigError, match="a group that is added now would not be stepped"):
+        opt.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    other = zero.shard(seeded(stack), mesh, stage=1)
+    with pytest.raises(zero.ZeroConfigError, match="LossScaler: it belongs to another optimizer"):
+        zero.ShardedOptimizer(other, SGD(other.parameters(), lr=0.1), scaler=scaler)
+    model(torch.ones(1, 64)).sum().backward()
+    opt.param_groups[0]["maximize"] = True
+    with pytest.raises(zero.ZeroStateError, match=r"now ask for other options .*; build a new one"):
+        opt.step()
+    model.double()
+    with pytest.raises(
+        zero.ZeroStateError, match=r"'0\.weight' no longer lies in its unit's buffer.*before shard"
+    ):
+        model(torch.ones(1, 64, dtype=torch.float64))
+
+
+def test_what_would_have_no_effect_is_refused() -> None:
+    run_ranks(refusals, 1, 1)
+
+
+def forgotten_state(rank: int, world_size: int) -> float:
+    mesh = dp_mesh(world_size)
+    results = []
+    for warm in (False, True):
+        model = zero.shard(seeded(stack), mesh, stage=2)
+        opt = zero.ShardedOptimizer(model, AdamW(model.parameters(), lr=1e-2))
+        start = opt.state_dict()
+        weights = zero.full_state_dict(model)
+        if warm:
+            (model(torch.ones(1, 64)).sum() * 1e3).backward()
+            opt.step()
+            opt.zero_grad()
+            zero.load_full_state_dict(model, weights)
+            opt.load_state_dict(start)
+        model(torch.ones(1, 64)).sum().backward()
+        opt.step()
+        results.append(zero.full_state_dict(model))
+    return relative_error(*results)
+
+
+def test_a_state_from_before_the_first_step_brings_no_old_moments() -> None:
+    assert max(run_ranks(forgotten_state, 2, 2)) == 0
+
+
+class Auxiliary(nn.Module):
+    """A block that keeps an auxiliary loss, which no output leads to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+        self.gate = nn.Parameter(torch.linspace(-1, 1, 8))
+        self.aux = torch.zeros(())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.aux = (self.inner(x) * self.gate).square().mean() + (x * self.gate).square().mean()
+        return torch.tanh(self.inner(x))
+
+
+class WithAuxiliary(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Auxiliary() for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def auxiliary_losses(rank: int, world_size: int, stage: int) -> float:
+    start = seeded(WithAuxiliary)
+    plain = plain_copy(start)
+    model = zero.shard(start, dp_mesh(world_size), stage=stage)
+    opt = zero.ShardedOptimizer(model, SGD(model.parameters(), lr=0.1))
+    inner = SGD(plain.parameters(), lr=0.1)
+    for step in range(3):
+        torch.manual_seed(step)
+        x = torch.randn(4, 8)
+        for each, optimizer in ((model, opt), (plain, inner)):
+            each(x)
+            sum(block.aux for block in each.blocks).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return relative_error(zero.full_state_dict(model), plain.state_dict())
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_loss_kept_on_a_block_trains(stage: int) -> None:
+    assert max(run_ranks(auxiliary_losses, 2, 2, stage)) <= 2e-6
+
+
+def with_create_graph(rank: int, world_size: int, stage: int) -> float:
+    start = seeded(Net)
+    plain = plain_copy(start)
+    model = zero.shard(start, dp_mesh(world_size), stage=stage)
+    opt = zero.ShardedOptimizer(model, SGD(model.parameters(), lr=0.1))
+    inner = SGD(plain.parameters(), lr=0.1)
+    ids = next(iter(batches(0, 1)))
+    loss_of(model, ids).backward(create_graph=True)
+    loss_of(plain, ids).backward()
+    opt.step()
+    inner.step()
+    return relative_error(zero.full_state_dict(model), plain.state_dict())
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_backward_may_create_a_graph(stage: int) -> None:
+    assert max(run_ranks(with_create_graph, 2, 2, stage)) <= 2e-6
+
+
+def twice_under_reentrance(rank: int, world_size: int, stage: int) -> str:
+    model = zero.shard(seeded(stack), dp_mesh(world_size), stage=stage, units=nn.Linear)
+    x = torch.randn(2, 64, requires_grad=True)
+    for block in [model[0], model[0], model[1]]:
+        x = checkpoint(block, x, use_reentrant=True)
+    try:
+        model[3](model[2](x)).sum().backward()
+    except zero.ZeroStateError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_gradient_after_the_reduction_is_an_error(stage: int) -> None:
+    for message in run_ranks(twice_under_reentrance, 2, 2, stage):
+        assert "a gradient came after the reduction of the unit had started" in message
+        assert "use_reentrant=False" in message
+
+
+def failed_gather(rank: int, world_size: int) -> None:
+    model = zero.shard(seeded(stack), dp_mesh(world_size), stage=3)
+    state = zero.sharded(model)
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("connection reset")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(state.wire.collectives, "all_gather", fail)
+        with pytest.raises(zero.CollectiveError, match="connection reset"):
+            model(torch.ones(1, 64))
+    with pytest.raises(zero.CollectiveError, match="connection reset"):  # and not a KeyError
+        model(torch.ones(1, 64))
+    assert all(unit.residency is Residency.SHARDED for unit in state.units)
+
+
+def test_after_a_failed_gather_every_call_says_so() -> None:
+    run_ranks(failed_gather, 1, 1)
+
+
+def interrupted(rank: int, world_size: int) -> float:
+    start = seeded(Net)
+    plain = plain_copy(start)
+    precision = zero.Precision(param=torch.float32, compute=torch.bfloat16)
+    model = zero.shard(start, dp_mesh(world_size), stage=3, precision=precision)
+    ids = next(iter(batches(0, 1)))
+    loss_of(model, ids)  # records the order of use
+
+    def press(*_):
+        raise KeyboardInterrupt
+
+    hook = model.blocks[1].down.register_forward_pre_hook(press)
+    with pytest.raises(KeyboardInterrupt):
+        model(ids)
+    hook.remove()
+    model(ids)
+    assert not torch.is_autocast_enabled("cpu"), "autocast outlives the forward that was interrupted"
+    assert zero.sharded(model).gatherer._depth == 0
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = loss_of(plain, ids)
+    with torch.no_grad():
+        return abs(float(loss_of(model, ids) - expected))
+
+
+def test_ctrl_c_in_forward_leaves_a_usable_model() -> None:
+    assert run_ranks(interrupted, 1, 1) == [0.0]
+
+
+class Expanded(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        weight = torch.ones(64)
+        self.register_buffer("first", weight)
+        self.register_buffer("mask", torch.ones(1, 8).expand(4, 8))
+        self.weight = nn.Parameter(weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x * self.weight * self.first).sum() * self.mask.sum()
+
+
+def odd_buffers(rank: int, world_size: int) -> None:
+    mesh = dp_mesh(world_size)
+    with zero.sharded_init(mesh, stage=3, whole_bytes=0):
+        model = Expanded()
+    assert model.first.sum() == 64, "the buffer lost the memory that the parameter gave back"
+    model = zero.shard(model, mesh, stage=3)
+    assert {"first", "mask"} <= zero.sharded_state(model).keys()
+    model(torch.ones(64)).backward()
+
+
+def test_expanded_and_shared_buffers() -> None:
+    run_ranks(odd_buffers, 2, 2)

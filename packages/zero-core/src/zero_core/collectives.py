@@ -1,4 +1,4 @@
-"""How a unit's bytes travel. The only module that calls torch.distributed (beside `diagnosis`, when it has failed).
+"""How a unit's bytes travel. With `exchange`, the only module that calls torch.distributed.
 
 In: a shard to be gathered, or a full gradient to be reduced. Out: a handle with `wait()`. `Collectives` is the seam:
 `PlainCollectives` sends the bytes as they are, other packages compress or route them. `Wire` is what the rest of the

@@ -7,8 +7,8 @@ Note [Shared memory]
 A rank copies what it sends into a block of a file in memory (memfd) that the others map, and sends each of them a
 message of 32 bytes that says where. Who has read the block notes its `use` in the block's head, and once all have the
 block may be used again. The files have no name: they go with the last process that maps them, however that ends.
-The messages give deadlines and order, as if the parts themselves had travelled; one copy of a part costs about a
-tenth of its way through a socket, and no other thread takes the processor from the computation beside it.
+The messages give deadlines and order, as if the parts themselves had travelled. Two copies in memory cost less than
+the way through a socket, and no other thread takes the processor from the computation beside them.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
         "--steps", type=int, default=defaults.steps, help=f"optimizer steps ({defaults.steps})"
     )
     parser.add_argument(
-        "--params", type=parse_count, default=defaults.num_params, metavar="N", help="about how many (1.8M)"
+        "--params", type=parse_count, default=defaults.num_params, metavar="N", help="about how many (4M)"
     )
     parser.add_argument("--procs", type=int, default=defaults.procs, help="processes (2)")
     parser.add_argument("--out", default=defaults.out, metavar="DIR", help=f"where files go ({defaults.out})")

@@ -98,12 +98,14 @@ class GPT(nn.Module):
         self.head = nn.Linear(config.width, config.vocab, bias=False)
         if config.tied:
             self.head.weight = self.embed.weight
-        self.apply(self._initialize)
+        self._initialize()
 
-    def _initialize(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear | nn.Embedding):
-            scale = (2 * self.config.layers) ** -0.5 if module.weight.shape[0] == self.config.width else 1.0
-            nn.init.normal_(module.weight, std=0.02 * scale)
+    def _initialize(self) -> None:
+        """Normal values; those that are added to the residual stream are smaller, the more of them there are."""
+        for name, weight in self.named_parameters():
+            if weight.dim() == 2:
+                adds = name.endswith(("attention.out.weight", "down.weight"))
+                nn.init.normal_(weight, std=0.02 * ((2 * self.config.layers) ** -0.5 if adds else 1.0))
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None) -> Tensor:
         """Logits [B, T, V]; with targets, their mean cross-entropy in nats (fp32)."""

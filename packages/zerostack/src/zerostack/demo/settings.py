@@ -36,7 +36,7 @@ class Settings:
     text: str | None = None
     stage: int = 3
     steps: int = 600
-    num_params: float = 1.8e6
+    num_params: float = 4e6
     procs: int = 2
     out: str = "zerostack-demo"
     seed: int = 0

@@ -246,14 +246,12 @@ class ShardedOptimizer(Optimizer):
         if self.scaler is not None and state_dict["scaler"] is not None:
             self.scaler.load_state_dict(state_dict["scaler"])
         self._num_steps = state_dict["num_steps"]
-        for unit in self._sharded.units:
-            if (
-                unit.index in self._owned
-            ):  # on every rank, one without a part of the unit too: the gather is collective
-                if unit.name in held:
-                    assert unit.master is not None
-                    unit.master.copy_(saved[unit.name])
-                self._publisher.publish(unit, cast=True)
+        # Every rank publishes every unit, one that has no part of it too: the gather is collective.
+        for unit in [unit for unit in self._sharded.units if unit.index in self._owned]:
+            if unit.name in held:
+                assert unit.master is not None
+                unit.master.copy_(saved[unit.name])
+            self._publisher.publish(unit, cast=True)
         self._publisher.finish()
 
     def unit_of(self, slot: ShardSlot) -> FlatUnit:

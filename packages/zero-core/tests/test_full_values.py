@@ -110,6 +110,61 @@ def test_materialized_reads_and_writes(stage: int, dtype: torch.dtype) -> None:
     run_ranks(edits, 2, 2, stage, dtype)
 
 
+def masters_of(opt) -> dict[str, torch.Tensor]:
+    return {slot.name: slot.master.detach().clone() for slots in opt.slots.values() for slot in slots}
+
+
+def edit_beside(rank: int, world_size: int, stage: int) -> None:
+    """An edit of one parameter rounds no other's master, whichever way it is made."""
+    model, opt = sharded_net(world_size, stage, precision=zero.Precision(compute=torch.bfloat16))
+    train(model, opt, rank, 2)
+    before = masters_of(opt)
+    assert any(not torch.equal(v, v.bfloat16().float()) for v in before.values()), (
+        "masters hold no more digits"
+    )
+    with zero.materialized(model, write=True), torch.no_grad():
+        model.blocks[0].up.weight.data.fill_(0.5)  # counts no version
+    if stage < 3:
+        with torch.no_grad():
+            model.blocks[1].up.bias.fill_(0.25)
+        for lane in opt._lanes:
+            lane.unit.take_edits()
+    changed = {n for n, v in masters_of(opt).items() if not torch.equal(v, before[n])}
+    assert changed <= {"blocks.0.up.weight"} | ({"blocks.1.up.bias"} if stage < 3 else set())
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_an_edit_leaves_the_digits_of_other_masters_alone(stage: int) -> None:
+    run_ranks(edit_beside, 2, 2, stage)
+
+
+def two_optimizers(rank: int, world_size: int, stage: int) -> None:
+    """Masters of the part that an optimizer's state does not describe follow the parameters that are loaded."""
+    mesh = dp_mesh(world_size)
+    model = zero.shard(
+        seeded(lambda: nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))),
+        mesh,
+        stage=stage,
+        units=lambda name, module: isinstance(module, nn.Linear),
+        precision=zero.Precision(compute=torch.bfloat16),
+    )
+    first, second = (
+        zero.ShardedOptimizer(model, torch.optim.SGD(part.parameters(), lr=0.1)) for part in model
+    )
+    values = {
+        name: torch.full_like(shard.local, 0.5) for name, shard in zero.sharded_state(model, first).items()
+    }
+    zero.load_sharded_state(model, first, values)
+    for opt in (first, second):
+        assert all((master == 0.5).all() for master in masters_of(opt).values())
+    assert all((value == 0.5).all() for value in zero.full_state_dict(model).values())
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_masters_that_are_not_loaded_follow_the_parameters(stage: int) -> None:
+    run_ranks(two_optimizers, 2, 2, stage)
+
+
 def resume(rank: int, world_size: int, stage: int, dtype: torch.dtype) -> None:
     """Descriptions and scalars carry a run over to a new model and optimizer, exactly."""
     precision = zero.Precision(compute=dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -38,9 +39,9 @@ def demo(out, *arguments):
     )
 
 
-def read_until(stream, word):
+def read_until(stream, pattern):
     seen = ""
-    while word not in seen:
+    while not re.search(pattern, seen):
         character = stream.read(1)
         assert character, seen
         seen += character
@@ -55,7 +56,7 @@ def test_ctrl_c_saves_resume_goes_on_and_the_proofs_hold(tmp_path):
     out = tmp_path / "out"
     steps = 400
     running = demo(out, "--text", str(corpus), "--steps", str(steps))
-    read_until(running.stderr, "tokens/s")
+    read_until(running.stderr, r"\b(1[0-9]|[2-9][0-9])/400 .*tokens/s")  # the steps compared below have run
     os.killpg(running.pid, signal.SIGINT)
     output, errors = running.communicate(timeout=120)
     assert running.returncode == 130, output + errors
@@ -64,7 +65,7 @@ def test_ctrl_c_saves_resume_goes_on_and_the_proofs_hold(tmp_path):
     assert f"zerostack demo --resume --text {corpus} --steps 400 --params 60000 --out {out}" in output
     tag = (out / "checkpoints" / "latest").read_text().strip()
     stopped = int(tag.removeprefix("global_step"))
-    assert 0 < stopped < steps
+    assert 10 <= stopped < steps
     assert len(json.loads((out / "losses.json").read_text())["ours"]) == stopped
 
     more = stopped + 5

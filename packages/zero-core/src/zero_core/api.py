@@ -124,7 +124,7 @@ def shard(
         CollectiveError: a rank did not come.
 
     Bytes per rank (P parameters, N ranks, k bytes of optimizer state and master per parameter, 2-byte parameters and
-    gradients): 4P+kP, 4P+kP/N, 2P+(2+k)P/N, (4+k)P/N for stages 0 to 3; see `plan_memory`.
+    gradients): 4P+kP, 4P+kP/N, 2P+(2+k)P/N, (2+k)P/N for stages 0 to 3; see `plan_memory`.
     Elements on the wire per backward and step: 2P for stages 0 to 2, at most 3P for stage 3.
     Source: ZeRO (Rajbhandari et al., 2020), section 5.
     """

@@ -2,7 +2,7 @@
 
 In: a `UnitSpec`. Out: a `FlatUnit` whose parameters keep their identity. Everything else in the package moves
 between the buffers held here: `gather` fills `full`, `buckets` fills `grad_full`, `accumulate` owns `grad_shard`,
-`optimizer` updates `master`, `publish` writes `shard` (stage 1, 2: and from there `full`).
+`optimizer` updates `master`, `publish` writes `shard` (stages 0 to 2: and from there `full`).
 """
 
 from __future__ import annotations
@@ -21,6 +21,10 @@ from .units import UnitSpec
 # Pointing `param.data` elsewhere for the backward would compute with stale values, silently. So `full` and its
 # storage are made once; releasing resizes the storage to zero bytes, gathering resizes it back and fills it in place.
 
+# Note [One resting copy]
+# At stage 3 a separate master says all that the shard would: the shard is dropped, and a gather casts the master into
+# this rank's slice of `full`. Saves 2P/N bytes of bf16 parameters for 2P/N more bytes read a gather.
+
 
 class FlatUnit:
     """The one data structure of ZeRO: a unit's flat buffer, cut into one shard per rank.
@@ -28,6 +32,7 @@ class FlatUnit:
     Attributes:
         full: all elements, [numel], in the parameters' dtype. Stage 3: memory only while gathered.
         shard: what this rank holds of it, [local numel]. Stages 1, 2: a view of `full`; stage 0: all of `full`.
+            Stage 3: None beside a separate master, see Note [One resting copy].
         master: what the optimizer updates, [local numel]; is `shard` where the dtypes agree; made on demand.
         local: the range of `full` that `shard` covers.
         local_slots: the parts of the parameters inside `local`.
@@ -48,7 +53,7 @@ class FlatUnit:
         self.local_slots: list[LocalSlot] = self.layout.local_slots(*self.local)
         self.residency = Residency.GATHERED
         self.full: torch.Tensor
-        self.shard: torch.Tensor
+        self.shard: torch.Tensor | None
         self.master: torch.Tensor | None = None
         self._versions: list[int] = []
 
@@ -70,25 +75,57 @@ class FlatUnit:
 
     def cut(self) -> None:
         """Take this rank's shard of a filled `full`; stage 3 then releases the rest."""
-        self.shard = self.full[slice(*self.local)]
-        if self.stage == 3:
-            self.shard = self.shard.clone()
+        local = self.full[slice(*self.local)]
+        self.shard = local.clone() if self.stage == 3 else local
 
     def own_slice(self) -> torch.Tensor:
         """This rank's slice of `full`, which must have its memory."""
         return self.full[slice(*self.slice)]
 
+    def to_gather(self) -> torch.Tensor:
+        """This rank's slice, for an all-gather into `full`, which must have its memory."""
+        if self.shard is not None:
+            return self.shard
+        assert self.master is not None
+        return self.own_slice().copy_(self.master)
+
     def ensure_master(self, dtype: torch.dtype) -> torch.Tensor:
         """The values that the optimizer updates, in `dtype`; the shard itself where it has that dtype."""
-        if self.master is None or self.master.dtype != dtype:
-            self.master = self.shard if self.shard.dtype == dtype else self.shard.to(dtype)
+        if self.master is None:
+            assert self.shard is not None
+            self.master = self.shard.to(dtype)
             self._versions = [param._version for param in self.params]
+            if self.stage == 3 and self.has_separate_master:
+                self.shard = None
         return self.master
 
-    def refresh_master(self) -> None:
-        """Take the shard's values over into the master, after something else than the optimizer wrote them."""
-        if self.master is not None and self.master.data_ptr() != self.shard.data_ptr():
-            self.master.copy_(self.shard)
+    @property
+    def has_separate_master(self) -> bool:
+        """Whether the optimizer updates a copy in a dtype of its own."""
+        return self.master is not None and self.master.dtype != self.full.dtype
+
+    def values(self) -> torch.Tensor:
+        """This rank's part in the parameters' dtype, [local numel]: the shard, or a copy of what the master says."""
+        if self.shard is not None:
+            return self.shard
+        assert self.master is not None
+        return self.master.to(self.full.dtype)
+
+    def set_values(self, values: torch.Tensor, *, keep_unchanged: bool = False) -> None:
+        """Something else than the optimizer wrote the parameters: shard and master take the values over.
+
+        Args:
+            values: [local numel] in the parameters' dtype; may be the shard itself.
+            keep_unchanged: leave the master alone where it rounds to the value, instead of losing its further digits.
+        """
+        if self.shard is not None and self.shard.data_ptr() != values.data_ptr():
+            self.shard.copy_(values)
+        if self.has_separate_master:
+            assert self.master is not None
+            if keep_unchanged:
+                changed = self.master.to(values.dtype) != values
+                values = torch.where(changed, values.to(self.master.dtype), self.master)
+            self.master.copy_(values)
         self._versions = [param._version for param in self.params]
 
     def take_edits(self) -> None:
@@ -97,7 +134,7 @@ class FlatUnit:
         A parameter's version counter is its own, not the buffer's: gathers and steps leave it alone.
         """
         if self.stage < 3 and self._versions != [param._version for param in self.params]:
-            self.refresh_master()
+            self.set_values(self.values(), keep_unchanged=True)
 
     def detached(self) -> str | None:
         """Below stage 3: the name of a parameter that no longer lies in the flat buffer."""

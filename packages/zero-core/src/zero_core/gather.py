@@ -194,7 +194,7 @@ class Gatherer:
         if unit.residency is Residency.SHARDED:
             unit.enter(Residency.GATHERING, self.released)
             with self._back_to_shards_on_failure(unit):
-                self._on_the_way[unit.index] = self.wire.gather(unit.label, unit.shard, unit.full)
+                self._on_the_way[unit.index] = self.wire.gather(unit.label, unit.to_gather(), unit.full)
 
     def arrive(self, unit: FlatUnit) -> None:
         """Wait until the unit is whole."""

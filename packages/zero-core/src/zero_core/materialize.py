@@ -49,7 +49,7 @@ def materialized(module: nn.Module, *, write: bool = False) -> Iterator[nn.Modul
             )
         if write:
             for unit in units:
-                _take_over(state, unit)
+                _take_over(state, unit, keep_unchanged=True)
 
 
 def stream_full(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -140,13 +140,11 @@ def load_full_state_dict(
 
 
 @torch.no_grad()
-def _take_over(state: Sharded, unit: FlatUnit) -> None:
+def _take_over(state: Sharded, unit: FlatUnit, *, keep_unchanged: bool = False) -> None:
     """The full buffer has new values: each rank keeps its own slice of them, and all agree again."""
-    if unit.stage == 3:
-        unit.shard.copy_(unit.own_slice())
-    else:
+    if unit.stage < 3:
         state.wire.gather(unit.label, unit.own_slice(), unit.full).wait()
-    unit.refresh_master()
+    unit.set_values(unit.full[slice(*unit.local)], keep_unchanged=keep_unchanged)
 
 
 def _slots(units: list[FlatUnit]):  # type: ignore[no-untyped-def]  # (unit, slot, param) triples

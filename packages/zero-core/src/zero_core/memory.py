@@ -32,7 +32,8 @@ class MemoryPlan:
     """Bytes of model states on one rank.
 
     Attributes:
-        params, grads, master, optimizer: what lives from step to step.
+        params, grads, master, optimizer: what lives from step to step. At stage 3 a separate master is all that rests
+            of a trainable parameter: `params` is then 0, but for the paper's formula.
         in_flight: stage 3: units whole at a time (the one in use, and those gathered ahead) with one's gradients.
             Stage 2: the full gradients of the units that are being reduced.
     """
@@ -68,7 +69,8 @@ def plan_memory(
     """Bytes per rank of parameters, gradients, master copy and optimizer state.
 
     Args:
-        model_or_n_params: a model (any device, the meta device too) or its number of parameters.
+        model_or_n_params: a model (any device, the meta device too): what `shard` holds of it. Or a number of
+            parameters: the paper's formula, which at stage 3 counts 2P/N bytes of bf16 parameters more.
         stage: 0 to 3.
         world: number of ranks.
         precision: None: for a number, bf16 with fp32 masters as in the paper; for a model, its own dtypes.
@@ -86,6 +88,7 @@ def plan_memory(
         raise ZeroConfigError(f"world: expected at least 1 rank, got {world!r}")
     if optimizer not in STATE_BYTES:
         raise ZeroConfigError(f"optimizer: expected one of {', '.join(STATE_BYTES)}, got {optimizer!r}")
+    as_in_paper = not isinstance(model_or_n_params, nn.Module)
     if isinstance(model_or_n_params, nn.Module):
         precision = precision or Precision()
         sized = [
@@ -105,10 +108,11 @@ def plan_memory(
     params = grads = master = state = 0
     for numel, own, trainable in sized:
         dtype = precision.param_dtype(own)
-        params += share(numel * dtype.itemsize, 3)
+        updated = precision.master_dtype(dtype)
+        rests_as_master = stage == 3 and trainable and dtype != updated and not as_in_paper
+        params += 0 if rests_as_master else share(numel * dtype.itemsize, 3)
         if trainable:
             grads += share(numel * precision.accumulate_dtype(dtype).itemsize, 2)
-            updated = precision.master_dtype(dtype)
             master += 0 if dtype == updated else share(numel * updated.itemsize, 1)
             # States follow the master's dtype, as torch's optimizers make them.
             state += share(numel * STATE_BYTES[optimizer] * updated.itemsize // 4, 1)

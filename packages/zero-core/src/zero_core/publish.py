@@ -36,7 +36,8 @@ class Publisher:
             unit: one whose master has new values.
             cast: the master has yet to be written to the shard (a fused step has done so).
         """
-        if cast and unit.master is not None and unit.master.data_ptr() != unit.shard.data_ptr():
+        if cast and unit.has_separate_master and unit.shard is not None:
+            assert unit.master is not None
             unit.shard.copy_(unit.master)
         if self.refresh is not None:
             self.refresh(unit)
@@ -44,7 +45,7 @@ class Publisher:
             nbytes = unit.full_bytes
             while self._gathers and nbytes + sum(size for _, size in self._gathers) > self.limit_bytes:
                 self._gathers.popleft()[0].wait()
-            self._gathers.append((self.wire.gather(unit.label, unit.shard, unit.full), nbytes))
+            self._gathers.append((self.wire.gather(unit.label, unit.to_gather(), unit.full), nbytes))
             if not self.limit_bytes:
                 self.finish()
 

@@ -6,7 +6,7 @@ tensor; and back from tensors of the same ranges. A saver needs to know nothing 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ class Shard:
         global_shape: shape of the whole tensor.
         dtype: its dtype.
         offsets: `(start,)`: the first element of the part, in the flattened tensor.
-        local: the part, 1-D; a view of live memory.
+        local: the part, 1-D.
     """
 
     global_shape: tuple[int, ...]
@@ -37,21 +37,30 @@ class Shard:
 
 
 def sharded_state(model: nn.Module, optimizer: ShardedOptimizer | None = None) -> dict[str, Shard]:
-    """Describe parameters, persistent buffers and optimizer state; no communication, no copy.
+    """Describe parameters, persistent buffers and optimizer state; no communication.
 
     Parameters go by their torch name (the first, where tied), optimizer state by `optimizer.<name>.<key>`, with
     `master` among the keys where masters are separate. A rank lists the tensors that it holds a part of; what is
-    replicated (buffers; everything at stage 0) is whole on every rank.
+    replicated (buffers; everything at stage 0) is whole on every rank. What a `local` holds is live memory to be read,
+    but for parameters beside a separate master at stage 3, which are cast for the occasion (2P/N bytes while they
+    last). `load_sharded_state` is the way back.
     """
+    return _describe(model, optimizer, [unit.values() for unit in sharded(model).units])
+
+
+def _describe(
+    model: nn.Module, optimizer: ShardedOptimizer | None, values: list[torch.Tensor]
+) -> dict[str, Shard]:
+    """`sharded_state`, with each unit's part of the parameters in `values`."""
     state = sharded(model)
     found: dict[str, Shard] = {}
-    for unit in state.units:
+    for unit, flat in zip(state.units, values, strict=True):
         for part in unit.local_slots:
-            local = unit.shard[part.start : part.stop]
+            local = flat[part.start : part.stop]
             found[part.slot.name] = Shard(part.slot.shape, local.dtype, (part.param_start,), local)
         for slot in unit.layout.slots:
             if slot.numel == 0:
-                found[slot.name] = Shard(slot.shape, unit.shard.dtype, (0,), unit.shard[:0])
+                found[slot.name] = Shard(slot.shape, flat.dtype, (0,), flat[:0])
     for prefix, module in state.model.named_modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
@@ -75,15 +84,16 @@ def load_sharded_state(
 ) -> None:
     """Take over values for the very ranges that `sharded_state` describes; every rank calls it.
 
-    Optimizer state that does not exist yet (before the first step) is created. Where no masters are given they are
-    taken from the parameters.
+    Optimizer state that does not exist yet (before the first step) is created. Masters that are not given
+    are taken from the parameters.
 
     Raises:
         ZeroConfigError: a name is missing or unexpected (`strict`), or a range has another size; nothing was changed
             on this rank.
     """
     state = sharded(model)
-    described = sharded_state(model, optimizer)
+    values = [unit.values() for unit in state.units]
+    described = _describe(model, optimizer, values)
     known = {f"optimizer.{slot.name}.": slot for slot in _slots(optimizer)}
     fresh: dict[str, tuple[ShardSlot, str]] = {}
     for name in tensors.keys() - described.keys():
@@ -102,20 +112,26 @@ def load_sharded_state(
     ]
     if problems:
         raise ZeroConfigError("load_sharded_state: " + "; ".join(sorted(problems)[:8]))
-    for name, shard in described.items():
-        if name in tensors:
-            shard.local.copy_(tensors[name].reshape(-1))
-    masters = {name for name in tensors if name.startswith("optimizer.") and name.endswith(".master")}
+    of_optimizer = {name for name in described if name.startswith("optimizer.")}
+    _copy_in(described, tensors, described.keys() - of_optimizer)
+    for unit, flat in zip(state.units, values, strict=True):
+        unit.set_values(flat, keep_unchanged=not strict)
+    _copy_in(described, tensors, of_optimizer)  # last, since masters say more than the parameters
     for unit in state.units:
-        if not masters:
-            unit.refresh_master()
         if state.gatherer is not None:
             state.gatherer.refresh(unit)
         elif unit.stage > 0:
-            state.wire.gather(unit.label, unit.shard, unit.full).wait()
+            state.wire.gather(unit.label, unit.to_gather(), unit.full).wait()
     for name, (slot, key) in fresh.items():
         assert optimizer is not None
         optimizer.inner.state[slot.master][key] = tensors[name].reshape(-1).to(slot.master.device, copy=True)
+
+
+def _copy_in(
+    described: dict[str, Shard], tensors: Mapping[str, torch.Tensor], names: Collection[str]
+) -> None:
+    for name in tensors.keys() & names:
+        described[name].local.copy_(tensors[name].reshape(-1))
 
 
 def optimizer_scalars(optimizer: ShardedOptimizer) -> dict[str, dict[str, float]]:
@@ -148,7 +164,7 @@ def _optimizer_tensors(optimizer: ShardedOptimizer | None) -> Iterator[tuple[Sha
     for slot in _slots(optimizer):
         assert optimizer is not None
         unit = optimizer.unit_of(slot)
-        if unit.master is not None and unit.master.data_ptr() != unit.shard.data_ptr():
+        if unit.has_separate_master:
             yield slot, "master", slot.master.detach()
         for key, value in optimizer.inner.state.get(slot.master, {}).items():
             if isinstance(value, torch.Tensor) and not _is_number(value):

@@ -206,7 +206,7 @@ class FusedStepper:
             assert unit.master is not None
             segments = [self._advance(slot) for slot in item.slots]
             if segments:
-                low = None if unit.shard.data_ptr() == unit.master.data_ptr() else unit.shard
+                low = unit.shard if unit.has_separate_master else None
                 states = self._flat_state(item)
                 if self._rule.kernel is ak.sgd_step and not states:
                     states = (None,)  # type: ignore[assignment]  # plain SGD has no momentum

@@ -68,10 +68,12 @@ def _merge(node: Any, prefix: str, file: str) -> Any:
 
 
 def _json_hint(text: str, position: int) -> str:
-    before, at = text[:position].rstrip(), text[position : position + 2]
-    if at.startswith(("#", "//", "/*")):
+    before, after = text[:position].rstrip(), text[position:]
+    if after.startswith(("#", "//", "/*")):
         return " (JSON has no comments)"
-    if before.endswith(",") and at[:1] in "}]":
+    if after.startswith(","):  # where newer Pythons put the position
+        before, after = ",", after[1:].lstrip()
+    if before.endswith(",") and after[:1] in ("}", "]"):
         return " (a comma before a closing bracket)"
     return ""
 

@@ -103,4 +103,4 @@ def test_bytes_sent_at_c10d_agree(stage: int, world_size: int) -> None:
         expected = collectives * 4 * p * (world_size - 1) / world_size
         assert list(sent) == ["isend"]
         assert sent["isend"] == pytest.approx(expected, rel=0.05 if world_size == 3 else 0)  # 3 pads
-        assert 0 < small < 256
+        assert 0 < small < 1024, "norms, verdicts, meetings"

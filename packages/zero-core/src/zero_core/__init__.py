@@ -4,7 +4,7 @@ The modules, in the order in which data flows:
 
 - `config`, `errors`, `api`: what a user meets.
 - `layout`, `units`, `flat_unit`, `fill`, `sharded_init`: parameters -> units -> flat buffers -> shards.
-- `params`, `gather_plan`, `gather`: stage 3: parameters whole around their use.
+- `params`, `gather` -> `turns`, `gather_plan`: stage 3: parameters whole around their use, in one order on all ranks.
 - `hooks` -> `buckets` -> `collectives`, `exchange` -> `accumulate` -> `precision`, `norms` -> `optimizer`,
   `steppers` -> `publish`: a gradient's way.
 - `materialize`, `state`, `memory`: full values, descriptions for checkpoints, plans.

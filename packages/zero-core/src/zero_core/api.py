@@ -6,6 +6,7 @@ submodule by `sharded`. Read `hooks` next for the backward, `gather` for stage 3
 
 from __future__ import annotations
 
+import functools
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -64,17 +65,21 @@ class Sharded:
         for module in self.model.modules():
             module.__dict__[_HANDLE] = self
         self.model.__dict__["zero_grad"] = self._zero_grad
+        generate = getattr(self.model, "generate", None)
+        if self.gatherer is not None and callable(generate):
+            self.model.__dict__["generate"] = _ended_together(generate, self.gatherer)
 
     def close(self) -> None:
         """Remove every hook; the parameters stay as they are (make them whole first where that matters)."""
         for remover in self._removers:
             remover.remove()
-        self.reducer.close()
+        self.reducer.unhook()
         if self.gatherer is not None:
             self.gatherer.close()
         for module in self.model.modules():
             module.__dict__.pop(_HANDLE, None)
-        self.model.__dict__.pop("zero_grad", None)
+        for name in ("zero_grad", "generate"):
+            self.model.__dict__.pop(name, None)
 
     def _zero_grad(self, set_to_none: bool = True) -> None:
         """`model.zero_grad()`: the accumulated gradients are not in `param.grad` alone."""
@@ -161,7 +166,12 @@ def shard(
     if stage == 3:
         for unit in flat_units:
             unit.enter(Residency.SHARDED, released)
-        gatherer = Gatherer(model, flat_units, param_wire, overlap, released, reducer)
+        council = param_wire
+        if device.type != "cpu":
+            beside = sibling_group(group, "gloo")
+            council = Wire(beside, PlainCollectives(beside), torch.device("cpu"), overlap.timeout_s, fate)
+            council.salt = param_wire.salt
+        gatherer = Gatherer(model, flat_units, param_wire, council, overlap, released, reducer)
     Sharded(model, stage, precision, overlap, flat_units, param_wire, reducer, gatherer).install()
     return model
 
@@ -193,6 +203,18 @@ def no_sync(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         reducer.sync = before
+
+
+def _ended_together(generate: Callable[..., Any], gatherer: Gatherer) -> Callable[..., Any]:
+    """`generate`, ended on no rank before it has ended on all: others need this rank's shards for their last tokens."""
+
+    @functools.wraps(generate)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        result = generate(*args, **kwargs)
+        gatherer.assemble()
+        return result
+
+    return call
 
 
 def _device_of(mesh: DeviceMesh | dist.ProcessGroup, group: dist.ProcessGroup) -> torch.device:

@@ -88,18 +88,20 @@ class GradBucket:
         self.used.add(index)
 
     def seal(self) -> torch.Tensor:
-        """The full gradient with blank slots zeroed, ready for the reduction."""
+        """The full gradient with blank slots zeroed, to be reduced; from stage 2 on, no longer this bucket's."""
         flat = self._open()
         for index, view in enumerate(self.views):
             if index not in self._filled:
                 view.zero_()
                 self._filled.add(index)
+        if self.unit.stage >= 2:
+            self._let_go()
         return flat
 
-    def retire(self, *, keep: bool) -> None:
-        """After the reduction: keep the averaged gradients in place (stage 0, 1), or blank or free the buffer."""
+    def retire(self, full: torch.Tensor, *, keep: bool) -> None:
+        """After the reduction of `full`: keep the mean in place (stage 0, 1), or blank or free the buffer."""
         if self.unit.stage >= 2:
-            self._give_back()
+            self._pool.give(full)
         elif not keep:
             self._filled.clear()
         else:
@@ -161,6 +163,9 @@ class GradBucket:
     def _give_back(self) -> None:
         if self.flat is not None:
             self._pool.give(self.flat)
+        self._let_go()
+
+    def _let_go(self) -> None:
         self.flat, self.views = None, []
         self._filled.clear()
 
@@ -177,9 +182,10 @@ class ReduceOrder:
         self._ready: set[int] = set()
         self._next = 0
 
-    def ready(self, unit: int) -> Iterator[int]:
-        """`unit` has all its gradients; yields the units that may start now."""
-        self.seen.append(unit)
+    def ready(self, unit: int, *, complete: bool = True) -> Iterator[int]:
+        """`unit` has all gradients that it will have; yields the units that may start now."""
+        if complete:
+            self.seen.append(unit)
         self._ready.add(unit)
         while self._next < len(self.order) and self.order[self._next] in self._ready:
             self._next += 1

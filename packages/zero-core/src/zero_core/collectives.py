@@ -60,6 +60,10 @@ class Pending:
     wire: Wire
     what: str
 
+    def is_done(self) -> bool:
+        """Whether `wait` need not wait for another rank, as far as is known."""
+        return not isinstance(self.handle, Works) or self.handle.is_done()
+
     def wait(self) -> None:
         """Finish it.
 
@@ -138,6 +142,17 @@ class Wire:
         tag = _tag(name + self.salt, tensor)
         return self._launch(name, lambda: exchange(self.group, sent, received, tag, self.timeout_s, combine))
 
+    def consult(self, name: str, numbers: Sequence[int]) -> list[list[int]]:
+        """Every rank's `numbers` (int64, as many on each), by rank; the wire's device must be the CPU."""
+        own = torch.tensor(numbers, dtype=torch.int64)
+        heard = [torch.empty_like(own) for _ in range(self.group.size())]
+        heard[self.group.rank()] = own
+        if self.group.size() > 1:
+            tag = _tag(f"consultation{self.salt}", own)
+            sent = [own] * self.group.size()
+            self._launch(name, lambda: exchange(self.group, sent, heard, tag, self.timeout_s)).wait()
+        return [each.tolist() for each in heard]
+
     def broadcast(self, name: str, tensor: torch.Tensor) -> None:
         """Make `tensor` equal to that of the group's first rank."""
         rank, size = self.group.rank(), self.group.size()
@@ -172,6 +187,11 @@ class Wire:
         self._launched += 1
         what = f"collective {self._launched} ({name})"
         return Pending(self.guard(what, call), self, what)
+
+    def fail(self, message: str) -> CollectiveError:
+        """The error to raise where ranks cannot go on; later collectives raise it too."""
+        self.fate.failure = CollectiveError(message)
+        return self.fate.failure
 
     def guard(self, what: str, call: Callable[[], T]) -> T:
         """Run `call`; the first failure is explained, later ones are the same failure."""
@@ -276,13 +296,14 @@ def resolve_group(mesh: DeviceMesh | dist.ProcessGroup) -> dist.ProcessGroup:
     )
 
 
-def sibling_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """A second group of the same ranks, so that gathers and reductions need no common order.
+def sibling_group(group: dist.ProcessGroup, backend: str | None = None) -> dist.ProcessGroup:
+    """A second group of the same ranks, so that what travels in the two needs no common order.
 
     Every rank of `group` must call it; ranks outside need not.
     """
     ranks = dist.get_process_group_ranks(group)
-    return cast(dist.ProcessGroup, dist.new_group(ranks, use_local_synchronization=True))
+    made = dist.new_group(ranks, backend=backend, use_local_synchronization=True)
+    return cast(dist.ProcessGroup, made)
 
 
 def _tag(what: str, tensor: torch.Tensor) -> int:

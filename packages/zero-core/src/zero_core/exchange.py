@@ -20,9 +20,11 @@ import threading
 import weakref
 import zlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from queue import SimpleQueue
 
 import torch
 import torch.distributed as dist
@@ -36,23 +38,65 @@ _ADDRESS_BYTES = 256
 class Works:
     """Works of the process group, then something to do with what arrived: a `collectives.Handle`.
 
-    A time-out of None leaves the deadline to the back end. `keep` holds what must outlive the works.
+    A time-out of None leaves the deadline to the back end. `keep` holds what must outlive the works. `arrival` is
+    there where a `Watcher` waits for the works.
     """
 
     works: Sequence[dist.Work]
     timeout_s: float | None
     then: Callable[[], object] | None = None
     keep: Sequence[torch.Tensor] = field(default_factory=list)
+    arrival: Future[None] | None = None
+
+    def is_done(self) -> bool:
+        """Whether `wait` need not wait for another rank, as far as is known."""
+        return self.arrival is None or self.arrival.done()
 
     def wait(self) -> None:
         """Finish."""
+        if self.arrival is None:
+            self.arrive()
+        else:
+            self.arrival.result()
+        if self.then is not None:
+            self.then()
+
+    def arrive(self) -> None:
+        """Wait for the works alone."""
         for work in self.works:
             if self.timeout_s is None:
                 work.wait()
             else:
                 work.wait(timedelta(seconds=self.timeout_s))
-        if self.then is not None:
-            self.then()
+
+
+class Watcher:
+    """A thread that waits for works, so that their rank may go on serving others; gloo's works cannot be asked."""
+
+    def __init__(self) -> None:
+        self._queue: SimpleQueue[Works | None] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+        weakref.finalize(self, self._queue.put, None)
+
+    def watch(self, works: Works) -> None:
+        """Have `works.is_done()` tell."""
+        works.arrival = Future()
+        self._queue.put(works)
+        if self._thread is None:
+            self._thread = threading.Thread(target=_watch, args=(self._queue,), name="zero_core", daemon=True)
+            self._thread.start()
+
+
+def _watch(queue: SimpleQueue[Works | None]) -> None:
+    while (works := queue.get()) is not None:
+        assert works.arrival is not None
+        try:
+            works.arrive()
+        except BaseException as error:  # the rank that waits raises it
+            works.arrival.set_exception(error)
+        else:
+            works.arrival.set_result(None)
+        del works
 
 
 def exchange(

@@ -1,40 +1,59 @@
 """Stage 3: parameters are whole around their use, and only there.
 
 In: module hooks (a unit's module is entered or left, its backward begins) and the reducer's word that a unit's
-gradients are complete. Out: collectives that fill `FlatUnit.full`, and releases. `gather_plan` says what to fetch
-ahead. A unit may be freed when nothing needs it: `_forwards` counts forwards under way, `_in_backward` holds those
-whose backward has begun, `_pins` counts the `hold` blocks around it.
+gradients are complete. Out: uses and releases; `turns` gathers what is used, in one order on all ranks. A unit may be
+freed when nothing needs it: `_forwards` counts forwards under way, `_in_backward` holds those whose backward has begun
+and is not over, `_pins` counts the `hold` blocks around it.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from .collectives import Pending, Wire
+from .collectives import Wire
 from .config import Overlap
 from .flat_unit import FlatUnit
-from .gather_plan import GatherPlan
+from .gather_plan import Kind
 from .hooks import Reducer
 from .params import ReleasedParameter, Residency
+from .turns import Turns
+
+
+@dataclass(eq=False)
+class _Call:
+    """One forward through a module at which units are gathered. Hooks in its graph hold it, and it ends with them.
+
+    Attributes:
+        serial, last: its number in the order of entries, and that of the last call inside it.
+        begun, over: how far its backward has come in the pass under way.
+    """
+
+    units: list[FlatUnit]
+    serial: int
+    last: int
+    begun: bool = False
+    over: bool = False
 
 
 class Gatherer:
     """Gathers units before use and releases them after.
 
     Args:
-        model: the sharded model; a pass runs from one of its forwards to the next.
+        model: the sharded model.
         units: all its units.
         wire: the collectives for parameters (not those of the gradients: the two need no common order).
+        council: the wire over which ranks meet; its values travel from the CPU.
         overlap: the byte budget for gathers ahead of use.
         released: the class that parameters take while released.
         reducer: tells when a unit's gradients are complete, and when a backward pass ends.
@@ -45,28 +64,22 @@ class Gatherer:
         model: nn.Module,
         units: list[FlatUnit],
         wire: Wire,
+        council: Wire,
         overlap: Overlap,
         released: type[ReleasedParameter],
         reducer: Reducer,
     ) -> None:
         self.units = units
-        self.wire = wire
-        self.released = released
         self.reducer = reducer
-        sizes = [unit.full_bytes for unit in units]
-        largest = max(sizes, default=0)
-        budget = largest if overlap.prefetch_bytes is None else overlap.prefetch_bytes
-        self._plans = {grad: GatherPlan(sizes, budget if overlap.enabled else 0) for grad in (True, False)}
-        self._plan = self._plans[True]
+        self._turns = Turns(units, wire, council, overlap, released, self._release_if_idle)
         self._pins: Counter[int] = Counter()
         self._forwards: Counter[int] = Counter()
         self._in_backward: set[int] = set()
-        self._keep_until_end: set[int] = set()
-        self._calls: Counter[int] = Counter()
-        self._depth = 0
+        self._calls: WeakSet[_Call] = WeakSet()
+        self._num_calls = 0
+        self._entries: list[tuple[nn.Module, int]] = []
+        self._not_understood: list[_Call] = []
         self._model = model
-        self._input_hooks: list[RemovableHandle] = []
-        self._on_the_way: dict[int, Pending] = {}
         self._removers: list[RemovableHandle] = []
         by_anchor: dict[nn.Module, list[FlatUnit]] = {model: []}
         for unit in units:
@@ -79,161 +92,142 @@ class Gatherer:
                 anchor.register_forward_hook(_eager(leave), with_kwargs=True, always_call=True),
             ]
         reducer.listeners.append(self._after_backward)
+        reducer.assemble = self.assemble
 
     # -- forward ----------------------------------------------------------------------------------------------
 
     def _before_forward(self, units: list[FlatUnit], module: nn.Module, args: Any, kwargs: Any) -> None:
         if module is self._model and not _inside_backward():
-            self._depth = 0  # whatever interrupted an earlier forward
-        self._depth += 1
-        if self._depth == 1 and not _inside_backward():
-            self._begin_pass()
+            self._entries.clear()  # whatever interrupted an earlier forward
+        if _inside_backward():
+            self._begin_backward(units)
+        elif not self._entries:
+            self._begin_forward(units)
+        self._num_calls += 1
+        self._entries.append((module, self._num_calls))
         for unit in units:
-            self._use(unit)
+            self._turns.use(unit)
             self._forwards[unit.index] += 1
-        frozen = [unit for unit in units if not unit.trainable]
-        if frozen and torch.is_grad_enabled() and not _inside_backward():
-            self._watch_inputs(frozen, units, tree_leaves((args, kwargs)))
 
     def _after_forward(
         self, units: list[FlatUnit], module: nn.Module, args: Any, kwargs: Any, output: Any
     ) -> None:
-        self._depth = max(0, self._depth - 1)  # an earlier hook may have kept ours from seeing the entry
+        call = _Call(units, self._leave(module), self._num_calls)
         needs_backward, understood = _tensors_needing_grad(output)
         if torch.is_grad_enabled() and module is not self._model:
             needs_backward += _kept_on(module)
+        if torch.is_grad_enabled() and not understood:
+            self._not_understood.append(
+                call
+            )  # no tensor to hook: hold its units, rather than fail in backward
+            self._calls.add(call)
         for unit in units:
             self._forwards[unit.index] -= 1
-            if torch.is_grad_enabled() and not understood:
-                self._keep_until_end.add(
-                    unit.index
-                )  # no tensor to hook: hold it, rather than fail in backward
             if needs_backward and _inside_backward():
                 self._in_backward.add(unit.index)  # recomputed: its backward follows at once
         if needs_backward:
+            self._calls.add(call)
             for tensor in needs_backward:
-                tensor.register_hook(partial(self._before_backward, units))
+                tensor.register_hook(partial(self._before_backward, call))
         for unit in units:
-            if not self._plan.next_is(unit.index):
+            if not self._turns.is_used_next(unit):
                 self._release_if_idle(unit)
 
-    def _begin_pass(self) -> None:
+    def _leave(self, module: nn.Module) -> int:
+        """The serial of the call that ends; hooks of others may have kept ours from seeing an entry or an exit."""
+        depths = [depth for depth, (entered, _) in enumerate(self._entries) if entered is module]
+        if not depths:
+            return self._num_calls
+        serial = self._entries[depths[-1]][1]
+        del self._entries[depths[-1] :]
+        return serial
+
+    def _begin_forward(self, units: list[FlatUnit]) -> None:
         """An outermost forward starts: whatever an exception or a dropped graph left behind is cleaned up."""
         self.reducer.abandon()
         self._forwards.clear()
         self._in_backward.clear()
-        self._forget_inputs()
-        self._plan = self._plans[torch.is_grad_enabled()]
-        self._plan.begin()
         for unit in self.units:
             self._release_if_idle(unit)
+        self._meet(Kind.FORWARD if torch.is_grad_enabled() else Kind.EVALUATION, units)
 
     # -- backward ---------------------------------------------------------------------------------------------
 
-    def _before_backward(self, units: list[FlatUnit], grad: torch.Tensor) -> None:
+    def _begin_backward(self, units: list[FlatUnit]) -> None:
+        """The first use of a backward pass."""
+        if self._turns.kind in (Kind.LOCAL_BACKWARD, Kind.BACKWARD):
+            return
+        self._meet(Kind.BACKWARD if self.reducer.sync else Kind.LOCAL_BACKWARD, units)
+        coming = {unit.index for call in self._calls for unit in call.units}
+        for unit in self.units:
+            if unit.index not in coming:
+                self.reducer.close(unit)
+
+    def _before_backward(self, call: _Call, grad: torch.Tensor) -> None:
         self.reducer.open_pass()
-        for unit in units:
+        self._begin_backward(call.units)
+        call.begun = True
+        self._end_later_calls(call.last)
+        for unit in call.units:
             if unit.index not in self._in_backward:
-                self._use(unit)
+                self._turns.use(unit)
                 self._in_backward.add(unit.index)
+
+    def _end_later_calls(self, last: int) -> None:
+        """Autograd runs what was computed last first: the backward of calls entered after this one's end is over."""
+        over = [call for call in self._calls if call.begun and not call.over and call.serial > last]
+        for call in over:
+            call.over = True
+        left = {unit.index for call in self._calls if not call.over for unit in call.units}
+        for unit in {unit.index: unit for call in over for unit in call.units}.values():
+            if unit.index not in left:
+                self.reducer.close(unit)
+                self._in_backward.discard(unit.index)
+                self._release_if_idle(unit)
 
     def _after_backward(self, unit: FlatUnit | None) -> None:
         if unit is not None:  # every trainable weight has its gradient, so every use of the unit is behind us
             self._in_backward.discard(unit.index)
             self._release_if_idle(unit)
             return
+        self._turns.kind = Kind.REST
         self._in_backward.clear()
-        self._keep_until_end.clear()
-        self._forget_inputs()
+        self._not_understood.clear()
+        for call in self._calls:  # those whose graph is retained may come again
+            call.begun = call.over = False
         for each in self.units:
             self._release_if_idle(each)
-
-    def _watch_inputs(self, frozen: list[FlatUnit], units: list[FlatUnit], leaves: Iterable[Any]) -> None:
-        """A frozen unit has no gradients to tell its end: it is done when those of its inputs are there.
-
-        Only where the module's units are all frozen; beside trainable weights the end of the pass decides, since a
-        frozen weight may be needed for an adapter's gradient after the inputs' are done.
-        """
-        inputs = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
-        if len(frozen) < len(units) or not inputs:
-            return
-        for unit in frozen:
-            self._calls[unit.index] += 1
-        left = Counter({id(tensor): 1 for tensor in inputs})
-
-        def done(key: int, grad: torch.Tensor) -> None:
-            left.pop(key, None)
-            if not left:
-                for unit in frozen:
-                    self._calls[unit.index] -= 1
-                    if self._calls[unit.index] <= 0:
-                        self._in_backward.discard(unit.index)
-                        self._release_if_idle(unit)
-
-        self._input_hooks += [tensor.register_hook(partial(done, id(tensor))) for tensor in inputs]
-
-    def _forget_inputs(self) -> None:
-        """Stop watching: an input may be a leaf that outlives the pass."""
-        for handle in self._input_hooks:
-            handle.remove()
-        self._input_hooks.clear()
-        self._calls.clear()
-
-    # -- the unit ---------------------------------------------------------------------------------------------
-
-    def _use(self, unit: FlatUnit) -> None:
-        """Have `unit` whole, and send for those that come next."""
-        ahead = self._plan.use(unit.index)
-        self.launch(unit)
-        for index in ahead:
-            self.launch(self.units[index])
-        self.arrive(unit)
-
-    def launch(self, unit: FlatUnit) -> None:
-        """Start the gather of a unit that rests as shards."""
-        if unit.residency is Residency.SHARDED:
-            unit.enter(Residency.GATHERING, self.released)
-            with self._back_to_shards_on_failure(unit):
-                self._on_the_way[unit.index] = self.wire.gather(unit.label, unit.to_gather(), unit.full)
-
-    def arrive(self, unit: FlatUnit) -> None:
-        """Wait until the unit is whole."""
-        if unit.residency is Residency.GATHERING:
-            with self._back_to_shards_on_failure(unit):
-                self._on_the_way.pop(unit.index).wait()
-            unit.enter(Residency.GATHERED, self.released)
-
-    @contextmanager
-    def _back_to_shards_on_failure(self, unit: FlatUnit) -> Iterator[None]:
-        try:
-            yield
-        except BaseException:
-            unit.enter(Residency.SHARDED, self.released)
-            raise
 
     def _release_if_idle(self, unit: FlatUnit) -> None:
         index = unit.index
         busy = self._pins[index] > 0 or self._forwards[index] > 0
-        if (
-            busy
-            or index in self._in_backward
-            or index in self._keep_until_end
-            or unit.residency is Residency.SHARDED
-        ):
-            return
-        self.arrive(unit)
-        unit.enter(Residency.SHARDED, self.released)
+        held = any(unit in call.units for call in self._not_understood)
+        if busy or held or index in self._in_backward or unit.residency is not Residency.GATHERED:
+            return  # what is on its way was sent for by the plan, which will use it or pass it over
+        self._turns.free(unit)
+
+    # -- for others -------------------------------------------------------------------------------------------
+
+    def _meet(self, kind: Kind, units: list[FlatUnit]) -> None:
+        # While units are held another order is right than otherwise, and no first unit sets it apart.
+        self._turns.meet(kind, units[0] if units and not self._pins.total() else None)
+
+    def assemble(self) -> None:
+        """Return when every rank has come to a call that all of them make, and none needs this one's shards before."""
+        self._turns.meet(Kind.REST)
 
     @contextmanager
     def hold(self, units: list[FlatUnit]) -> Iterator[None]:
         """Have these units whole inside the block; every rank must enter it."""
+        if not self._pins.total():
+            self.assemble()
         for unit in units:
             self._pins[unit.index] += 1
         try:
             for unit in units:
-                self.launch(unit)
+                self._turns.launch(unit)
             for unit in units:
-                self.arrive(unit)
+                self._turns.arrive(unit)
             yield
         finally:
             for unit in units:
@@ -243,11 +237,11 @@ class Gatherer:
     def refresh(self, unit: FlatUnit) -> None:
         """The shard has new values: free what was gathered of the old ones, or gather again what is held."""
         if unit.residency is not Residency.SHARDED:
-            self.arrive(unit)
-            unit.enter(Residency.SHARDED, self.released)
+            self._turns.arrive(unit)
+            self._turns.free(unit)
             if self._pins[unit.index] > 0:
-                self.launch(unit)
-                self.arrive(unit)
+                self._turns.launch(unit)
+                self._turns.arrive(unit)
 
     def close(self) -> None:
         """Remove the hooks."""

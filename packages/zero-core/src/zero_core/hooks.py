@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.autograd import Variable
 from torch.utils._pytree import tree_map
@@ -24,6 +25,7 @@ from .buckets import BufferPool, GradBucket, ReduceOrder
 from .collectives import Pending, Wire
 from .config import Overlap, Precision
 from .errors import CollectiveError, ZeroStateError
+from .exchange import Watcher, Works
 from .flat_unit import FlatUnit
 
 
@@ -31,8 +33,12 @@ from .flat_unit import FlatUnit
 class _InFlight:
     lane: Lane
     pending: Pending
+    full: torch.Tensor
     out: torch.Tensor
-    nbytes: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.full.numel() * self.full.element_size()
 
 
 @dataclass(frozen=True)
@@ -121,6 +127,7 @@ class Reducer:
         sync: False under `no_sync`: gradients stay local.
         generation: changes whenever a gradient does.
         limit_bytes: of full buffers that may be under way at once.
+        assemble: called before a wait for all ranks, some of which may have gathers to come (stage 3).
         listeners: called with a unit when its gradients are complete, and with None at the end of a pass.
     """
 
@@ -129,16 +136,21 @@ class Reducer:
         self.overlap = overlap
         self.sync = True
         self.listeners: list[Callable[[FlatUnit | None], None]] = []
+        self.assemble: Callable[[], None] = lambda: None
         self.pool = BufferPool()
         self.lanes = [self._lane(unit, precision) for unit in units if unit.trainable]
         sizes = [lane.unit.layout.numel * lane.bucket.dtype.itemsize for lane in self.lanes]
         self.limit_bytes = max(sizes, default=0) if overlap.reduce_bytes is None else overlap.reduce_bytes
         self._order = ReduceOrder(len(self.lanes))
         self._order_agreed = False
+        gathers = any(unit.stage == 3 for unit in units)
+        self._watcher = Watcher() if gathers and wire.device.type == "cpu" else None
         self._in_flight: deque[_InFlight] = deque()
         self._pass_open = False
         self._unsynced = False
+        self._position = {lane.unit.index: position for position, lane in enumerate(self.lanes)}
         self._launched: set[int] = set()
+        self._late: set[int] = set()
         self.generation = 0
         self._removers: list[RemovableHandle] = []
         for position, lane in enumerate(self.lanes):
@@ -163,10 +175,26 @@ class Reducer:
             Variable._execution_engine.queue_callback(self._close_pass)
 
     @torch.no_grad()
+    def close(self, unit: FlatUnit) -> None:
+        """No more gradients of `unit` are to be expected in this pass: reduce it when it is its turn.
+
+        A parameter that got none would hold the unit back until the pass ends, and with it every later one. Where one
+        comes after all, it is reduced at the end.
+        """
+        position = self._position.get(unit.index)
+        if position is not None and self.sync and not self.lanes[position].bucket.complete:
+            self._ready(position, complete=False)
+
+    def _ready(self, position: int, *, complete: bool) -> None:
+        for ready in self._order.ready(position, complete=complete):
+            self._launched.add(ready)
+            self._launch(self.lanes[ready])
+
+    @torch.no_grad()
     def _arrive(self, position: int, index: int, param: nn.Parameter) -> None:
         self.open_pass()
         lane = self.lanes[position]
-        if position in self._launched:
+        if position in self._launched and lane.unit.stage < 2:
             raise ZeroStateError(
                 f"{lane.unit.label}: a gradient came after the reduction of the unit had started, as when a module is "
                 "called twice under torch.utils.checkpoint(use_reentrant=True); use use_reentrant=False"
@@ -175,28 +203,43 @@ class Reducer:
         assert grad is not None
         grad = grad.detach()  # with create_graph it has a graph of its own, which no reduction carries on
         self.generation += 1
+        if position in self._launched:
+            self._late.add(position)
         lane.bucket.land(index, grad.to_dense() if grad.is_sparse else grad, overwrite=lane.shows_grad)
         param.grad = lane.bucket.views[index] if lane.shows_grad else None
         if lane.bucket.complete:
-            if self.sync:
-                for ready in self._order.ready(position):
-                    self._launched.add(ready)
-                    self._launch(self.lanes[ready])
+            if self.sync and position not in self._launched:
+                self._ready(position, complete=True)
             self._tell(lane.unit)
 
     @torch.no_grad()
     def _close_pass(self) -> None:
         if self.sync:
+            self.assemble()
             for position in self._order.rest():
                 self._launch(self.lanes[position])
             self._finish_all()
+            self._reduce_late()
             self._agree_on_order()
         self._unsynced = not self.sync
         self._end_pass()
 
+    def _reduce_late(self) -> None:
+        """From stage 2 on: reduce once more what got gradients on some rank after its reduction."""
+        if not self.lanes or self.lanes[0].unit.stage < 2:
+            return
+        late = torch.tensor([int(i in self._late) for i in range(len(self.lanes))], dtype=torch.uint8)
+        late = late.to(self.wire.device)
+        self.wire.all_reduce("late gradients", late, dist.ReduceOp.MAX).wait()
+        for lane, is_late in zip(self.lanes, late.tolist(), strict=True):
+            if is_late:
+                self._launch(lane)
+        self._finish_all()
+
     def _end_pass(self) -> None:
         self._pass_open = False
         self._launched.clear()
+        self._late.clear()
         for lane in self.lanes:
             lane.bucket.this_pass.clear()
         self.pool.clear()
@@ -221,11 +264,20 @@ class Reducer:
         unit, full = lane.unit, lane.bucket.seal()
         out = lane.shard.landing() if unit.stage >= 2 else full[slice(*unit.slice)]
         nbytes = full.numel() * full.element_size()
-        while self._in_flight and nbytes + sum(f.nbytes for f in self._in_flight) > self.limit_bytes:
-            self._finish(self._in_flight.popleft())
-        self._in_flight.append(_InFlight(lane, self.wire.reduce(unit.label, full, out), out, nbytes))
+        self._finish_down_to(self.limit_bytes - nbytes)
+        flight = _InFlight(lane, self.wire.reduce(unit.label, full, out), full, out)
+        if self._watcher is not None and isinstance(flight.pending.handle, Works):
+            self._watcher.watch(flight.pending.handle)
+        self._in_flight.append(flight)
         if not self.overlap.enabled:
-            self._finish_all()
+            self._finish_down_to(0)
+
+    def _finish_down_to(self, limit_bytes: int) -> None:
+        """Keep what is under way within a limit; at stage 3 a rank that is ahead goes on: others need its shards."""
+        while self._in_flight and sum(flight.nbytes for flight in self._in_flight) > limit_bytes:
+            if not self._in_flight[0].pending.is_done():
+                break
+            self._finish(self._in_flight.popleft())
 
     def _finish_all(self) -> None:
         while self._in_flight:
@@ -242,7 +294,7 @@ class Reducer:
         lane.bucket.add_carried(reduced)
         lane.shard.accept(reduced)
         self.generation += 1
-        lane.bucket.retire(keep=lane.shard.in_place)
+        lane.bucket.retire(flight.full, keep=lane.shard.in_place)
         if lane.shows_grad:
             for param, view in zip(unit.params, lane.bucket.views, strict=True):
                 param.grad = view
@@ -262,6 +314,7 @@ class Reducer:
     def finish(self) -> None:
         """Reduce what `no_sync` left local, so that every `GradShard` is final; collective."""
         self.abandon()
+        self.assemble()
         if self._unsynced:
             for lane in reversed(self.lanes):
                 self._launch(lane)
@@ -293,7 +346,7 @@ class Reducer:
         if owned is None or all(len(owned.get(e.unit.index, ())) == len(e.unit.params) for e in self.lanes):
             self._unsynced = False
 
-    def close(self) -> None:
+    def unhook(self) -> None:
         """Remove the hooks."""
         for remover in self._removers:
             remover.remove()

@@ -1,0 +1,196 @@
+"""Ranks that skip layers, use other experts, generate or evaluate alone: as under DDP, without a flag."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import zero_core as zero
+from torch import nn
+from zero_core.params import Residency
+from zero_core.testing import run_ranks
+from zero_core_models import dp_mesh, plain_copy, relative_error, seeded
+
+WIDTH, BLOCKS = 16, 5
+
+
+class Expert(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(F.gelu(self.up(x)))
+
+
+class Block(nn.Module):
+    """Routes the whole batch to one of its experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.experts = nn.ModuleList(Expert() for _ in range(3))
+
+    def forward(self, x: torch.Tensor, expert: int) -> torch.Tensor:
+        return x + self.experts[expert](self.norm(x))
+
+
+class Model(nn.Module):
+    """`plan` says which blocks run, and which of their experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(WIDTH, WIDTH)
+        self.blocks = nn.ModuleList(Block() for _ in range(BLOCKS))
+        self.extra = nn.ModuleList(Expert() for _ in range(2))
+        self.head = nn.Linear(WIDTH, 1)
+
+    def forward(self, x: torch.Tensor, plan: list[tuple[int, int]], *, extra: bool = False) -> torch.Tensor:
+        x = self.embed(x)
+        for block, expert in plan:
+            x = self.blocks[block](x, expert)
+        if extra:
+            for module in self.extra:
+                x = x + module(x)
+        return self.head(x).square().mean()
+
+    @torch.no_grad()
+    def generate(self, x: torch.Tensor, num_tokens: int) -> list[float]:
+        return [float(self(x + step, [(i, 0) for i in range(BLOCKS)])) for step in range(num_tokens)]
+
+
+def what(kind: str, rank: int, step: int) -> dict:
+    """What a rank does in a step: its input, and its way through the model."""
+    generator = torch.Generator().manual_seed(1000 * step + rank)
+    coin = torch.randint(0, 2, (BLOCKS,), generator=generator).tolist()
+    experts = torch.randint(0, 3, (BLOCKS,), generator=generator).tolist()
+    x = torch.randn(2, WIDTH, generator=generator)
+    if kind == "skips layers":
+        return {"x": x, "plan": [(i, 0) for i in range(BLOCKS) if coin[i]]}
+    if kind == "other experts":
+        return {"x": x, "plan": list(enumerate(experts))}
+    if kind == "another order":
+        order = torch.randperm(BLOCKS, generator=generator).tolist()
+        return {"x": x, "plan": [(i, 0) for i in order]}
+    if kind == "a tower left out":
+        return {"x": x, "plan": [(i, 0) for i in range(BLOCKS)], "extra": (rank + step) % 3 == 0}
+    return {"x": x, "plan": [(i, experts[i]) for i in range(BLOCKS) if coin[i]] * 2, "extra": bool(coin[0])}
+
+
+KINDS = ["skips layers", "other experts", "another order", "a tower left out", "everything"]
+
+
+def train(rank: int, world_size: int, stage: int, kind: str, accumulate: int) -> tuple[float, int]:
+    start = seeded(Model)
+    plain = plain_copy(start)
+    model = zero.shard(start, dp_mesh(world_size), stage=stage, overlap=zero.Overlap(timeout_s=20))
+    opt = zero.ShardedOptimizer(model, torch.optim.SGD(model.parameters(), lr=0.05))
+    inner = torch.optim.SGD(plain.parameters(), lr=0.05)
+    differ = 0
+    for step in range(6):
+        for micro in range(accumulate):
+            model(**what(kind, rank, 10 * step + micro)).backward()
+            ways = [what(kind, r, 10 * step + micro) for r in range(world_size)]
+            differ += len({str((way["plan"], way.get("extra"))) for way in ways}) > 1
+            for way in ways:
+                (plain(**way) / world_size).backward()
+        assert all(unit.residency is Residency.SHARDED for unit in zero.sharded(model).units) or stage < 3
+        opt.step()
+        opt.zero_grad()
+        inner.step()
+        inner.zero_grad()
+    return relative_error(zero.full_state_dict(model), plain.state_dict()), differ
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("stage", [1, 3])
+def test_trains_as_under_ddp(stage: int, kind: str) -> None:
+    for error, differ in run_ranks(train, 2, 2, stage, kind, 1, timeout_s=60):
+        assert error <= 2e-6
+        assert differ >= 3, "the ranks did the same"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_trains_as_under_ddp_on_three_ranks_with_accumulation(kind: str) -> None:
+    assert max(error for error, _ in run_ranks(train, 3, 3, 3, kind, 2, timeout_s=90)) <= 1e-5
+
+
+def peak_of_whole_units(rank: int, world_size: int) -> int:
+    """The most units whole at once in a backward whose ranks use other experts."""
+    model = zero.shard(seeded(Model), dp_mesh(world_size), stage=3)
+    units = zero.sharded(model).units
+    most = 0
+
+    def count(*_) -> None:
+        nonlocal most
+        most = max(most, sum(unit.residency is not Residency.SHARDED for unit in units))
+
+    for step in range(3):
+        if step == 2:
+            for block in model.blocks:
+                block.register_full_backward_hook(count)
+        model(**what("other experts", rank, step)).backward()
+    return most
+
+
+def test_an_expert_without_a_gradient_does_not_keep_its_block() -> None:
+    assert max(run_ranks(peak_of_whole_units, 2, 2)) <= 4, "root, in use, ahead, just done"
+
+
+def generate(rank: int, world_size: int) -> float:
+    """Train, evaluate on one rank alone, generate to different lengths, and train on."""
+    start = seeded(Model)
+    plain = plain_copy(start)
+    model = zero.shard(start, dp_mesh(world_size), stage=3, overlap=zero.Overlap(timeout_s=20))
+    opt = zero.ShardedOptimizer(model, torch.optim.SGD(model.parameters(), lr=0.05))
+    inner = torch.optim.SGD(plain.parameters(), lr=0.05)
+    for step in range(10):
+        way = what("skips layers", 0, step)
+        model(**way).backward()
+        plain(**way).backward()
+        if rank == step % 2:
+            with torch.no_grad():
+                assert torch.allclose(model(**way), plain(**way))
+        for optimizer in (opt, inner):
+            optimizer.step()
+            optimizer.zero_grad()
+        num_tokens = 1 + (3 * rank + step) % 5
+        x = way["x"]
+        found, expected = model.generate(x, num_tokens), plain.generate(x, num_tokens)
+        assert found == pytest.approx(expected, rel=1e-5)
+        dist.barrier()  # as to compare what all have generated
+    assert zero.full_state_dict(model).keys() == plain.state_dict().keys()
+    return relative_error(zero.full_state_dict(model), plain.state_dict())
+
+
+def test_generation_ends_where_it_ends() -> None:
+    assert max(run_ranks(generate, 2, 2)) <= 2e-6
+
+
+def uneven_accumulation(rank: int, world_size: int) -> float:
+    """Ranks with different numbers of micro-batches between two steps, all but the last under no_sync."""
+    start = seeded(Model)
+    plain = plain_copy(start)
+    model = zero.shard(start, dp_mesh(world_size), stage=3, overlap=zero.Overlap(timeout_s=20))
+    opt = zero.ShardedOptimizer(model, torch.optim.SGD(model.parameters(), lr=0.05))
+    inner = torch.optim.SGD(plain.parameters(), lr=0.05)
+    for step in range(3):
+        for r in range(world_size):
+            for micro in range(1 + (r + step) % 3):
+                way = what("skips layers", r, 10 * step + micro)
+                if r == rank:
+                    if micro < (r + step) % 3:
+                        with zero.no_sync(model):
+                            model(**way).backward()
+                    else:
+                        model(**way).backward()
+                (plain(**way) / world_size).backward()
+        for optimizer in (opt, inner):
+            optimizer.step()
+            optimizer.zero_grad()
+    return relative_error(zero.full_state_dict(model), plain.state_dict())
+
+
+def test_ranks_may_have_more_micro_batches_than_others() -> None:
+    assert max(run_ranks(uneven_accumulation, 2, 2)) <= 2e-6

@@ -5,8 +5,9 @@ The modules, in the order in which data flows:
 - `config`, `errors`, `api`: what a user meets.
 - `layout`, `units`, `flat_unit`, `fill`, `sharded_init`: parameters -> units -> flat buffers -> shards.
 - `params`, `gather_plan`, `gather`: stage 3: parameters whole around their use.
-- `hooks` -> `buckets` -> `collectives`, `exchange` -> `accumulate` -> `precision`, `norms` -> `optimizer`,
+- `hooks` -> `buckets` -> `collectives`, `exchange` -> `accumulate` -> `precision`, `norms` -> `claims`, `optimizer`,
   `steppers` -> `publish`: a gradient's way.
+- `owners`, `whole`: a step of optimizers that look at whole tensors.
 - `materialize`, `state`, `memory`: full values, descriptions for checkpoints, plans.
 """
 

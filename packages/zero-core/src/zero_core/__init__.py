@@ -9,12 +9,14 @@ The modules, in the order in which data flows:
   `steppers` -> `publish`: a gradient's way.
 - `owners`, `whole`: a step of optimizers that look at whole tensors.
 - `materialize`, `state`, `memory`: full values, descriptions for checkpoints, plans.
+- `agreement`, `full_access`: one full tensor by its parameter's name.
 """
 
 from .api import Sharded, no_sync, shard, sharded
 from .collectives import Collectives, Handle, PlainCollectives
 from .config import Overlap, Precision
 from .errors import CollectiveError, ReleasedParameterError, ZeroConfigError, ZeroError, ZeroStateError
+from .full_access import get_full, set_full
 from .materialize import full_state_dict, load_full_state_dict, materialized, stream_full
 from .memory import MemoryPlan, plan_memory
 from .optimizer import ShardedOptimizer, clip_grad_norm, grad_norm
@@ -46,6 +48,7 @@ __all__ = [
     "check_elementwise",
     "clip_grad_norm",
     "full_state_dict",
+    "get_full",
     "grad_norm",
     "load_full_state_dict",
     "load_optimizer_scalars",
@@ -54,6 +57,7 @@ __all__ = [
     "no_sync",
     "optimizer_scalars",
     "plan_memory",
+    "set_full",
     "shard",
     "sharded",
     "sharded_init",

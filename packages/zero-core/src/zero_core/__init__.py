@@ -5,15 +5,18 @@ The modules, in the order in which data flows:
 - `config`, `errors`, `api`: what a user meets.
 - `layout`, `units`, `flat_unit`, `fill`, `sharded_init`: parameters -> units -> flat buffers -> shards.
 - `params`, `gather` -> `turns`, `gather_plan`: stage 3: parameters whole around their use, in one order on all ranks.
-- `hooks` -> `buckets` -> `collectives`, `exchange` -> `accumulate` -> `precision`, `norms` -> `optimizer`,
+- `hooks` -> `buckets` -> `collectives`, `exchange` -> `accumulate` -> `precision`, `norms` -> `claims`, `optimizer`,
   `steppers` -> `publish`: a gradient's way.
+- `owners`, `whole`: a step of optimizers that look at whole tensors.
 - `materialize`, `state`, `memory`: full values, descriptions for checkpoints, plans.
+- `agreement`, `full_access`: one full tensor by its parameter's name.
 """
 
 from .api import Sharded, no_sync, shard, sharded
 from .collectives import Collectives, Handle, PlainCollectives
 from .config import Overlap, Precision
 from .errors import CollectiveError, ReleasedParameterError, ZeroConfigError, ZeroError, ZeroStateError
+from .full_access import get_full, set_full
 from .materialize import full_state_dict, load_full_state_dict, materialized, stream_full
 from .memory import MemoryPlan, plan_memory
 from .optimizer import ShardedOptimizer, clip_grad_norm, grad_norm
@@ -45,6 +48,7 @@ __all__ = [
     "check_elementwise",
     "clip_grad_norm",
     "full_state_dict",
+    "get_full",
     "grad_norm",
     "load_full_state_dict",
     "load_optimizer_scalars",
@@ -53,6 +57,7 @@ __all__ = [
     "no_sync",
     "optimizer_scalars",
     "plan_memory",
+    "set_full",
     "shard",
     "sharded",
     "sharded_init",

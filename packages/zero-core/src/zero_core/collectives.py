@@ -153,6 +153,24 @@ class Wire:
             self._launch(name, lambda: exchange(self.group, sent, heard, tag, self.timeout_s)).wait()
         return [each.tolist() for each in heard]
 
+    def swap(self, name: str, sent: Sequence[torch.Tensor], received: Sequence[torch.Tensor]) -> Pending:
+        """Send `sent[r]` to every other rank r and receive `received[r]` from it; never through the seam.
+
+        Sizes may differ from rank to rank; empty tensors do not travel. This rank's own entries are not looked at.
+        """
+        if self.device.type != "cpu":
+            rank = self.group.rank()
+            out, into = list(sent), list(received)
+            out[rank] = into[rank] = sent[rank].new_empty(0)
+            return self._launch(
+                name,
+                lambda: Works(
+                    [dist.all_to_all(into, out, group=self.group, async_op=True)], None, keep=[*out, *into]
+                ),
+            )
+        tag = _tag(f"swap of {name}{self.salt}")
+        return self._launch(name, lambda: exchange(self.group, sent, received, tag, self.timeout_s))
+
     def broadcast(self, name: str, tensor: torch.Tensor) -> None:
         """Make `tensor` equal to that of the group's first rank."""
         rank, size = self.group.rank(), self.group.size()
@@ -306,6 +324,7 @@ def sibling_group(group: dist.ProcessGroup, backend: str | None = None) -> dist.
     return cast(dist.ProcessGroup, made)
 
 
-def _tag(what: str, tensor: torch.Tensor) -> int:
-    """31 bits that name a collective and its size, alike on every rank."""
-    return zlib.crc32(f"{what} {tensor.numel()} {tensor.dtype}".encode()) & 0x7FFFFFFF
+def _tag(what: str, tensor: torch.Tensor | None = None) -> int:
+    """31 bits that name a collective and, where ranks have tensors of one size, that size; alike on every rank."""
+    size = "" if tensor is None else f" {tensor.numel()} {tensor.dtype}"
+    return zlib.crc32(f"{what}{size}".encode()) & 0x7FFFFFFF

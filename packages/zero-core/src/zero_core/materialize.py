@@ -71,7 +71,7 @@ def _stream(model: nn.Module) -> Iterator[tuple[list[str], torch.Tensor]]:
         with state.gatherer.hold([unit]) if state.gatherer else nullcontext():
             for slot, param in zip(unit.layout.slots, unit.params, strict=True):
                 if id(param) in wanted:
-                    yield _local_names(state, model, slot.names), param.detach()
+                    yield local_names(state, model, slot.names), param.detach()
     for name, buffer in _persistent_buffers(model).items():
         yield [name], buffer
 
@@ -126,7 +126,7 @@ def load_full_state_dict(
         for unit in state.units_of(model):
             with state.gatherer.hold([unit]) if state.gatherer else nullcontext():
                 for slot, param in zip(unit.layout.slots, unit.params, strict=True):
-                    names = [n for n in _local_names(state, model, slot.names) if n in present]
+                    names = [n for n in local_names(state, model, slot.names) if n in present]
                     if reads and names:
                         assert state_dict is not None
                         param.copy_(state_dict[names[0]])
@@ -172,7 +172,7 @@ def _persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: buffer for name, buffer in model.named_buffers(remove_duplicate=False) if name in expected}
 
 
-def _local_names(state: Sharded, model: nn.Module, names: tuple[str, ...]) -> list[str]:
+def local_names(state: Sharded, model: nn.Module, names: tuple[str, ...]) -> list[str]:
     """Names under `model`, which may be a part of the sharded model."""
     if model is state.model:
         return list(names)

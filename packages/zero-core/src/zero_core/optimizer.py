@@ -15,43 +15,53 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
+from .claims import steps_whole_tensors, take_over
 from .errors import ZeroConfigError
 from .flat_unit import FlatUnit
 from .hooks import Lane
 from .norms import clip_factor, global_norm
 from .precision import LossScaler, OverflowReport, locate_overflow
 from .publish import Publisher
-from .steppers import ShardOptimizer, ShardSlot, UnitStep, check_elementwise, choose_stepper
+from .steppers import ShardOptimizer, ShardSlot, UnitStep, choose_stepper
+from .whole import WholeParameter, WholeStepper
 
 if TYPE_CHECKING:
     from .api import Sharded
 
 
 class ShardedOptimizer(Optimizer):
-    """Steps a sharded model with any elementwise torch optimizer.
+    """Steps a sharded model with any torch optimizer whose update of a parameter needs that parameter alone.
 
     The groups, hyperparameters and state of `optimizer` stay where they are; only the parameters in its groups are
     replaced by this rank's shards of them, so LR schedulers attach to either object as usual. AdamW, Adam, Adagrad
     and SGD run as one fused pass over each flat shard; others run themselves, and so does one with step hooks of its
-    own (register later ones on this object).
+    own (register later ones on this object). One that looks at whole tensors (Adafactor, Muon, LAMB) is given whole
+    parameters, each on the one rank that owns it.
 
     Args:
         model: a model that `zero_core.shard` returned.
         optimizer: built on `model.parameters()` (or some of them, in any groups), before or after sharding.
         scaler: scales losses and skips steps that overflow; the caller calls `scaler.scale(loss).backward()`.
         stepper: where and how a shard is stepped; None chooses.
+        whole_tensors: the update of one element looks at others of its parameter (norms, factors, matrices), so give
+            `optimizer` whole parameters. None knows torch's own; say True for such an optimizer from elsewhere,
+            which cannot be recognised.
 
     Attributes:
         inner: the torch optimizer, with its groups and state.
-        slots: unit index -> the parts of parameters that this rank steps.
+        slots: unit index -> the parts of parameters that this rank holds (and steps, if elementwise).
+        whole: the parameters that this rank steps as a whole; None if the optimizer gets slices.
         last_step_skipped: the last `step` found a non-finite gradient under a scaler and changed nothing.
         overflow_report: where that gradient was.
 
     Raises:
         ZeroConfigError: the optimizer holds a parameter that is not the model's, or nothing but frozen ones, or is
-            known not to be elementwise; the scaler is another optimizer's.
+            known to need more than one parameter at a time; the scaler is another optimizer's.
 
-    Bytes per rank: the state of `optimizer` and the master copy, for this rank's shards only.
+    Bytes per rank: the state of `optimizer` and the master copy, for this rank's shards only. With whole tensors the
+    state is that of the parameters it owns: 1/N of them, and at most one parameter more. The step then takes twice
+    the owned masters besides (they and their gradients, whole), and three exchanges of P/N elements of the master's
+    dtype (gradients and masters to the owners, masters back). At stage 0 every rank steps all, and nothing travels.
     Source: ZeRO (Rajbhandari et al., 2020), section 5.1.
     """
 
@@ -62,17 +72,31 @@ class ShardedOptimizer(Optimizer):
         *,
         scaler: LossScaler | None = None,
         stepper: ShardOptimizer | None = None,
+        whole_tensors: bool | None = None,
     ) -> None:
         from .api import sharded
 
         self._sharded: Sharded = sharded(model)
-        check_elementwise(optimizer)
+        whole = steps_whole_tensors(optimizer, whole_tensors)
+        if whole and stepper is not None:
+            raise ZeroConfigError(
+                "ShardedOptimizer: a stepper gets slices, and this optimizer needs whole tensors; leave one of "
+                "stepper= and whole_tensors= out"
+            )
         self.inner = optimizer
         self.scaler = scaler
-        self.slots = self._take_over(optimizer)
+        self.slots, claims = take_over(optimizer, self._sharded.units, self._sharded.precision, whole=whole)
+        self._claimed: dict[int, set[int]] = {}
+        for claim in claims:
+            self._claimed.setdefault(claim.unit.index, set()).add(claim.index)
+        self.whole: list[WholeParameter] | None = None
+        if whole:
+            overlap = self._sharded.overlap.enabled
+            stepper = WholeStepper(optimizer, claims, self._sharded.wire, overlap=overlap)
+            self.whole = stepper.owned
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self.state = optimizer.state
-        self._lanes = [lane for lane in self._sharded.reducer.lanes if lane.unit.index in self._owned]
+        self._lanes = [lane for lane in self._sharded.reducer.lanes if lane.unit.index in self._claimed]
         self._stepper = stepper or choose_stepper(optimizer, self._lanes)
         gatherer = self._sharded.gatherer
         self._publisher = Publisher(
@@ -87,55 +111,6 @@ class ShardedOptimizer(Optimizer):
         self._num_steps = 0
         self.last_step_skipped = False
         self.overflow_report: OverflowReport | None = None
-
-    def _take_over(self, optimizer: Optimizer) -> dict[int, list[ShardSlot]]:
-        """Put this rank's shards in the place of the parameters; returns the slots of each unit, in order."""
-        where = {id(p): (unit, i) for unit in self._sharded.units for i, p in enumerate(unit.params)}
-        foreign = [tuple(p.shape) for g in optimizer.param_groups for p in g["params"] if id(p) not in where]
-        if foreign:
-            raise ZeroConfigError(
-                f"ShardedOptimizer: {len(foreign)} parameter(s) of the optimizer, of shapes {foreign[:4]}, are not the "
-                "model's; build the optimizer on the parameters of the model that was sharded, and shard every "
-                "model once"
-            )
-        frozen = [
-            where[id(p)] for g in optimizer.param_groups for p in g["params"] if not where[id(p)][0].trainable
-        ]
-        trainable = [p for g in optimizer.param_groups for p in g["params"] if where[id(p)][0].trainable]
-        if frozen and not trainable:
-            raise ZeroConfigError(
-                "ShardedOptimizer: every parameter of the optimizer is frozen; nothing can be trained"
-            )
-        self._owned: dict[int, set[int]] = {}
-        slots: dict[int, list[ShardSlot]] = {}
-        for group in optimizer.param_groups:
-            masters: list[nn.Parameter] = []
-            for param in group["params"]:
-                unit, index = where[id(param)]
-                if not unit.trainable:
-                    optimizer.state.pop(param, None)
-                    continue
-                self._owned.setdefault(unit.index, set()).add(index)
-                place = next((part for part in unit.local_slots if part.index == index), None)
-                state = optimizer.state.pop(param, None)
-                flat = unit.ensure_master(self._sharded.precision.master_dtype(unit.full.dtype))
-                if place is None:  # the parameter lies wholly in other ranks' shards
-                    continue
-                master = nn.Parameter(flat[place.start : place.stop])
-                if state:
-                    lo, hi = place.param_start, place.param_start + place.numel
-                    optimizer.state[master] = {
-                        key: value.reshape(-1)[lo:hi].to(flat, copy=True)
-                        if key != "step" and isinstance(value, torch.Tensor) and value.shape == param.shape
-                        else value
-                        for key, value in state.items()
-                    }
-                masters.append(master)
-                slots.setdefault(unit.index, []).append(ShardSlot(place, master, group))
-            group["params"] = masters
-        for parts in slots.values():
-            parts.sort(key=lambda slot: slot.place.start)
-        return slots
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -185,7 +160,7 @@ class ShardedOptimizer(Optimizer):
         Args:
             set_to_none: give their memory back until the next backward, as torch does; False keeps it.
         """
-        self._sharded.reducer.zero_grad(self._owned, free=set_to_none)
+        self._sharded.reducer.zero_grad(self._claimed, free=set_to_none)
         self._norm = self._max_norm = None
 
     def grad_norm(self) -> torch.Tensor:
@@ -212,6 +187,7 @@ class ShardedOptimizer(Optimizer):
         scaler = None if self.scaler is None else self.scaler.state_dict()
         return {
             "inner": self.inner.state_dict(),
+            "whole_tensors": self.whole is not None,
             "masters": masters,
             "scaler": scaler,
             "num_steps": self._num_steps,
@@ -222,8 +198,14 @@ class ShardedOptimizer(Optimizer):
         """Continue from this rank's `state_dict()`.
 
         Raises:
-            ZeroConfigError: the state is of another world size, stage or model.
+            ZeroConfigError: the state is of another world size, stage or model, or of whole tensors and this
+                optimizer has slices (or the other way round).
         """
+        if state_dict["whole_tensors"] != (self.whole is not None):
+            raise ZeroConfigError(
+                "load_state_dict: one of the two optimizers steps whole tensors, the other slices; build this one with "
+                f"whole_tensors={state_dict['whole_tensors']}"
+            )
         held = {u.name: u for u in self._sharded.units if u.index in self.slots}
         saved = state_dict["masters"]
         mismatch = sorted(set(held) ^ set(saved)) or [
@@ -247,12 +229,16 @@ class ShardedOptimizer(Optimizer):
             self.scaler.load_state_dict(state_dict["scaler"])
         self._num_steps = state_dict["num_steps"]
         # Every rank publishes every unit, one that has no part of it too: the gather is collective.
-        for unit in [unit for unit in self._sharded.units if unit.index in self._owned]:
+        for unit in [unit for unit in self._sharded.units if unit.index in self._claimed]:
             if unit.name in held:
                 assert unit.master is not None
                 unit.master.copy_(saved[unit.name])
             self._publisher.publish(unit, cast=True)
         self._publisher.finish()
+
+    def steps(self, unit: FlatUnit, index: int) -> bool:
+        """Whether a parameter of the model is among those of this optimizer, on whichever rank its parts lie."""
+        return unit in self._sharded.units and index in self._claimed.get(unit.index, ())
 
     def unit_of(self, slot: ShardSlot) -> FlatUnit:
         """The unit that a slot lies in."""
@@ -278,10 +264,11 @@ class ShardedOptimizer(Optimizer):
     def _unit_step(self, lane: Lane, used: set[tuple[int, int]] | None) -> UnitStep:
         unit, grad = lane.unit, lane.shard.value
         assert grad is not None
-        slots = self.slots.get(unit.index, [])
+        slots, moving = self.slots.get(unit.index, []), self._claimed[unit.index]
         if used is not None:
             slots = [slot for slot in slots if (unit.index, slot.place.index) in used]
-        return UnitStep(unit, grad, slots)
+            moving = {index for index in moving if (unit.index, index) in used}
+        return UnitStep(unit, grad, slots, moving)
 
     def _scaled_norm(self) -> torch.Tensor:
         reducer = self._sharded.reducer
@@ -292,7 +279,7 @@ class ShardedOptimizer(Optimizer):
                 value = lane.shard.value
                 if value is None:
                     continue
-                if len(self._owned[lane.unit.index]) == len(lane.unit.params):
+                if len(self._claimed[lane.unit.index]) == len(lane.unit.params):
                     shards.append(value)
                 else:
                     parts = (slot.place for slot in self.slots.get(lane.unit.index, []))

@@ -15,6 +15,7 @@ from torch import nn
 
 from .api import sharded
 from .errors import ZeroConfigError
+from .layout import LocalSlot
 from .optimizer import ShardedOptimizer
 from .steppers import ShardSlot
 
@@ -43,7 +44,8 @@ def sharded_state(model: nn.Module, optimizer: ShardedOptimizer | None = None) -
     `master` among the keys where masters are separate. A rank lists the tensors that it holds a part of; what is
     replicated (buffers; everything at stage 0) is whole on every rank. What a `local` holds is live memory to be read,
     but for parameters beside a separate master at stage 3, which are cast for the occasion (2P/N bytes while they
-    last). `load_sharded_state` is the way back.
+    last). State of an optimizer that steps whole tensors is listed whole by the parameter's owner (at stage 0 by all),
+    under its own shape. `load_sharded_state` is the way back.
     """
     return _describe(model, optimizer, [unit.values() for unit in sharded(model).units])
 
@@ -66,12 +68,7 @@ def _describe(
             if buffer is not None and name not in module._non_persistent_buffers_set:
                 full = f"{prefix}.{name}" if prefix else name
                 found[full] = Shard(tuple(buffer.shape), buffer.dtype, (0,), buffer.detach().view(-1))
-    for owned, key, value in _optimizer_tensors(optimizer):
-        place = owned.place
-        found[f"optimizer.{owned.name}.{key}"] = Shard(
-            place.slot.shape, value.dtype, (place.param_start,), value
-        )
-    return found
+    return found | dict(_optimizer_tensors(optimizer))
 
 
 @torch.no_grad()
@@ -84,8 +81,9 @@ def load_sharded_state(
 ) -> None:
     """Take over values for the very ranges that `sharded_state` describes; every rank calls it.
 
-    Optimizer state that does not exist yet (before the first step) is created. Masters that are not given
-    are taken from the parameters.
+    Optimizer state that does not exist yet (before the first step) is created; that of whole tensors in the shape
+    in which it is given, or in the parameter's where it has as many elements. Masters that are not given are taken
+    from the parameters.
 
     Raises:
         ZeroConfigError: a name is missing or unexpected (`strict`), or a range has another size; nothing was changed
@@ -94,8 +92,8 @@ def load_sharded_state(
     state = sharded(model)
     values = [unit.values() for unit in state.units]
     described = _describe(model, optimizer, values)
-    known = {f"optimizer.{slot.name}.": slot for slot in _slots(optimizer)}
-    fresh: dict[str, tuple[ShardSlot, str]] = {}
+    known = {f"optimizer.{holder.name}.": holder for holder in state_holders(optimizer)}
+    fresh: dict[str, tuple[StateHolder, str]] = {}
     for name in tensors.keys() - described.keys():
         prefix, _, key = name.rpartition(".")
         if f"{prefix}." in known:
@@ -104,7 +102,7 @@ def load_sharded_state(
     if strict:
         problems += [f"missing '{name}'" for name in described.keys() - tensors.keys()]
     sizes = {name: shard.local.numel() for name, shard in described.items()}
-    sizes |= {name: slot.place.numel for name, (slot, _) in fresh.items()}
+    sizes |= {name: holder.place.numel for name, (holder, _) in fresh.items() if holder.place is not None}
     problems += [
         f"'{name}': expected {size} elements, got {tensors[name].numel()}"
         for name, size in sizes.items()
@@ -122,9 +120,9 @@ def load_sharded_state(
             state.gatherer.refresh(unit)
         elif unit.stage > 0:
             state.wire.gather(unit.label, unit.to_gather(), unit.full).wait()
-    for name, (slot, key) in fresh.items():
+    for name, (holder, key) in fresh.items():
         assert optimizer is not None
-        optimizer.inner.state[slot.master][key] = tensors[name].reshape(-1).to(slot.master.device, copy=True)
+        optimizer.inner.state[holder.param][key] = holder.fit(tensors[name])
 
 
 def _copy_in(
@@ -135,22 +133,26 @@ def _copy_in(
 
 
 def optimizer_scalars(optimizer: ShardedOptimizer) -> dict[str, dict[str, float]]:
-    """The optimizer's per-parameter numbers (step counts and the like), for the parameters this rank has a part of."""
+    """The optimizer's per-parameter numbers (step counts and the like), for the parameters this rank has a part of.
+
+    An integer of Python's stays one, and comes back as one; the others are floats, and come back as scalar tensors.
+    """
     return {
-        slot.name: {
-            key: float(value)
-            for key, value in optimizer.inner.state.get(slot.master, {}).items()
-            if _is_number(value)
+        holder.name: {
+            key: value if isinstance(value, int) else float(value)
+            for key, value in holder.state.items()
+            if holder.is_number(key)
         }
-        for slot in _slots(optimizer)
+        for holder in state_holders(optimizer)
     }
 
 
 def load_optimizer_scalars(optimizer: ShardedOptimizer, scalars: Mapping[str, Mapping[str, Any]]) -> None:
     """Take over what `optimizer_scalars` gave, of this or any other rank; names of other ranks' parts are ignored."""
-    for slot in _slots(optimizer):
-        for key, value in scalars.get(slot.name, {}).items():
-            optimizer.inner.state[slot.master][key] = torch.tensor(float(value))
+    for holder in state_holders(optimizer):
+        for key, value in scalars.get(holder.name, {}).items():
+            number = value if isinstance(value, int) else torch.tensor(float(value))
+            optimizer.inner.state[holder.param][key] = number
 
 
 def _slots(optimizer: ShardedOptimizer | None) -> Iterator[ShardSlot]:
@@ -159,17 +161,66 @@ def _slots(optimizer: ShardedOptimizer | None) -> Iterator[ShardSlot]:
             yield from slots
 
 
-def _optimizer_tensors(optimizer: ShardedOptimizer | None) -> Iterator[tuple[ShardSlot, str, torch.Tensor]]:
-    """Every flat state tensor of every slot, masters first where they are separate from the parameters."""
+@dataclass(frozen=True)
+class StateHolder:
+    """A parameter of the torch optimizer on this rank, with its state.
+
+    Attributes:
+        place: the part of one of the model's parameters that it is; None for a whole one.
+    """
+
+    name: str
+    param: nn.Parameter
+    place: LocalSlot | None
+    state: dict[str, Any]
+
+    def is_number(self, key: str) -> bool:
+        """Whether a state entry is a number, such as a step count; a scalar parameter's own moments are tensors."""
+        value = self.state[key]
+        if isinstance(value, torch.Tensor):
+            return value.dim() == 0 and (key == "step" or self.param.dim() > 0)
+        return isinstance(value, (int, float))
+
+    def shard(self, key: str) -> Shard:
+        """Describe a tensor of the state; `local` shares its memory."""
+        if not self.state[key].is_contiguous():
+            self.state[key] = self.state[key].contiguous()
+        value: torch.Tensor = self.state[key]
+        shape, start = tuple(value.shape), 0
+        if self.place is not None:
+            shape, start = self.place.slot.shape, self.place.param_start
+        return Shard(shape, value.dtype, (start,), value.view(-1))
+
+    def fit(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy of a tensor that is given for new state, in the shape that the optimizer expects."""
+        of_param = self.place is not None or tensor.numel() == self.param.numel()
+        return (tensor.reshape(self.param.shape) if of_param else tensor).to(self.param.device, copy=True)
+
+
+def state_holders(optimizer: ShardedOptimizer | None) -> Iterator[StateHolder]:
+    """What the torch optimizer keeps state for on this rank."""
+    if optimizer is None:
+        return
+    state = optimizer.inner.state
+    if optimizer.whole is None:
+        for slot in _slots(optimizer):
+            yield StateHolder(slot.name, slot.master, slot.place, state.get(slot.master, {}))
+    else:
+        for owned in optimizer.whole:
+            yield StateHolder(owned.name, owned.master, None, state.get(owned.master, {}))
+
+
+def _optimizer_tensors(optimizer: ShardedOptimizer | None) -> Iterator[tuple[str, Shard]]:
+    """Every state tensor that this rank has (a part of), masters first where they are separate from the parameters."""
     for slot in _slots(optimizer):
         assert optimizer is not None
-        unit = optimizer.unit_of(slot)
-        if unit.has_separate_master:
-            yield slot, "master", slot.master.detach()
-        for key, value in optimizer.inner.state.get(slot.master, {}).items():
-            if isinstance(value, torch.Tensor) and not _is_number(value):
-                yield slot, key, value
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) or (isinstance(value, torch.Tensor) and value.dim() == 0)
+        if optimizer.unit_of(slot).has_separate_master:
+            place, local = slot.place, slot.master.detach()
+            yield (
+                f"optimizer.{slot.name}.master",
+                Shard(place.slot.shape, local.dtype, (place.param_start,), local),
+            )
+    for holder in state_holders(optimizer):
+        for key, value in holder.state.items():
+            if isinstance(value, torch.Tensor) and not holder.is_number(key):
+                yield f"optimizer.{holder.name}.{key}", holder.shard(key)

@@ -7,7 +7,7 @@ step may run (a CPU, a thread, an older gradient).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -21,16 +21,17 @@ from .flat_unit import FlatUnit
 from .hooks import Lane
 from .layout import ALIGN_ELEMENTS, LocalSlot
 
-_WHOLE_TENSORS = (LBFGS, Adafactor, SparseAdam, *filter(None, [getattr(torch.optim, "Muon", None)]))
+PER_TENSOR = (Adafactor, *filter(None, [getattr(torch.optim, "Muon", None)]))
+"""The optimizers of torch whose update of one element looks at others of the same parameter."""
 
 
 def check_elementwise(inner: Optimizer) -> None:
-    """Refuse the optimizers of torch whose update of one element looks at others: a rank steps slices.
+    """Refuse the optimizers of torch whose update of one element looks at others, where a rank steps slices.
 
     Raises:
         ZeroConfigError: `inner` is one of them. What an optimizer from elsewhere does cannot be known.
     """
-    if isinstance(inner, _WHOLE_TENSORS):
+    if isinstance(inner, (*PER_TENSOR, LBFGS, SparseAdam)):
         raise ZeroConfigError(
             f"{type(inner).__name__} updates whole tensors, and a rank steps flat slices of them: it would compute "
             "something else without a word; use an elementwise optimizer such as AdamW"
@@ -59,11 +60,13 @@ class UnitStep:
         unit: whose `master` [local numel] is updated.
         grad: [local numel] in the accumulate dtype.
         slots: the parts that move (a parameter that no rank used stays as it is, as under DDP).
+        moving: every slot of the unit that moves, those of which this rank has no part too.
     """
 
     unit: FlatUnit
     grad: torch.Tensor
     slots: Sequence[ShardSlot]
+    moving: Collection[int] = ()
 
 
 class ShardOptimizer(Protocol):

@@ -7,10 +7,20 @@ The modules, in the order in which data flows:
 - `params`, `gather_plan`, `gather`: stage 3: parameters whole around their use.
 - `hooks` -> `buckets` -> `collectives`, `exchange` -> `accumulate` -> `precision`, `norms` -> `optimizer`,
   `steppers` -> `publish`: a gradient's way.
+- `checkpointing`: activations are computed again in backward; where the inputs wait meanwhile.
 - `materialize`, `state`, `memory`: full values, descriptions for checkpoints, plans.
 """
 
 from .api import Sharded, no_sync, shard, sharded
+from .checkpointing import (
+    CheckpointHandle,
+    CheckpointPolicy,
+    CheckpointProfile,
+    LayerCost,
+    checkpoint,
+    checkpoint_modules,
+    profile_checkpoints,
+)
 from .collectives import Collectives, Handle, PlainCollectives
 from .config import Overlap, Precision
 from .errors import CollectiveError, ReleasedParameterError, ZeroConfigError, ZeroError, ZeroStateError
@@ -24,9 +34,13 @@ from .steppers import ShardOptimizer, check_elementwise
 from .version import __version__
 
 __all__ = [
+    "CheckpointHandle",
+    "CheckpointPolicy",
+    "CheckpointProfile",
     "CollectiveError",
     "Collectives",
     "Handle",
+    "LayerCost",
     "LossScaler",
     "MemoryPlan",
     "OverflowReport",
@@ -43,6 +57,8 @@ __all__ = [
     "ZeroStateError",
     "__version__",
     "check_elementwise",
+    "checkpoint",
+    "checkpoint_modules",
     "clip_grad_norm",
     "full_state_dict",
     "grad_norm",
@@ -53,6 +69,7 @@ __all__ = [
     "no_sync",
     "optimizer_scalars",
     "plan_memory",
+    "profile_checkpoints",
     "shard",
     "sharded",
     "sharded_init",

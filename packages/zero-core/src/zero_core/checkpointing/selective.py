@@ -31,7 +31,7 @@ class _Only(TorchDispatchMode):
     """Shows another mode some ops, and lets the rest pass."""
 
     def __init__(self, ops: Sequence[torch._ops.OpOverload], mode: TorchDispatchMode) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch does not annotate it
         self._ops = frozenset(ops)
         self._mode = mode
 

@@ -83,12 +83,19 @@ def checkpoint_modules(
         A handle with `close()`; also a context manager.
 
     Raises:
-        ZeroConfigError: nothing matches, or a module is under a checkpoint already; nothing was changed.
+        ZeroConfigError: nothing matches, or a module is under a checkpoint already, or was compiled as a whole (compile
+            its `forward`, before); nothing was changed.
 
     Bytes: see `checkpoint`.
     """
     chosen = select_modules(model, classes, "classes")
     for name, module in chosen.items():
+        if getattr(module, "_compiled_call_impl", None) is not None or name.endswith("_orig_mod"):
+            raise ZeroConfigError(
+                f"checkpoint_modules: module '{name}' ({type(module).__name__}) is compiled with its hooks, and would run "
+                "uncompiled under the checkpoint; compile its forward instead: module.forward = "
+                "torch.compile(module.forward), before checkpoint_modules"
+            )
         if isinstance(module.__dict__.get("forward"), CheckpointedForward):
             raise ZeroConfigError(
                 f"checkpoint_modules: module '{name}' ({type(module).__name__}) is under a checkpoint already; close "

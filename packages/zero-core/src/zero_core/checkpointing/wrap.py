@@ -92,8 +92,8 @@ def checkpoint_modules(
     for name, module in chosen.items():
         if getattr(module, "_compiled_call_impl", None) is not None or name.endswith("_orig_mod"):
             raise ZeroConfigError(
-                f"checkpoint_modules: module '{name}' ({type(module).__name__}) is compiled with its hooks, and would run "
-                "uncompiled under the checkpoint; compile its forward instead: module.forward = "
+                f"checkpoint_modules: module '{name}' ({type(module).__name__}) is compiled with its hooks, and would "
+                "run uncompiled under the checkpoint; compile its forward instead: module.forward = "
                 "torch.compile(module.forward), before checkpoint_modules"
             )
         if isinstance(module.__dict__.get("forward"), CheckpointedForward):

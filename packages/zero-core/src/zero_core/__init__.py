@@ -8,11 +8,21 @@ The modules, in the order in which data flows:
 - `hooks` -> `buckets` -> `collectives`, `exchange` -> `accumulate` -> `precision`, `norms` -> `claims`, `optimizer`,
   `steppers` -> `publish`: a gradient's way.
 - `owners`, `whole`: a step of optimizers that look at whole tensors.
+- `checkpointing`: activations are computed again in backward; where the inputs wait meanwhile.
 - `materialize`, `state`, `memory`: full values, descriptions for checkpoints, plans.
 - `agreement`, `full_access`: one full tensor by its parameter's name.
 """
 
 from .api import Sharded, no_sync, shard, sharded
+from .checkpointing import (
+    CheckpointHandle,
+    CheckpointPolicy,
+    CheckpointProfile,
+    LayerCost,
+    checkpoint,
+    checkpoint_modules,
+    profile_checkpoints,
+)
 from .collectives import Collectives, Handle, PlainCollectives
 from .config import Overlap, Precision
 from .errors import CollectiveError, ReleasedParameterError, ZeroConfigError, ZeroError, ZeroStateError
@@ -27,9 +37,13 @@ from .steppers import ShardOptimizer, check_elementwise
 from .version import __version__
 
 __all__ = [
+    "CheckpointHandle",
+    "CheckpointPolicy",
+    "CheckpointProfile",
     "CollectiveError",
     "Collectives",
     "Handle",
+    "LayerCost",
     "LossScaler",
     "MemoryPlan",
     "OverflowReport",
@@ -46,6 +60,8 @@ __all__ = [
     "ZeroStateError",
     "__version__",
     "check_elementwise",
+    "checkpoint",
+    "checkpoint_modules",
     "clip_grad_norm",
     "full_state_dict",
     "get_full",
@@ -57,6 +73,7 @@ __all__ = [
     "no_sync",
     "optimizer_scalars",
     "plan_memory",
+    "profile_checkpoints",
     "set_full",
     "shard",
     "sharded",

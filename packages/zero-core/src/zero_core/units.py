@@ -85,26 +85,42 @@ def _names_and_owners(
     return names, owners
 
 
-def _boundaries(model: nn.Module, units: UnitChoice) -> set[str]:
-    """Names of the modules that are units; the root ("") is not among them."""
-    if units is None:
-        return _repeated_blocks(model)
-    if isinstance(units, type) or not callable(units):
-        classes = (units,) if isinstance(units, type) else tuple(units)
+def select_modules(
+    model: nn.Module,
+    choice: type[nn.Module] | Iterable[type[nn.Module]] | Callable[[str, nn.Module], bool],
+    argument: str,
+) -> dict[str, nn.Module]:
+    """Submodules of `model`, by name, that are of some classes or that a predicate accepts.
+
+    Raises:
+        ZeroConfigError: nothing matches, or `choice` is neither; the message calls it `argument`.
+    """
+    chosen: dict[str, nn.Module]
+    if isinstance(choice, type) or not callable(choice):
+        classes: tuple[type[nn.Module], ...] = (choice,) if isinstance(choice, type) else tuple(choice)
         wrong = [c for c in classes if not (isinstance(c, type) and issubclass(c, nn.Module))]
         if wrong or not classes:
             raise ZeroConfigError(
-                f"units: expected nn.Module classes or a predicate (name, module) -> bool, got {wrong or units!r}"
+                f"{argument}: expected nn.Module classes or a predicate (name, module) -> bool, got {wrong or choice!r}"
             )
-        chosen = {name for name, module in model.named_modules() if name and isinstance(module, classes)}
+        chosen = {
+            name: module for name, module in model.named_modules() if name and isinstance(module, classes)
+        }
         wanted = ", ".join(c.__name__ for c in classes)
     else:
-        chosen = {name for name, module in model.named_modules() if name and units(name, module)}
+        chosen = {name: module for name, module in model.named_modules() if name and choice(name, module)}
         wanted = "the predicate"
     if not chosen:
         present = sorted({type(module).__name__ for module in model.modules()})
-        raise ZeroConfigError(f"units: no module matches {wanted}; the model is made of {', '.join(present)}")
+        raise ZeroConfigError(
+            f"{argument}: no module matches {wanted}; the model is made of {', '.join(present)}"
+        )
     return chosen
+
+
+def _boundaries(model: nn.Module, units: UnitChoice) -> set[str]:
+    """Names of the modules that are units; the root ("") is not among them."""
+    return _repeated_blocks(model) if units is None else set(select_modules(model, units, "units"))
 
 
 def _repeated_blocks(model: nn.Module) -> set[str]:

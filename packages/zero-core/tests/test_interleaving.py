@@ -278,14 +278,46 @@ def test_frozen_base_with_adapters(stage: int) -> None:
         assert frozen_state == 0
 
 
-def unfreeze_later(rank: int, world_size: int) -> None:
-    model = seeded(Net)
-    model.norm.requires_grad_(False)
-    model = zero.shard(model, dp_mesh(world_size), stage=2)
-    model.norm.requires_grad_(True)
-    with pytest.raises(zero.ZeroStateError, match=r"'norm\.weight' was frozen .* set requires_grad before"):
-        model(next(iter(batches(rank, 1))))
+def unfreeze_later(rank: int, world_size: int, stage: int, optimizer: str, added: bool) -> float:
+    """Layers wake one by one, in groups of their own or known to the optimizer from the start; one sleeps again."""
+
+    def frozen() -> Net:
+        model = seeded(Net)
+        model.blocks[0].requires_grad_(False)
+        model.norm.requires_grad_(False)
+        model.blocks[2].up.requires_grad_(False)
+        return model
+
+    build = {
+        "adamw": lambda params: torch.optim.AdamW(params, lr=1e-3),
+        "rprop": lambda params: torch.optim.Rprop(params, lr=1e-3),
+        "whole adamw": lambda params: torch.optim.AdamW(params, lr=1e-3),
+    }[optimizer]
+    model, plain = frozen(), plain_copy(frozen())
+    model = zero.shard(model, dp_mesh(world_size), stage=stage)
+    chosen = [[p for p in each.parameters() if p.requires_grad or not added] for each in (model, plain)]
+    opt = zero.ShardedOptimizer(model, build(chosen[0]), whole_tensors="whole" in optimizer)
+    inner = build(chosen[1])
+    for index, ids in enumerate(batches(rank, 8)):
+        for each, steps in ((model, opt), (plain, inner)):
+            if index in (2, 4):
+                layer = each.norm if index == 2 else each.blocks[0]
+                layer.requires_grad_(True)
+                if added:
+                    steps.add_param_group({"params": layer.parameters(), "lr": 1e-2})
+            if index == 5:
+                each.blocks[1].requires_grad_(False)
+        loss_of(model, ids).backward()
+        opt.step()
+        opt.zero_grad()
+        plain_step(plain, inner, world_size, index)
+    return relative_error(zero.full_state_dict(model), plain.state_dict())
 
 
-def test_unfreezing_after_shard_is_an_error_not_a_silent_gradient() -> None:
-    run_ranks(unfreeze_later, 1, 1)
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize(
+    ("stage", "optimizer"),
+    [(0, "adamw"), (1, "rprop"), (2, "adamw"), (2, "whole adamw"), (3, "adamw"), (3, "whole adamw")],
+)
+def test_layers_may_be_unfrozen_and_frozen_on_the_way(stage: int, optimizer: str, added: bool) -> None:
+    assert max(run_ranks(unfreeze_later, 2, 2, stage, optimizer, added)) <= 5e-6

@@ -47,6 +47,7 @@ class GradBucket:
 
     Attributes:
         flat: [unit numel] in the reduce dtype, or None.
+        num_expected: parameters that need gradients; some may be frozen meanwhile.
         this_pass: slots whose gradient came in the backward pass under way.
         used: slots that had a gradient since gradients were last zeroed.
     """
@@ -56,6 +57,7 @@ class GradBucket:
         self.dtype = dtype
         self.flat: torch.Tensor | None = None
         self.views: list[torch.Tensor] = []
+        self.num_expected = len(unit.params)
         self.this_pass: set[int] = set()
         self.used: set[int] = set()
         self._filled: set[int] = set()
@@ -65,8 +67,8 @@ class GradBucket:
 
     @property
     def complete(self) -> bool:
-        """Whether every slot got its gradient in this backward pass."""
-        return len(self.this_pass) == len(self.unit.params)
+        """Whether every slot that needs one got its gradient in this backward pass."""
+        return len(self.this_pass) >= self.num_expected
 
     def land(self, index: int, grad: torch.Tensor, *, overwrite: bool = False) -> None:
         """Put one parameter's gradient into its place: written into a blank slot, added to a filled one.
@@ -176,11 +178,15 @@ class ReduceOrder:
     Starts as the reverse of the order of definition; `rebuild` replaces it by an order seen in a backward pass.
     """
 
-    def __init__(self, num_units: int) -> None:
-        self.order = list(reversed(range(num_units)))
+    def __init__(self) -> None:
+        self.order: list[int] = []
         self.seen: list[int] = []
         self._ready: set[int] = set()
         self._next = 0
+
+    def add(self, unit: int) -> None:
+        """One more unit, defined after the others: it is reduced first until an order has been seen."""
+        self.order.insert(0, unit)
 
     def ready(self, unit: int, *, complete: bool = True) -> Iterator[int]:
         """`unit` has all gradients that it will have; yields the units that may start now."""

@@ -82,57 +82,73 @@ def steps_whole_tensors(inner: Optimizer, asked: bool | None) -> bool:
     return asked
 
 
+@dataclass(frozen=True)
+class TakenOver:
+    """What became of an optimizer's parameters.
+
+    Attributes:
+        slots: unit index -> the slots of which this rank has a part, in order.
+        claims: every trainable parameter, in the order of the groups.
+        dormant: the frozen ones with their groups; they are claimed once they need gradients.
+    """
+
+    slots: dict[int, list[ShardSlot]]
+    claims: list[Claim]
+    dormant: list[tuple[nn.Parameter, dict[str, Any]]]
+
+
 def take_over(
-    optimizer: Optimizer, units: Sequence[FlatUnit], precision: Precision, *, whole: bool
-) -> tuple[dict[int, list[ShardSlot]], list[Claim]]:
-    """Put this rank's slices in the place of an optimizer's parameters, with their part of its state.
+    optimizer: Optimizer,
+    params: Sequence[tuple[nn.Parameter, dict[str, Any]]],
+    units: Sequence[FlatUnit],
+    precision: Precision,
+    *,
+    whole: bool,
+) -> TakenOver:
+    """Put this rank's slices in the place of parameters in an optimizer's groups, with their part of its state.
 
-    With `whole` the state stays with the claims, and so do the groups' parameters: `whole.WholeStepper` deals them out.
+    With `whole` the state stays with the claims, and so do the parameters: `whole.WholeStepper` deals them out.
 
-    Returns:
-        unit index -> the slots of which this rank has a part, in order; and every trainable parameter, in the order of
-        the groups.
+    Args:
+        optimizer: the torch optimizer.
+        params: parameters with the groups they are in.
+        units: of the model.
+        precision: says which dtype masters have.
+        whole: see above.
 
     Raises:
-        ZeroConfigError: a parameter is not the model's, or all are frozen; nothing was changed.
+        ZeroConfigError: a parameter is not the model's; nothing was changed.
     """
     where = {id(p): (unit, i) for unit in units for i, p in enumerate(unit.params)}
-    _check_parameters(optimizer, where)
-    slots: dict[int, list[ShardSlot]] = {}
-    claims: list[Claim] = []
-    for group in optimizer.param_groups:
-        masters: list[nn.Parameter] = []
-        for param in group["params"]:
-            unit, index = where[id(param)]
-            claim = Claim(unit, index, group, optimizer.state.pop(param, None))
-            if not unit.trainable:
-                continue
-            claims.append(claim)
-            flat = unit.ensure_master(precision.master_dtype(unit.full.dtype))
-            place = next((part for part in unit.local_slots if part.index == index), None)
-            if place is None:  # the parameter lies wholly in other ranks' shards
-                continue
-            master = nn.Parameter(flat[place.start : place.stop])
-            if claim.state and not whole:
-                optimizer.state[master] = claim.part_of_state(place, flat)
-            masters.append(master)
-            slots.setdefault(unit.index, []).append(ShardSlot(place, master, group))
-        group["params"] = masters
-    for parts in slots.values():
-        parts.sort(key=lambda slot: slot.place.start)
-    return slots, claims
-
-
-def _check_parameters(optimizer: Optimizer, where: dict[int, tuple[FlatUnit, int]]) -> None:
-    params = [param for group in optimizer.param_groups for param in group["params"]]
-    foreign = [tuple(param.shape) for param in params if id(param) not in where]
+    foreign = [tuple(param.shape) for param, _ in params if id(param) not in where]
     if foreign:
         raise ZeroConfigError(
             f"ShardedOptimizer: {len(foreign)} parameter(s) of the optimizer, of shapes {foreign[:4]}, are not the "
             "model's; build the optimizer on the parameters of the model that was sharded, and shard every "
             "model once"
         )
-    if params and not any(where[id(param)][0].trainable for param in params):
-        raise ZeroConfigError(
-            "ShardedOptimizer: every parameter of the optimizer is frozen; nothing can be trained"
-        )
+    taken = TakenOver({}, [], [])
+    left = {id(param) for param, _ in params}
+    for group in {id(group): group for _, group in params}.values():
+        group["params"] = [param for param in group["params"] if id(param) not in left]
+    for param, group in params:
+        unit, index = where[id(param)]
+        if not unit.trainable:
+            optimizer.state.pop(param, None)
+            taken.dormant.append((param, group))
+            continue
+        claim = Claim(unit, index, group, optimizer.state.pop(param, None))
+        taken.claims.append(claim)
+        flat = unit.ensure_master(precision.master_dtype(unit.full.dtype))
+        place = next((part for part in unit.local_slots if part.index == index), None)
+        if place is None:  # the parameter lies wholly in other ranks' shards
+            continue
+        master = nn.Parameter(flat[place.start : place.stop])
+        taken.slots.setdefault(unit.index, []).append(ShardSlot(place, master, group))
+        if not whole:
+            group["params"].append(master)
+            if claim.state:
+                optimizer.state[master] = claim.part_of_state(place, flat)
+    for parts in taken.slots.values():
+        parts.sort(key=lambda slot: slot.place.start)
+    return taken

@@ -59,7 +59,6 @@ class Entrance:
     """What happens where the model is entered: input dtypes, autocast, clean-up after an interrupted backward."""
 
     def __init__(self, units: list[FlatUnit], precision: Precision, reducer: Reducer) -> None:
-        self.frozen = [unit for unit in units if not unit.trainable]
         self.resident = [unit for unit in units if unit.stage < 3]
         self.precision = precision
         self.reducer = reducer
@@ -107,13 +106,7 @@ class Entrance:
                     "model.to(), .half(), .double() or load_state_dict(assign=True)) and no step would reach it; do "
                     "that before shard(), or use zero_core.load_full_state_dict"
                 )
-        for unit in self.frozen:
-            for slot, param in zip(unit.layout.slots, unit.params, strict=True):
-                if param.requires_grad:
-                    raise ZeroStateError(
-                        f"parameter '{slot.name}' was frozen when the model was sharded and now requires "
-                        "gradients: nobody would reduce them; set requires_grad before shard()"
-                    )
+        self.reducer.adopt_unfrozen()
 
 
 class Reducer:
@@ -138,32 +131,50 @@ class Reducer:
         self.listeners: list[Callable[[FlatUnit | None], None]] = []
         self.assemble: Callable[[], None] = lambda: None
         self.pool = BufferPool()
-        self.lanes = [self._lane(unit, precision) for unit in units if unit.trainable]
-        sizes = [lane.unit.layout.numel * lane.bucket.dtype.itemsize for lane in self.lanes]
-        self.limit_bytes = max(sizes, default=0) if overlap.reduce_bytes is None else overlap.reduce_bytes
-        self._order = ReduceOrder(len(self.lanes))
+        self.lanes: list[Lane] = []
+        self.limit_bytes = overlap.reduce_bytes or 0
+        self._precision = precision
+        self._order = ReduceOrder()
         self._order_agreed = False
         gathers = any(unit.stage == 3 for unit in units)
         self._watcher = Watcher() if gathers and wire.device.type == "cpu" else None
         self._in_flight: deque[_InFlight] = deque()
         self._pass_open = False
         self._unsynced = False
-        self._position = {lane.unit.index: position for position, lane in enumerate(self.lanes)}
+        self._position: dict[int, int] = {}
         self._launched: set[int] = set()
         self._late: set[int] = set()
         self.generation = 0
         self._removers: list[RemovableHandle] = []
-        for position, lane in enumerate(self.lanes):
-            for index, param in enumerate(lane.unit.params):
-                hook = partial(self._arrive, position, index)
-                self._removers.append(param.register_post_accumulate_grad_hook(hook))
+        self._asleep = {unit: set(range(len(unit.params))) for unit in units}
+        self.adopt_unfrozen()
 
-    def _lane(self, unit: FlatUnit, precision: Precision) -> Lane:
-        param = unit.full.dtype
-        reduce, accumulate = precision.reduce_dtype(param), precision.accumulate_dtype(param)
+    def adopt_unfrozen(self) -> None:
+        """Take in the gradients of parameters that need them, and did not before."""
+        for unit, asleep in list(self._asleep.items()):
+            awake = {index for index in asleep if unit.params[index].requires_grad}
+            if awake and unit.index not in self._position:
+                self._adopt(unit)
+            for index in awake:
+                hook = partial(self._arrive, self._position[unit.index], index)
+                self._removers.append(unit.params[index].register_post_accumulate_grad_hook(hook))
+            self._asleep[unit] = asleep - awake
+            if not self._asleep[unit]:
+                del self._asleep[unit]
+
+    def _adopt(self, unit: FlatUnit) -> None:
+        unit.trainable = True
+        position, param = len(self.lanes), unit.full.dtype
+        reduce, accumulate = self._precision.reduce_dtype(param), self._precision.accumulate_dtype(param)
         bucket = GradBucket(unit, reduce, self.pool)
         in_place = unit.stage <= 1 and reduce == accumulate
-        return Lane(unit, bucket, GradShard(unit, accumulate, in_place=in_place, pool=self.pool))
+        shard = GradShard(unit, accumulate, in_place=in_place, pool=self.pool)
+        self.lanes.append(Lane(unit, bucket, shard))
+        self._position[unit.index] = position
+        self._order.add(position)
+        self._order_agreed = False
+        if self.overlap.reduce_bytes is None:
+            self.limit_bytes = max(self.limit_bytes, unit.layout.numel * reduce.itemsize)
 
     # -- one backward pass ------------------------------------------------------------------------------------
 
@@ -172,6 +183,8 @@ class Reducer:
         if not self._pass_open:
             self._pass_open = True
             self._order.restart()
+            for lane in self.lanes:
+                lane.bucket.num_expected = sum(param.requires_grad for param in lane.unit.params)
             Variable._execution_engine.queue_callback(self._close_pass)
 
     @torch.no_grad()

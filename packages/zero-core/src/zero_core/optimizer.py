@@ -85,19 +85,23 @@ class ShardedOptimizer(Optimizer):
             )
         self.inner = optimizer
         self.scaler = scaler
-        self.slots, claims = take_over(optimizer, self._sharded.units, self._sharded.precision, whole=whole)
+        self.slots: dict[int, list[ShardSlot]] = {}
         self._claimed: dict[int, set[int]] = {}
-        for claim in claims:
-            self._claimed.setdefault(claim.unit.index, set()).add(claim.index)
+        self._dormant: list[tuple[nn.Parameter, dict[str, Any]]] = []
         self.whole: list[WholeParameter] | None = None
         if whole:
             overlap = self._sharded.overlap.enabled
-            stepper = WholeStepper(optimizer, claims, self._sharded.wire, overlap=overlap)
+            stepper = WholeStepper(optimizer, [], self._sharded.wire, overlap=overlap)
             self.whole = stepper.owned
+        self._chooses_stepper = stepper is None
+        self._stepper = stepper or choose_stepper(optimizer, [])
+        self._take_over([(param, group) for group in optimizer.param_groups for param in group["params"]])
+        if self._dormant and not self._claimed:
+            raise ZeroConfigError(
+                "ShardedOptimizer: every parameter of the optimizer is frozen; nothing can be trained"
+            )
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self.state = optimizer.state
-        self._lanes = [lane for lane in self._sharded.reducer.lanes if lane.unit.index in self._claimed]
-        self._stepper = stepper or choose_stepper(optimizer, self._lanes)
         gatherer = self._sharded.gatherer
         self._publisher = Publisher(
             self._sharded.wire,
@@ -112,6 +116,30 @@ class ShardedOptimizer(Optimizer):
         self.last_step_skipped = False
         self.overflow_report: OverflowReport | None = None
 
+    def _take_over(self, params: list[tuple[nn.Parameter, dict[str, Any]]]) -> None:
+        """Have slices of these parameters, or the whole ones, in their groups from now on."""
+        state = self._sharded
+        state.reducer.adopt_unfrozen()
+        whole = self.whole is not None
+        taken = take_over(self.inner, params, state.units, state.precision, whole=whole)
+        self._dormant += taken.dormant
+        for claim in taken.claims:
+            self._claimed.setdefault(claim.unit.index, set()).add(claim.index)
+        for unit, slots in taken.slots.items():
+            self.slots[unit] = sorted([*self.slots.get(unit, []), *slots], key=lambda slot: slot.place.start)
+        self._lanes = [lane for lane in state.reducer.lanes if lane.unit.index in self._claimed]
+        if isinstance(self._stepper, WholeStepper):
+            self._stepper.add(taken.claims)
+        elif self._chooses_stepper:  # state lies with the slots, and the new one finds it there
+            self._stepper = choose_stepper(self.inner, self._lanes)
+
+    def _wake(self) -> None:
+        """Take over parameters that were frozen when the optimizer was built, and need gradients now."""
+        awake = [pair for pair in self._dormant if pair[0].requires_grad]
+        if awake:
+            self._dormant = [pair for pair in self._dormant if not pair[0].requires_grad]
+            self._take_over(awake)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the parameters from the gradients accumulated since `zero_grad`; every rank calls it.
@@ -124,6 +152,7 @@ class ShardedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._wake()
         self._sharded.reducer.finish()
         self._num_steps += 1
         used = self._agree_on_used()
@@ -142,17 +171,34 @@ class ShardedOptimizer(Optimizer):
         return loss
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refuse: groups are taken over when this object is built.
+        """Step more parameters of the model, such as those of a layer that was unfrozen; every rank calls it.
+
+        Args:
+            param_group: parameters and options, as for the torch optimizer.
 
         Raises:
-            ZeroConfigError: always, once built.
+            ZeroConfigError: a parameter is not the model's, or is in a group already.
         """
-        if hasattr(self, "_stepper"):
+        if not hasattr(self, "_publisher"):  # torch's constructor
+            super().add_param_group(param_group)
+            return
+        claimed = {id(self._sharded.units[u].params[i]) for u, slots in self._claimed.items() for i in slots}
+        given = param_group["params"]
+        given = [given] if isinstance(given, torch.Tensor) else list(given)
+        known = {id(param) for unit in self._sharded.units for param in unit.params}
+        wrong = [tuple(p.shape) for p in given if id(p) in claimed or id(p) not in known]
+        if wrong:
             raise ZeroConfigError(
-                "ShardedOptimizer: a group that is added now would not be stepped; build the torch optimizer with all "
-                "its groups, then a ShardedOptimizer on it (frozen layers that train later: see requires_grad, shard)"
+                f"add_param_group: parameters of shapes {wrong[:4]} are stepped by this optimizer already, or are not "
+                "the model's"
             )
-        super().add_param_group(param_group)
+        given_ids = {id(param) for param in given}
+        self._dormant = [pair for pair in self._dormant if id(pair[0]) not in given_ids]
+        self.inner.add_param_group({**param_group, "params": given})
+        group = self.inner.param_groups[-1]
+        if self.inner.param_groups is not self.param_groups:
+            self.param_groups.append(group)
+        self._take_over([(param, group) for param in group["params"]])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients of this optimizer's parameters.

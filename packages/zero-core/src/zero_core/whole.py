@@ -77,17 +77,22 @@ class WholeStepper:
         self.wire = wire
         self.overlap = overlap
         self.owned: list[WholeParameter] = []
-        self._rank, size = wire.group.rank(), wire.group.size()
+        self._rank = wire.group.rank()
         self._masters: dict[tuple[int, int], nn.Parameter] = {}
-        for group in inner.param_groups:
-            group["params"] = []
+        self._routes: dict[int, Routes] = {}
+        self.add(claims)
+
+    def add(self, claims: Sequence[Claim]) -> None:
+        """Deal out parameters, beside those that were dealt out before; the same list on every rank."""
         claims = [claim for claim in claims if claim.slot.numel]
-        owners: dict[FlatUnit, dict[int, int]] = {}
-        for claim, owner in zip(claims, assign_owners([c.nbytes for c in claims], size), strict=True):
-            owners.setdefault(claim.unit, {})[claim.index] = owner
+        sizes = [claim.nbytes for claim in claims]
+        owners = {unit: dict(routes.owners) for unit, routes in self._routes.items()}
+        layouts = {claim.unit.index: claim.unit.layout for claim in claims}
+        for claim, owner in zip(claims, assign_owners(sizes, self.wire.group.size()), strict=True):
+            owners.setdefault(claim.unit.index, {})[claim.index] = owner
             if owner == self._rank or _is_whole(claim.unit):
                 self._own(claim)
-        self._routes = {unit.index: Routes(unit.layout, owner_of) for unit, owner_of in owners.items()}
+        self._routes |= {unit: Routes(layout, owners[unit]) for unit, layout in layouts.items()}
 
     def _own(self, claim: Claim) -> None:
         flat, slot = claim.unit.master, claim.slot

@@ -11,6 +11,7 @@ The modules, in the order in which data flows:
 - `checkpointing`: activations are computed again in backward; where the inputs wait meanwhile.
 - `materialize`, `state`, `memory`: full values, descriptions for checkpoints, plans.
 - `agreement`, `full_access`: one full tensor by its parameter's name.
+- `diagnostics`, `tracing`: what collectives cost, in numbers and as a picture.
 """
 
 from .api import Sharded, no_sync, shard, sharded
@@ -25,6 +26,7 @@ from .checkpointing import (
 )
 from .collectives import Collectives, Handle, PlainCollectives
 from .config import Overlap, Precision
+from .diagnostics import diagnostics
 from .errors import CollectiveError, ReleasedParameterError, ZeroConfigError, ZeroError, ZeroStateError
 from .full_access import get_full, set_full
 from .materialize import full_state_dict, load_full_state_dict, materialized, stream_full
@@ -34,6 +36,7 @@ from .precision import LossScaler, OverflowReport
 from .sharded_init import sharded_init
 from .state import Shard, load_optimizer_scalars, load_sharded_state, optimizer_scalars, sharded_state
 from .steppers import ShardOptimizer, check_elementwise
+from .tracing import trace
 from .version import __version__
 
 __all__ = [
@@ -63,6 +66,7 @@ __all__ = [
     "checkpoint",
     "checkpoint_modules",
     "clip_grad_norm",
+    "diagnostics",
     "full_state_dict",
     "get_full",
     "grad_norm",
@@ -80,4 +84,5 @@ __all__ = [
     "sharded_init",
     "sharded_state",
     "stream_full",
+    "trace",
 ]

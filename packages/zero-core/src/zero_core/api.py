@@ -11,7 +11,7 @@ import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,9 @@ from .hooks import Entrance, Reducer
 from .params import Residency, release_class
 from .units import UnitChoice, find_units
 
+if TYPE_CHECKING:
+    from .diagnostics import Meter
+
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 _HANDLE = "_zero_core_sharded"
 
@@ -42,6 +45,7 @@ class Sharded:
         reducer: takes gradients in and reduces them.
         gatherer: stage 3: makes parameters whole around their use.
         wire: collectives for parameters and verdicts.
+        meter: what `diagnostics` counts with, once it was called.
     """
 
     model: nn.Module
@@ -52,6 +56,7 @@ class Sharded:
     wire: Wire
     reducer: Reducer
     gatherer: Gatherer | None
+    meter: Meter | None = None
     _removers: list[RemovableHandle] = field(default_factory=list)
 
     def units_of(self, module: nn.Module) -> list[FlatUnit]:

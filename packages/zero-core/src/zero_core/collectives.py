@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Protocol, TypeVar, cast
 
 import torch
@@ -52,13 +53,27 @@ class Collectives(Protocol):
         """Give scratch memory back; called when a backward pass has ended."""
 
 
+class Observer(Protocol):
+    """Who measures collectives of units."""
+
+    def begin(self, kind: str, name: str, full: torch.Tensor) -> AbstractContextManager[object]:
+        """A collective is launched; what is returned is entered once, around the wait for it.
+
+        Args:
+            kind: "gather" or "reduce".
+            name: the unit's label.
+            full: the whole buffer that is gathered or reduced.
+        """
+
+
 @dataclass(frozen=True)
 class Pending:
-    """A collective on its way, with a name for the error message."""
+    """A collective on its way, with a name for the error message; `waiting` is entered around the wait for it."""
 
     handle: Handle
     wire: Wire
     what: str
+    waiting: AbstractContextManager[object] = field(default_factory=nullcontext)
 
     def is_done(self) -> bool:
         """Whether `wait` need not wait for another rank, as far as is known."""
@@ -70,7 +85,8 @@ class Pending:
         Raises:
             CollectiveError: a rank died, or the deadline passed.
         """
-        self.wire.guard(self.what, self.handle.wait)
+        with self.waiting:
+            self.wire.guard(self.what, self.handle.wait)
 
 
 @dataclass
@@ -92,6 +108,7 @@ class Wire:
 
     Attributes:
         salt: goes into tags: that of one model, so that no other model's bytes are taken for its own.
+        observer: measures gathers and reductions, or None.
     """
 
     def __init__(
@@ -108,19 +125,20 @@ class Wire:
         self.timeout_s = timeout_s
         self.fate = fate or Fate()
         self.salt = ""
+        self.observer: Observer | None = None
         self._launched = 0
 
     def gather(self, name: str, shard: torch.Tensor, out: torch.Tensor) -> Pending:
         """All-gather `shard` into `out`; `name` goes into errors."""
         tag = _tag(f"gather of {name}{self.salt}", out)
-        return self._launch(f"gather of {name}", lambda: self.collectives.all_gather(shard, out, tag=tag))
+        launch = lambda: self.collectives.all_gather(shard, out, tag=tag)  # noqa: E731  # one expression
+        return self._launch(f"gather of {name}", launch, ("gather", name, out))
 
     def reduce(self, name: str, full: torch.Tensor, out: torch.Tensor) -> Pending:
         """Reduce-scatter the mean of `full` into `out`; `name` goes into errors."""
         tag = _tag(f"reduction of {name}{self.salt}", full)
-        return self._launch(
-            f"reduction of {name}", lambda: self.collectives.reduce_scatter(full, out, tag=tag)
-        )
+        launch = lambda: self.collectives.reduce_scatter(full, out, tag=tag)  # noqa: E731  # one expression
+        return self._launch(f"reduction of {name}", launch, ("reduce", name, full))
 
     def all_reduce(self, name: str, tensor: torch.Tensor, op: dist.ReduceOp.RedOpType) -> Pending:
         """All-reduce a few values (norms, verdicts) in place; these never go through the seam."""
@@ -201,10 +219,15 @@ class Wire:
         self.broadcast(name, encoded)
         return bytes(encoded.tolist()).decode()
 
-    def _launch(self, name: str, call: Callable[[], Handle]) -> Pending:
+    def _launch(
+        self, name: str, call: Callable[[], Handle], seen: tuple[str, str, torch.Tensor] | None = None
+    ) -> Pending:
         self._launched += 1
         what = f"collective {self._launched} ({name})"
-        return Pending(self.guard(what, call), self, what)
+        if self.observer is None or seen is None:
+            return Pending(self.guard(what, call), self, what)
+        waiting = self.observer.begin(*seen)
+        return Pending(self.guard(what, call), self, what, waiting)
 
     def fail(self, message: str) -> CollectiveError:
         """The error to raise where ranks cannot go on; later collectives raise it too."""

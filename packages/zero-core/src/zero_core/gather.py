@@ -71,7 +71,7 @@ class Gatherer:
     ) -> None:
         self.units = units
         self.reducer = reducer
-        self._turns = Turns(units, wire, council, overlap, released, self._release_if_idle)
+        self.turns = Turns(units, wire, council, overlap, released, self._release_if_idle)
         self._pins: Counter[int] = Counter()
         self._forwards: Counter[int] = Counter()
         self._in_backward: set[int] = set()
@@ -106,7 +106,7 @@ class Gatherer:
         self._num_calls += 1
         self._entries.append((module, self._num_calls))
         for unit in units:
-            self._turns.use(unit)
+            self.turns.use(unit)
             self._forwards[unit.index] += 1
 
     def _after_forward(
@@ -130,7 +130,7 @@ class Gatherer:
             for tensor in needs_backward:
                 tensor.register_hook(partial(self._before_backward, call))
         for unit in units:
-            if not self._turns.is_used_next(unit):
+            if not self.turns.is_used_next(unit):
                 self._release_if_idle(unit)
 
     def _leave(self, module: nn.Module) -> int:
@@ -155,7 +155,7 @@ class Gatherer:
 
     def _begin_backward(self, units: list[FlatUnit]) -> None:
         """The first use of a backward pass."""
-        if self._turns.kind in (Kind.LOCAL_BACKWARD, Kind.BACKWARD):
+        if self.turns.kind in (Kind.LOCAL_BACKWARD, Kind.BACKWARD):
             return
         self._meet(Kind.BACKWARD if self.reducer.sync else Kind.LOCAL_BACKWARD, units)
         coming = {unit.index for call in self._calls for unit in call.units}
@@ -170,7 +170,7 @@ class Gatherer:
         self._end_later_calls(call.last)
         for unit in call.units:
             if unit.index not in self._in_backward:
-                self._turns.use(unit)
+                self.turns.use(unit)
                 self._in_backward.add(unit.index)
 
     def _end_later_calls(self, last: int) -> None:
@@ -190,7 +190,7 @@ class Gatherer:
             self._in_backward.discard(unit.index)
             self._release_if_idle(unit)
             return
-        self._turns.kind = Kind.REST
+        self.turns.kind = Kind.REST
         self._in_backward.clear()
         self._not_understood.clear()
         for call in self._calls:  # those whose graph is retained may come again
@@ -204,17 +204,17 @@ class Gatherer:
         held = any(unit in call.units for call in self._not_understood)
         if busy or held or index in self._in_backward or unit.residency is not Residency.GATHERED:
             return  # what is on its way was sent for by the plan, which will use it or pass it over
-        self._turns.free(unit)
+        self.turns.free(unit)
 
     # -- for others -------------------------------------------------------------------------------------------
 
     def _meet(self, kind: Kind, units: list[FlatUnit]) -> None:
         # While units are held another order is right than otherwise, and no first unit sets it apart.
-        self._turns.meet(kind, units[0] if units and not self._pins.total() else None)
+        self.turns.meet(kind, units[0] if units and not self._pins.total() else None)
 
     def assemble(self) -> None:
         """Return when every rank has come to a call that all of them make, and none needs this one's shards before."""
-        self._turns.meet(Kind.REST)
+        self.turns.meet(Kind.REST)
 
     @contextmanager
     def hold(self, units: list[FlatUnit]) -> Iterator[None]:
@@ -225,9 +225,9 @@ class Gatherer:
             self._pins[unit.index] += 1
         try:
             for unit in units:
-                self._turns.launch(unit)
+                self.turns.launch(unit)
             for unit in units:
-                self._turns.arrive(unit)
+                self.turns.arrive(unit)
             yield
         finally:
             for unit in units:
@@ -237,11 +237,11 @@ class Gatherer:
     def refresh(self, unit: FlatUnit) -> None:
         """The shard has new values: free what was gathered of the old ones, or gather again what is held."""
         if unit.residency is not Residency.SHARDED:
-            self._turns.arrive(unit)
-            self._turns.free(unit)
+            self.turns.arrive(unit)
+            self.turns.free(unit)
             if self._pins[unit.index] > 0:
-                self._turns.launch(unit)
-                self._turns.arrive(unit)
+                self.turns.launch(unit)
+                self.turns.arrive(unit)
 
     def close(self) -> None:
         """Remove the hooks."""

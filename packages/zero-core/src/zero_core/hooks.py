@@ -271,6 +271,11 @@ class Reducer:
             self._unsynced = True
             self._end_pass()
 
+    @property
+    def in_flight_bytes(self) -> int:
+        """Of full gradients that are being reduced."""
+        return sum(flight.nbytes for flight in self._in_flight)
+
     # -- reductions -------------------------------------------------------------------------------------------
 
     def _launch(self, lane: Lane) -> None:
@@ -287,7 +292,7 @@ class Reducer:
 
     def _finish_down_to(self, limit_bytes: int) -> None:
         """Keep what is under way within a limit; at stage 3 a rank that is ahead goes on: others need its shards."""
-        while self._in_flight and sum(flight.nbytes for flight in self._in_flight) > limit_bytes:
+        while self._in_flight and self.in_flight_bytes > limit_bytes:
             if not self._in_flight[0].pending.is_done():
                 break
             self._finish(self._in_flight.popleft())

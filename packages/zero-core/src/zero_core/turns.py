@@ -33,6 +33,7 @@ class Turns:
 
     Attributes:
         kind: the segment that this rank is in.
+        num_hits, num_misses: uses of units that were sent for ahead, and that had to be waited for from the start.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Turns:
         self.council = council
         self.released = released
         self.kind = Kind.REST
+        self.num_hits = self.num_misses = 0
         self._release_if_idle = release_if_idle
         sizes = [unit.full_bytes for unit in units]
         budget = max(sizes, default=0) if overlap.prefetch_bytes is None else overlap.prefetch_bytes
@@ -60,7 +62,10 @@ class Turns:
     def use(self, unit: FlatUnit) -> None:
         """Have `unit` whole, and send for those that come next."""
         if unit.residency is Residency.SHARDED:
+            self.num_misses += 1
             self._await_turn(unit)
+        elif unit.residency is Residency.GATHERING:
+            self.num_hits += 1
         passed, ahead = self._plan.use(unit.index)
         self._pass_over(passed)
         for index in ahead:

@@ -107,14 +107,14 @@ class HostPool:
         self.pooled_bytes = 0
         self._device_copies = Copies()
         self._lanes: dict[torch.device, _Lane] = {}
-        self._free: dict[tuple[int, bool], list[torch.Tensor]] = {}
+        self._free: dict[tuple[int, torch.device], list[torch.Tensor]] = {}
         self._blocks: dict[int, _Block] = {}
         self._returned: deque[int] = deque()
 
     def keep(self, flat: torch.Tensor, *, name: str, call: int) -> Kept:
         """See `Holder.keep`; at the bound the copy stays on the device."""
         self._read_notes()
-        buffer = self._take(flat.numel() * flat.element_size(), pinned=flat.device.type != "cpu")
+        buffer = self._take(flat.numel() * flat.element_size(), flat.device)
         if buffer is None:
             _logger.debug("host_bytes=%s: %s stays on %s", self.limit_bytes, name, flat.device)
             return self._device_copies.keep(flat, name=name, call=call)
@@ -156,21 +156,21 @@ class HostPool:
             self._lanes[device] = _Lane(device)
         return self._lanes[device]
 
-    def _take(self, nbytes: int, *, pinned: bool) -> torch.Tensor | None:
-        """A buffer of at least `nbytes`, or None at the bound."""
+    def _take(self, nbytes: int, device: torch.device) -> torch.Tensor | None:
+        """A buffer of at least `nbytes`, or None at the bound; one that a device used is free for that alone."""
         nbytes += -nbytes % PAGE_BYTES
-        if self._free.get((nbytes, pinned)):
-            return self._free[nbytes, pinned].pop()
+        if self._free.get((nbytes, device)):
+            return self._free[nbytes, device].pop()
         limit = self.limit_bytes
         if limit is not None and self.pooled_bytes + nbytes > limit:
             self.trim()  # buffers of other sizes make room
         if limit is not None and self.pooled_bytes + nbytes > limit:
             return None
         self.pooled_bytes += nbytes
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned)
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=device.type != "cpu")
 
     def _read_notes(self) -> None:
         """See Note [Freed at any time] in `arena`."""
         while self._returned:
-            buffer = self._blocks.pop(self._returned.popleft()).buffer
-            self._free.setdefault((buffer.numel(), buffer.is_pinned()), []).append(buffer)
+            block = self._blocks.pop(self._returned.popleft())
+            self._free.setdefault((block.buffer.numel(), block.lane.device), []).append(block.buffer)

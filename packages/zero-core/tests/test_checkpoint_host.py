@@ -124,6 +124,8 @@ def test_whoever_moves_saved_tensors_may(model: Layers, x: torch.Tensor) -> None
 
     with zero.checkpoint_modules(model, Layer, chosen):
         assert same(gradients(model, run, x), expected)
+    with pytest.raises(zero.ZeroStateError, match="maybe before it had arrived there"):
+        pool_of(chosen)._fetch(torch.device("cuda"), torch.ones(3))  # there, copies are under way
 
 
 class Stream:

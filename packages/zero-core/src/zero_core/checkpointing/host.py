@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from ..errors import ZeroStateError
 from .holders import Copies, Kept, lend
 
 PAGE_BYTES = 4096
@@ -134,10 +135,19 @@ class HostPool:
         self.pooled_bytes = sum(block.buffer.numel() for block in self._blocks.values())
 
     def _fetch(self, device: torch.device, kept: torch.Tensor) -> torch.Tensor:
-        """The elements on their device; sends for those of the checkpoint before."""
+        """The elements on their device; sends for those of the checkpoint before.
+
+        Raises:
+            ZeroStateError: what was kept is no longer in the pool, and may not have been in it when it was copied.
+        """
         block = self._blocks.get(kept.data_ptr())
         if block is None:  # someone's saved_tensors_hooks had it elsewhere meanwhile
-            return kept.to(device, copy=True)
+            if device.type != "cpu":
+                raise ZeroStateError(
+                    "CheckpointPolicy(host=True): other saved_tensors_hooks around the checkpoint copied an input "
+                    "out of the host pool, maybe before it had arrived there; leave out the hooks or host=True"
+                )
+            return kept.clone()
         arrival, block.arrival = block.arrival or block.lane.fetch(block.elements), None
         self._fetch_ahead(block.call)
         return arrival.wait()

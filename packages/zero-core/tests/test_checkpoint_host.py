@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import zero_core as zero
@@ -122,6 +124,55 @@ def test_whoever_moves_saved_tensors_may(model: Layers, x: torch.Tensor) -> None
 
     with zero.checkpoint_modules(model, Layer, chosen):
         assert same(gradients(model, run, x), expected)
+    with pytest.raises(zero.ZeroStateError, match="maybe before it had arrived there"):
+        pool_of(chosen)._fetch(torch.device("cuda"), torch.ones(3))  # there, copies are under way
+
+
+class Stream:
+    """Notes, in one list for all streams, what is asked of it."""
+
+    def __init__(self, name: str, notes: list[str]) -> None:
+        self.name, self.notes = name, notes
+
+    def wait_stream(self, other: Stream) -> None:
+        self.notes.append(f"{self.name} waits for {other.name}")
+
+    def record_event(self) -> str:
+        self.notes.append(f"event of {self.name}")
+        return f"event of {self.name}"
+
+    def wait_event(self, event: str) -> None:
+        self.notes.append(f"{self.name} waits for {event}")
+
+    def __enter__(self) -> None:
+        self.notes.append(f"on {self.name}:")
+
+    def __exit__(self, *error: object) -> None:
+        self.notes.append("back")
+
+
+def test_streams_wait_for_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    notes: list[str] = []
+    main, side = Stream("main", notes), Stream("side", notes)
+    copy = torch.Tensor.copy_
+    monkeypatch.setattr(
+        torch.Tensor, "record_stream", lambda t, stream: notes.append(f"used by {stream.name}")
+    )
+    monkeypatch.setattr(
+        torch.Tensor, "copy_", lambda *args, **kwargs: (notes.append("copy"), copy(*args, **kwargs))[1]
+    )
+    backend = SimpleNamespace(current_stream=lambda device: main, stream=lambda stream: stream)
+    lane = _Lane(torch.device("cpu"))
+    lane._backend, lane._stream = backend, side
+    host = torch.empty(4)
+    lane.send(torch.arange(4.0), host)
+    assert notes == ["side waits for main", "used by side", "on side:", "copy", "back"]
+    notes.clear()
+    arrival = lane.fetch(host)
+    assert notes == ["on side:", "copy", "event of side", "back"]
+    notes.clear()
+    assert torch.equal(arrival.wait(), torch.arange(4.0))
+    assert notes == ["main waits for event of side", "used by main"]
 
 
 @pytest.mark.gpu

@@ -52,17 +52,23 @@ SETTINGS = {
 }
 
 
+def make_policy(settings: dict) -> zero.CheckpointPolicy:
+    if settings.get("partition"):
+        settings = {**settings, "partition": dist.group.WORLD}
+    return zero.CheckpointPolicy(min_bytes=1, **settings)
+
+
 def trained(
     rank: int, world_size: int, stage: int, place, settings: dict | None, precision=None
 ) -> dict[str, torch.Tensor]:
     """Parameters after three steps; every rank has the same batches, so that a partition is possible."""
-    model = zero.shard(seeded(Deep), dp_mesh(world_size), stage=stage, units=Block, precision=precision)
+    start = seeded(Deep)
+    if settings is not None and precision is not None:  # before, for a change
+        zero.checkpoint_modules(start, place, make_policy(settings))
+    model = zero.shard(start, dp_mesh(world_size), stage=stage, units=Block, precision=precision)
     opt = zero.ShardedOptimizer(model, torch.optim.SGD(model.parameters(), lr=0.1))
-    if settings is not None:
-        settings = dict(settings)
-        if settings.pop("partition", False):
-            settings["partition"] = dist.group.WORLD
-        zero.checkpoint_modules(model, place, zero.CheckpointPolicy(min_bytes=1, **settings))
+    if settings is not None and precision is None:
+        zero.checkpoint_modules(model, place, make_policy(settings))
     for step, ids in enumerate(batches(0, 3)):
         torch.manual_seed(step)
         loss_of(model, ids).backward()

@@ -6,6 +6,9 @@ frees in the reverse order of forward, so the first gap is the end of what is in
 Note [Freed at any time]
 The end of a lent tensor's life may come on autograd's thread or in the middle of an allocation. It only leaves a note
 in a deque; whoever allocates next reads the notes.
+
+Note [A buffer for each stream]
+Memory that is free may be written at once only by the stream that read it last: what it reads was queued before.
 """
 
 from __future__ import annotations
@@ -66,7 +69,7 @@ class _Buffer:
 
 
 class Arena:
-    """Keeps copies in one buffer per device, allocated when the first input of that device comes.
+    """Keeps copies in one buffer per device (and stream), allocated when the first input comes.
 
     Args:
         size: bytes of each buffer.
@@ -74,7 +77,7 @@ class Arena:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._buffers: dict[torch.device, _Buffer] = {}
+        self._buffers: dict[tuple[torch.device, int], _Buffer] = {}
 
     def keep(self, flat: torch.Tensor, *, name: str, call: int) -> Kept:
         """See `Holder.keep`.
@@ -99,12 +102,15 @@ class Arena:
         """See `Holder.trim`: a buffer in which nothing is kept goes; the next input makes a new one."""
         for buffer in self._buffers.values():
             buffer.read_notes()
-        self._buffers = {device: buffer for device, buffer in self._buffers.items() if buffer.extents.in_use}
+        self._buffers = {key: buffer for key, buffer in self._buffers.items() if buffer.extents.in_use}
 
     def _buffer(self, device: torch.device) -> _Buffer:
-        buffer = self._buffers.get(device)
+        stream = 0  # see Note [A buffer for each stream]
+        if device.type != "cpu":
+            stream = torch.get_device_module(device).current_stream(device).stream_id
+        buffer = self._buffers.get((device, stream))
         if buffer is None:
             memory = torch.empty(self.size, dtype=torch.uint8, device=device)
-            buffer = self._buffers[device] = _Buffer(memory, Extents(self.size))
+            buffer = self._buffers[device, stream] = _Buffer(memory, Extents(self.size))
         buffer.read_notes()
         return buffer

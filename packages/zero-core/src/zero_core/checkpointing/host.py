@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from ..errors import ZeroStateError
 from .holders import Copies, Kept, lend
 
 PAGE_BYTES = 4096
@@ -107,14 +108,14 @@ class HostPool:
         self.pooled_bytes = 0
         self._device_copies = Copies()
         self._lanes: dict[torch.device, _Lane] = {}
-        self._free: dict[tuple[int, bool], list[torch.Tensor]] = {}
+        self._free: dict[tuple[int, torch.device], list[torch.Tensor]] = {}
         self._blocks: dict[int, _Block] = {}
         self._returned: deque[int] = deque()
 
     def keep(self, flat: torch.Tensor, *, name: str, call: int) -> Kept:
         """See `Holder.keep`; at the bound the copy stays on the device."""
         self._read_notes()
-        buffer = self._take(flat.numel() * flat.element_size(), pinned=flat.device.type != "cpu")
+        buffer = self._take(flat.numel() * flat.element_size(), flat.device)
         if buffer is None:
             _logger.debug("host_bytes=%s: %s stays on %s", self.limit_bytes, name, flat.device)
             return self._device_copies.keep(flat, name=name, call=call)
@@ -134,10 +135,19 @@ class HostPool:
         self.pooled_bytes = sum(block.buffer.numel() for block in self._blocks.values())
 
     def _fetch(self, device: torch.device, kept: torch.Tensor) -> torch.Tensor:
-        """The elements on their device; sends for those of the checkpoint before."""
+        """The elements on their device; sends for those of the checkpoint before.
+
+        Raises:
+            ZeroStateError: what was kept is no longer in the pool, and may not have been in it when it was copied.
+        """
         block = self._blocks.get(kept.data_ptr())
         if block is None:  # someone's saved_tensors_hooks had it elsewhere meanwhile
-            return kept.to(device, copy=True)
+            if device.type != "cpu":
+                raise ZeroStateError(
+                    "CheckpointPolicy(host=True): other saved_tensors_hooks around the checkpoint copied an input "
+                    "out of the host pool, maybe before it had arrived there; leave out the hooks or host=True"
+                )
+            return kept.clone()
         arrival, block.arrival = block.arrival or block.lane.fetch(block.elements), None
         self._fetch_ahead(block.call)
         return arrival.wait()
@@ -156,21 +166,21 @@ class HostPool:
             self._lanes[device] = _Lane(device)
         return self._lanes[device]
 
-    def _take(self, nbytes: int, *, pinned: bool) -> torch.Tensor | None:
-        """A buffer of at least `nbytes`, or None at the bound."""
+    def _take(self, nbytes: int, device: torch.device) -> torch.Tensor | None:
+        """A buffer of at least `nbytes`, or None at the bound; one that a device used is free for that alone."""
         nbytes += -nbytes % PAGE_BYTES
-        if self._free.get((nbytes, pinned)):
-            return self._free[nbytes, pinned].pop()
+        if self._free.get((nbytes, device)):
+            return self._free[nbytes, device].pop()
         limit = self.limit_bytes
         if limit is not None and self.pooled_bytes + nbytes > limit:
             self.trim()  # buffers of other sizes make room
         if limit is not None and self.pooled_bytes + nbytes > limit:
             return None
         self.pooled_bytes += nbytes
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned)
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=device.type != "cpu")
 
     def _read_notes(self) -> None:
         """See Note [Freed at any time] in `arena`."""
         while self._returned:
-            buffer = self._blocks.pop(self._returned.popleft()).buffer
-            self._free.setdefault((buffer.numel(), buffer.is_pinned()), []).append(buffer)
+            block = self._blocks.pop(self._returned.popleft())
+            self._free.setdefault((block.buffer.numel(), block.lane.device), []).append(block.buffer)

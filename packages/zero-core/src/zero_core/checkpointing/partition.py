@@ -22,25 +22,17 @@ class Partition:
     Args:
         group: ranks on which the inputs are identical (tensor or sequence parallel).
         inner: keeps the slice.
-        verify: compare a checksum of each input over the group; one small collective an input, in forward.
         timeout_s: deadline of a gather on the CPU.
     """
 
-    def __init__(self, group: dist.ProcessGroup, inner: Holder, *, verify: bool, timeout_s: float) -> None:
+    def __init__(self, group: dist.ProcessGroup, inner: Holder, timeout_s: float) -> None:
         self.group = group
         self.inner = inner
-        self.verify = verify
         self.timeout_s = timeout_s
         self._wires: dict[torch.device, Wire] = {}
 
     def keep(self, flat: torch.Tensor, *, name: str, call: int) -> Kept:
-        """See `Holder.keep`; keeps ceil(numel / N) elements.
-
-        Raises:
-            ZeroStateError: `verify`, and the ranks hold different values.
-        """
-        if self.verify:
-            self._check_alike(flat, name)
+        """See `Holder.keep`; keeps ceil(numel / N) elements."""
         rank, size = self.group.rank(), self.group.size()
         share = -(-flat.numel() // size)
         part = flat[rank * share : (rank + 1) * share]
@@ -62,7 +54,12 @@ class Partition:
         self._wire(part.device).gather(f"kept inputs of {name}", part, full).wait()
         return full[:numel]
 
-    def _check_alike(self, flat: torch.Tensor, name: str) -> None:
+    def check_alike(self, flat: torch.Tensor, name: str) -> None:
+        """Compare a checksum over the group: one collective of 2 N numbers.
+
+        Raises:
+            ZeroStateError: the ranks hold different values.
+        """
         words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]
         sums = torch.zeros(self.group.size(), 2, dtype=torch.int64, device=flat.device)
         sums[self.group.rank()] = torch.stack(

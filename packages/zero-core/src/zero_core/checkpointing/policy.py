@@ -39,8 +39,8 @@ class CheckpointPolicy:
         verify: compare a checksum of every partitioned input over the group.
         host: keep inputs in (pinned) host memory; in backward they are fetched one checkpoint ahead.
         host_bytes: bound of that memory; inputs beyond it stay on their device. None: no bound.
-        contiguous_bytes: keep inputs in one buffer per device, of this size, allocated with the first input. A full
-            buffer is an error that names the size to give.
+        contiguous_bytes: keep inputs in one buffer per device (and stream that computes), of this size, allocated with
+            the first input. A full buffer is an error that names the size to give.
         min_bytes: inputs smaller than this, or not floating-point, are kept as they are.
         preserve_rng: restore the random state for the recomputation, so that dropout drops the same.
         timeout_s: seconds after which a gather on the CPU that has not finished is an error.
@@ -110,7 +110,9 @@ class CheckpointPolicy:
     @cached_property
     def keeper(self) -> Keeper:
         """What the policy holds at run time; made at the first use, without communication."""
-        return Keeper(self._holder(), self.min_bytes, self.save_ops)
+        holder = self._holder()
+        check = holder.check_alike if self.verify and isinstance(holder, Partition) else None
+        return Keeper(holder, self.min_bytes, self.save_ops, check)
 
     def _holder(self) -> Holder | None:
         holder: Holder | None = None
@@ -123,4 +125,4 @@ class CheckpointPolicy:
         group = resolve_group(self.partition)
         if group.size() == 1:
             return holder
-        return Partition(group, holder or Copies(), verify=self.verify, timeout_s=self.timeout_s)
+        return Partition(group, holder or Copies(), self.timeout_s)

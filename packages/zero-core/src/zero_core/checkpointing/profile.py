@@ -103,7 +103,7 @@ class CheckpointProfile:
         sizes.set_xlabel("MiB until backward")
         times.invert_yaxis()
         for axes in (times, sizes):
-            axes.legend(frameon=False)
+            axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
             axes.spines[["top", "right"]].set_visible(False)
         figure.savefig(path, dpi=150)
 

@@ -60,18 +60,25 @@ class Keeper:
         holder: keeps inputs; None: the graph keeps the inputs themselves.
         min_bytes: smaller inputs are always kept as they are.
         save_ops: ops whose outputs are saved, not computed again.
+        check: called with the elements and the name of every input that is worth keeping, kept already or not, so that
+            all ranks call it equally often.
 
     Attributes:
         depth: regions that are being run.
     """
 
     def __init__(
-        self, holder: Holder | None, min_bytes: int, save_ops: Sequence[torch._ops.OpOverload]
+        self,
+        holder: Holder | None,
+        min_bytes: int,
+        save_ops: Sequence[torch._ops.OpOverload],
+        check: Callable[[torch.Tensor, str], None] | None = None,
     ) -> None:
         self.holder = holder
         self.save_ops = save_ops
         self.depth = 0
         self._min_bytes = min_bytes
+        self._check = check
         self._shared: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._calls = 0
 
@@ -117,12 +124,14 @@ class Keeper:
 
     @torch.no_grad()
     def _keep(self, tensor: torch.Tensor, name: str) -> Kept:
+        dense = Dense.of(tensor)
+        if self._check is not None:
+            self._check(dense.flatten(tensor), name)
         shared: _Shared | None = self._shared.get(tensor)
         found = None if shared is None else shared.unchanged(tensor)
         if shared is not None and found is not None:
             return Kept(found, shared.back)
         assert self.holder is not None
-        dense = Dense.of(tensor)
         kept = self.holder.keep(dense.flatten(tensor), name=name, call=self._calls)
         back = partial(_restore, dense, kept.back)
         self._shared[tensor] = _Shared(tensor._version, weakref.ref(kept.tensor), kept.tensor._version, back)

@@ -27,8 +27,6 @@ from .policy import CheckpointPolicy
 ResultT = TypeVar("ResultT")
 ModuleChoice = type[nn.Module] | Iterable[type[nn.Module]] | Callable[[str, nn.Module], bool]
 
-_RECOMPUTE_ALL = CheckpointPolicy()
-
 
 def checkpoint(
     fn: Callable[..., ResultT], *args: Any, policy: CheckpointPolicy | None = None, **kwargs: Any
@@ -60,7 +58,7 @@ def checkpoint(
     if not torch.is_grad_enabled():
         return fn(*args, **kwargs)
     name = getattr(fn, "__qualname__", type(fn).__name__)
-    policy = policy or _RECOMPUTE_ALL
+    policy = policy or CheckpointPolicy()
     region, saved = policy.keeper.region(fn, args, kwargs, name)
     result: ResultT = _run(region, saved, policy)
     return result
@@ -101,7 +99,7 @@ def checkpoint_modules(
                 f"checkpoint_modules: module '{name}' ({type(module).__name__}) is under a checkpoint already; close "
                 "that handle first, or choose other modules"
             )
-    policy = policy or _RECOMPUTE_ALL
+    policy = policy or CheckpointPolicy()
     handle = CheckpointHandle(policy)
     for name, module in chosen.items():
         forward = CheckpointedForward(module, name, policy)

@@ -300,11 +300,12 @@ def unfreeze_later(rank: int, world_size: int, stage: int, optimizer: str, added
     inner = build(chosen[1])
     for index, ids in enumerate(batches(rank, 8)):
         for each, steps in ((model, opt), (plain, inner)):
-            if index in (2, 4):
-                layer = each.norm if index == 2 else each.blocks[0]
+            if index in (2, 3, 4):
+                layer = {2: each.norm, 3: each.blocks[0].down, 4: each.blocks[0]}[index]
                 layer.requires_grad_(True)
                 if added:
-                    steps.add_param_group({"params": layer.parameters(), "lr": 1e-2})
+                    new = [p for name, p in layer.named_parameters() if index != 4 or "down" not in name]
+                    steps.add_param_group({"params": new, "lr": 1e-2})
             if index == 5:
                 each.blocks[1].requires_grad_(False)
         loss_of(model, ids).backward()

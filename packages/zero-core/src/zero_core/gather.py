@@ -165,7 +165,8 @@ class Gatherer:
 
     def _before_backward(self, call: _Call, grad: torch.Tensor) -> None:
         self.reducer.open_pass()
-        self._begin_backward(call.units)
+        if call.units:
+            self._begin_backward(call.units)
         call.begun = True
         self._end_later_calls(call.last)
         for unit in call.units:

@@ -121,7 +121,7 @@ class Reducer:
         generation: changes whenever a gradient does.
         limit_bytes: of full buffers that may be under way at once.
         assemble: called before a wait for all ranks, some of which may have gathers to come (stage 3).
-        listeners: called with a unit when its gradients are complete, and with None at the end of a pass.
+        listeners: called with a unit when each of its parameters has its gradient, and with None at the end of a pass.
     """
 
     def __init__(self, units: list[FlatUnit], wire: Wire, precision: Precision, overlap: Overlap) -> None:
@@ -223,7 +223,10 @@ class Reducer:
         if lane.bucket.complete:
             if self.sync and position not in self._launched:
                 self._ready(position, complete=True)
-            self._tell(lane.unit)
+            if len(lane.bucket.this_pass) == len(
+                lane.unit.params
+            ):  # others' gradients may need what is frozen
+                self._tell(lane.unit)
 
     @torch.no_grad()
     def _close_pass(self) -> None:

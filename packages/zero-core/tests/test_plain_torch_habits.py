@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 import zero_core as zero
@@ -346,3 +349,28 @@ def odd_buffers(rank: int, world_size: int) -> None:
 
 def test_expanded_and_shared_buffers() -> None:
     run_ranks(odd_buffers, 2, 2)
+
+
+def dropped(rank: int, world_size: int, stage: int) -> list[str]:
+    model = zero.shard(seeded(Net), dp_mesh(world_size), stage=stage)
+    opt = zero.ShardedOptimizer(model, AdamW(model.parameters(), lr=1e-3))
+    loss_of(model, next(iter(batches(rank, 1)))).backward()
+    opt.step()
+    opt.zero_grad()
+    state = zero.sharded(model)
+    parts = {
+        "model": model,
+        "sharded": state,
+        "reducer": state.reducer,
+        "unit": state.units[0],
+        "optimizer": opt,
+    }
+    left = {name: weakref.ref(part) for name, part in parts.items()}
+    del model, opt, state, parts
+    gc.collect()
+    return [name for name, part in left.items() if part() is not None]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_model_that_is_dropped_is_gone(stage: int) -> None:
+    assert run_ranks(dropped, 2, 2, stage) == [[], []]

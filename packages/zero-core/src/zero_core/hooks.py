@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from weakref import WeakMethod
 
 import torch
 import torch.distributed as dist
@@ -109,6 +110,13 @@ class Entrance:
         self.reducer.adopt_unfrozen()
 
 
+def _call_if_alive(method: WeakMethod[Callable[..., None]], *args: Any) -> None:
+    """A parameter's hook must not hold its owner: Python cannot collect a cycle through a parameter's hooks."""
+    alive = method()
+    if alive is not None:
+        alive(*args)
+
+
 class Reducer:
     """Takes gradients as autograd makes them and reduces each unit as soon as it is complete.
 
@@ -156,7 +164,7 @@ class Reducer:
             if awake and unit.index not in self._position:
                 self._adopt(unit)
             for index in awake:
-                hook = partial(self._arrive, self._position[unit.index], index)
+                hook = partial(_call_if_alive, WeakMethod(self._arrive), self._position[unit.index], index)
                 self._removers.append(unit.params[index].register_post_accumulate_grad_hook(hook))
             self._asleep[unit] = asleep - awake
             if not self._asleep[unit]:

@@ -7,6 +7,7 @@ wait for the next call, which gives them a new process group: starting one costs
 
 from __future__ import annotations
 
+import gc
 import importlib
 import importlib.util
 import os
@@ -140,6 +141,7 @@ def _run_rank(target: _Target, rank: int, world_size: int, store: str, args: tup
         dist.is_initialized()
     ):  # the last call's; kept until now, since a peer may still have been inside a collective
         dist.destroy_process_group()
+        gc.collect()  # models of the last call hold its group, and that its threads
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), OMP_NUM_THREADS="1")
     dist.init_process_group(
         "gloo",

@@ -4,6 +4,7 @@ The modules, in the order in which data flows:
 
 - `config`, `errors`, `api`: what a user meets.
 - `layout`, `units`, `flat_unit`, `fill`, `sharded_init`: parameters -> units -> flat buffers -> shards.
+- `tiles`, `tiling`: layers too large to be whole, in parts that are units.
 - `params`, `gather_plan`, `gather`: stage 3: parameters whole around their use.
 - `hooks` -> `buckets` -> `collectives`, `exchange` -> `accumulate` -> `precision`, `norms` -> `claims`, `optimizer`,
   `steppers` -> `publish`: a gradient's way.
@@ -24,6 +25,7 @@ from .precision import LossScaler, OverflowReport
 from .sharded_init import sharded_init
 from .state import Shard, load_optimizer_scalars, load_sharded_state, optimizer_scalars, sharded_state
 from .steppers import ShardOptimizer, check_elementwise
+from .tiling import tile_linear
 from .version import __version__
 
 __all__ = [
@@ -63,4 +65,5 @@ __all__ = [
     "sharded_init",
     "sharded_state",
     "stream_full",
+    "tile_linear",
 ]

@@ -4,6 +4,7 @@ The modules, in the order in which data flows:
 
 - `config`, `errors`, `api`: what a user meets.
 - `layout`, `units`, `flat_unit`, `fill`, `sharded_init`: parameters -> units -> flat buffers -> shards.
+- `tiles`, `tiling`: layers too large to be whole, in parts that are units.
 - `params`, `gather` -> `turns`, `gather_plan`: stage 3: parameters whole around their use, in one order on all ranks.
 - `hooks` -> `buckets` -> `collectives`, `exchange` -> `accumulate` -> `precision`, `norms` -> `claims`, `optimizer`,
   `steppers` -> `publish`: a gradient's way.
@@ -36,6 +37,7 @@ from .precision import LossScaler, OverflowReport
 from .sharded_init import sharded_init
 from .state import Shard, load_optimizer_scalars, load_sharded_state, optimizer_scalars, sharded_state
 from .steppers import ShardOptimizer, check_elementwise
+from .tiling import tile_linear
 from .tracing import trace
 from .version import __version__
 
@@ -84,5 +86,6 @@ __all__ = [
     "sharded_init",
     "sharded_state",
     "stream_full",
+    "tile_linear",
     "trace",
 ]

@@ -16,6 +16,8 @@ from torch import nn
 from .api import Sharded, sharded
 from .errors import ZeroConfigError, ZeroStateError
 from .flat_unit import FlatUnit
+from .tiles import Tile, Tiled
+from .tiling import Untiled
 
 
 @contextmanager
@@ -53,7 +55,7 @@ def materialized(module: nn.Module, *, write: bool = False) -> Iterator[nn.Modul
 
 
 def stream_full(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every parameter and persistent buffer under its torch name, whole, one unit at a time.
+    """Every parameter and persistent buffer under its torch name, whole, one unit (or tiled weight) at a time.
 
     Every rank must run it to the end. A tensor's values last until the next one is asked for; tied names follow each
     other with the same tensor.
@@ -65,13 +67,13 @@ def stream_full(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _stream(model: nn.Module) -> Iterator[tuple[list[str], torch.Tensor]]:
     """Each distinct parameter and persistent buffer with all its names, whole, one unit at a time."""
-    state = sharded(model)
+    state, untiled = sharded(model), Untiled(model)
     wanted = {id(p) for p in model.parameters()}
     for unit in state.units_of(model):
         with state.gatherer.hold([unit]) if state.gatherer else nullcontext():
             for slot, param in zip(unit.layout.slots, unit.params, strict=True):
                 if id(param) in wanted:
-                    yield local_names(state, model, slot.names), param.detach()
+                    yield from untiled.join(local_names(state, model, slot.names), param.detach())
     for name, buffer in _persistent_buffers(model).items():
         yield [name], buffer
 
@@ -109,7 +111,7 @@ def load_full_state_dict(
         ZeroConfigError: names are missing or unexpected (`strict`), or a shape is not the parameter's; on every rank,
             before anything has changed.
     """
-    state = sharded(model)
+    state, untiled = sharded(model), Untiled(model)
     wire, reads = state.wire, state.wire.group.rank() == 0
     expected = _expected(model)
     problems: list[str] = []
@@ -126,10 +128,10 @@ def load_full_state_dict(
         for unit in state.units_of(model):
             with state.gatherer.hold([unit]) if state.gatherer else nullcontext():
                 for slot, param in zip(unit.layout.slots, unit.params, strict=True):
-                    names = [n for n in local_names(state, model, slot.names) if n in present]
+                    names = [n for n in local_names(state, model, slot.names) if untiled.name(n) in present]
                     if reads and names:
                         assert state_dict is not None
-                        param.copy_(state_dict[names[0]])
+                        param.copy_(untiled.part(names[0], state_dict))
                 wire.broadcast(unit.label, unit.full)
                 _take_over(state, unit)
         for name, buffer in _persistent_buffers(model).items():
@@ -156,6 +158,10 @@ def _expected(model: nn.Module) -> dict[str, tuple[int, ...]]:
     expected: dict[str, tuple[int, ...]] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         dot = f"{prefix}." if prefix else ""
+        if isinstance(module, Tile):
+            continue
+        if isinstance(module, Tiled):
+            expected[f"{dot}weight"] = module.grid.shape
         expected.update({dot + n: tuple(p.shape) for n, p in module._parameters.items() if p is not None})
         expected.update(
             {

@@ -5,7 +5,8 @@ tree; moves no data. Next: `flat_unit` gives each spec its flat buffer.
 
 By default a unit is one of the model's repeated blocks (two or more children of one class in a `ModuleList` or
 `Sequential`), so that a branch taken inside a block never changes which collectives run. A leaf outside the blocks
-that is as large as a block (an embedding, an output head) is a unit of its own; the rest belongs to the root.
+that is as large as a block (an embedding, an output head) is a unit of its own; the rest belongs to the root. An
+`OwnUnit` is one whatever the choice.
 """
 
 from __future__ import annotations
@@ -20,6 +21,10 @@ from torch import nn
 from .errors import ZeroConfigError
 
 UnitChoice = type[nn.Module] | Iterable[type[nn.Module]] | Callable[[str, nn.Module], bool] | None
+
+
+class OwnUnit(nn.Module):
+    """A module that is a unit of its own, inside other units too: nothing outside computes with its parameters."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +52,12 @@ def find_units(model: nn.Module, units: UnitChoice = None) -> list[UnitSpec]:
         ZeroConfigError: `units` matches no module, or is neither classes nor a predicate.
     """
     names, owners = _names_and_owners(model)
-    boundaries = _boundaries(model, units)
+    boundaries = _boundaries(model, units) | {
+        name for name, module in model.named_modules() if name and isinstance(module, OwnUnit)
+    }
     grouped: dict[tuple[str, torch.dtype, bool], list[nn.Parameter]] = {}
     for param in names:
-        home = _common_boundary([prefix for prefix, _ in owners[param]], boundaries)
+        home = _home(owners[param], boundaries)
         grouped.setdefault((home, param.dtype, param.requires_grad), []).append(param)
 
     kinds = Counter(home for home, _, _ in grouped)
@@ -128,7 +135,11 @@ def _repeated_blocks(model: nn.Module) -> set[str]:
     for prefix, container in model.named_modules():
         if not isinstance(container, (nn.ModuleList, nn.Sequential)) or _inside(prefix, blocks):
             continue
-        filled = {n: child for n, child in container.named_children() if _num_elements(child)}
+        filled = {
+            n: child
+            for n, child in container.named_children()
+            if _num_elements(child) and not isinstance(child, OwnUnit)
+        }
         repeats = Counter(type(child) for child in filled.values())
         for name, child in filled.items():
             if repeats[type(child)] > 1:
@@ -153,6 +164,14 @@ def _num_elements(module: nn.Module) -> int:
 
 def _inside(name: str, boundaries: Iterable[str]) -> bool:
     return any(name == b or name.startswith(b + ".") for b in boundaries)
+
+
+def _home(owners: list[tuple[str, nn.Module]], boundaries: set[str]) -> str:
+    """The unit of a parameter, given the modules that hold it."""
+    first, module = owners[0]
+    if isinstance(module, OwnUnit) and all(owner is module for _, owner in owners):
+        return first  # reached through several names, perhaps, but always entered itself
+    return _common_boundary([prefix for prefix, _ in owners], boundaries)
 
 
 def _common_boundary(prefixes: list[str], boundaries: set[str]) -> str:

@@ -88,6 +88,7 @@ def agree(
         _check(unit, index, name, what, optimizer)
     except ZeroConfigError as error:
         problem = str(error)
+    state.reducer.assemble()
     told = gather_json(state.wire, f"requests of {call}", [[name, what], problem, shape])
     for rank, (wanted, found, _) in enumerate(told):
         if found:

@@ -85,7 +85,8 @@ class Overlap:
     Args:
         enabled: False waits for every collective where it is launched.
         reduce_bytes: full gradients in reduction at once, per rank, and at stages 1 and 2 updated parameters on their
-            way to it; at the limit the oldest is waited for. `None`: one largest unit.
+            way to it; at the limit the oldest is waited for. `None`: one largest unit. At stage 3 on the CPU a rank
+            waits for no other here, whatever limit or `enabled` say, since others may need its shards.
         prefetch_bytes: stage 3: full parameters gathered ahead of use, per rank. `None`: one largest unit.
         timeout_s: seconds after which a collective that has not finished is an error (where the back end of
             the process group lets a wait end).

@@ -93,6 +93,7 @@ class Gatherer:
             ]
         reducer.listeners.append(self._after_backward)
         reducer.assemble = self.assemble
+        reducer.council = council
 
     # -- forward ----------------------------------------------------------------------------------------------
 

@@ -15,7 +15,6 @@ from typing import Any
 from weakref import WeakMethod
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.autograd import Variable
 from torch.utils._pytree import tree_map
@@ -129,6 +128,7 @@ class Reducer:
         generation: changes whenever a gradient does.
         limit_bytes: of full buffers that may be under way at once.
         assemble: called before a wait for all ranks, some of which may have gathers to come (stage 3).
+        council: stage 3: where ranks tell each other of gradients that came after their unit's reduction.
         listeners: called with a unit when each of its parameters has its gradient, and with None at the end of a pass.
     """
 
@@ -138,6 +138,7 @@ class Reducer:
         self.sync = True
         self.listeners: list[Callable[[FlatUnit | None], None]] = []
         self.assemble: Callable[[], None] = lambda: None
+        self.council: Wire | None = None
         self.pool = BufferPool()
         self.lanes: list[Lane] = []
         self.limit_bytes = overlap.reduce_bytes or 0
@@ -215,7 +216,7 @@ class Reducer:
     def _arrive(self, position: int, index: int, param: nn.Parameter) -> None:
         self.open_pass()
         lane = self.lanes[position]
-        if position in self._launched and lane.unit.stage < 2:
+        if position in self._launched and self.council is None:
             raise ZeroStateError(
                 f"{lane.unit.label}: a gradient came after the reduction of the unit had started, as when a module is "
                 "called twice under torch.utils.checkpoint(use_reentrant=True); use use_reentrant=False"
@@ -249,14 +250,13 @@ class Reducer:
         self._end_pass()
 
     def _reduce_late(self) -> None:
-        """From stage 2 on: reduce once more what got gradients on some rank after its reduction."""
-        if not self.lanes or self.lanes[0].unit.stage < 2:
+        """Stage 3: reduce once more what got gradients on some rank after its reduction."""
+        if self.council is None:
             return
-        late = torch.tensor([int(i in self._late) for i in range(len(self.lanes))], dtype=torch.uint8)
-        late = late.to(self.wire.device)
-        self.wire.all_reduce("late gradients", late, dist.ReduceOp.MAX).wait()
-        for lane, is_late in zip(self.lanes, late.tolist(), strict=True):
-            if is_late:
+        mine = [int(position in self._late) for position in range(len(self.lanes))]
+        heard = self.council.consult("late gradients", mine)
+        for lane, late in zip(self.lanes, zip(*heard, strict=True), strict=True):
+            if any(late):
                 self._launch(lane)
         self._finish_all()
 

@@ -113,6 +113,7 @@ def load_full_state_dict(
     """
     state, untiled = sharded(model), Untiled(model)
     wire, reads = state.wire, state.wire.group.rank() == 0
+    state.reducer.assemble()
     expected = _expected(model)
     problems: list[str] = []
     if reads and state_dict is None:

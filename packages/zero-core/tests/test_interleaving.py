@@ -298,6 +298,7 @@ def unfreeze_later(rank: int, world_size: int, stage: int, optimizer: str, added
     chosen = [[p for p in each.parameters() if p.requires_grad or not added] for each in (model, plain)]
     opt = zero.ShardedOptimizer(model, build(chosen[0]), whole_tensors="whole" in optimizer)
     inner = build(chosen[1])
+    at_the_end: list[int] = []
     for index, ids in enumerate(batches(rank, 8)):
         for each, steps in ((model, opt), (plain, inner)):
             if index in (2, 3, 4):
@@ -308,10 +309,17 @@ def unfreeze_later(rank: int, world_size: int, stage: int, optimizer: str, added
                     steps.add_param_group({"params": new, "lr": 1e-2})
             if index == 5:
                 each.blocks[1].requires_grad_(False)
+        if index == 7:
+            model.embed.weight.register_post_accumulate_grad_hook(
+                lambda _: at_the_end.append(len(zero.sharded(model).reducer._launched))
+            )
         loss_of(model, ids).backward()
         opt.step()
         opt.zero_grad()
         plain_step(plain, inner, world_size, index)
+    assert at_the_end[0] >= len(zero.sharded(model).reducer.lanes) - 1, (
+        "what is frozen again holds others back"
+    )
     return relative_error(zero.full_state_dict(model), plain.state_dict())
 
 

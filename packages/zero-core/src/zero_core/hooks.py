@@ -194,6 +194,8 @@ class Reducer:
             self._order.restart()
             for lane in self.lanes:
                 lane.bucket.num_expected = sum(param.requires_grad for param in lane.unit.params)
+                if not lane.bucket.num_expected:  # frozen again: it must not hold back those after it
+                    self.close(lane.unit)
             Variable._execution_engine.queue_callback(self._close_pass)
 
     @torch.no_grad()
@@ -204,7 +206,7 @@ class Reducer:
         comes after all, it is reduced at the end.
         """
         position = self._position.get(unit.index)
-        if position is not None and self.sync and not self.lanes[position].bucket.complete:
+        if position is not None and self.sync:
             self._ready(position, complete=False)
 
     def _ready(self, position: int, *, complete: bool) -> None:

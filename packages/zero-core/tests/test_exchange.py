@@ -12,7 +12,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import zero_core as zero
-from zero_core import exchange
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from zero_core import shared_memory
 from zero_core.testing import run_ranks
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -76,7 +78,7 @@ def again_and_again(rank: int, world_size: int) -> tuple[int, int]:
         assert torch.equal(out, torch.full_like(out, step + (world_size - 1) / 2))
         if rank == step % world_size:
             time.sleep(0.002)  # ranks out of step: a block is reused only when the slowest has read it
-    assert isinstance(plain._way, exchange.SharedMemory)
+    assert isinstance(plain._way, shared_memory.SharedMemory)
     return len(plain._way._blocks), len(plain._way._maps)
 
 
@@ -84,6 +86,91 @@ def test_blocks_are_reused() -> None:
     for blocks, maps in run_ranks(again_and_again, 3, 3):
         assert blocks <= 3, "as many as are under way while a slow rank has yet to read"
         assert maps == 3, "one a rank, however many blocks"
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(0, 200), max_size=12))
+def test_a_ring_gives_notes_in_order_and_is_never_overrun(bursts: list[int]) -> None:
+    numbers = memoryview(bytearray(8 * 8 * (1 + shared_memory.Ring.SLOTS))).cast("q")
+    writer, reader = shared_memory.Ring(numbers), shared_memory.Ring(numbers)
+    posted, taken = [], []
+    for position, burst in enumerate(bursts):
+        for _ in range(burst):
+            if position % 2:
+                note = reader.take()
+                assert (note is None) == (len(taken) == len(posted))
+                taken += [] if note is None else [note]
+            else:
+                note = shared_memory.Note(len(posted), *(7**k - len(posted) for k in range(4)))
+                fits = writer.post(note)
+                assert fits == (len(posted) - len(taken) < shared_memory.Ring.SLOTS)
+                posted += [note] if fits else []
+    assert taken == posted[: len(taken)]
+
+
+def more_than_a_ring_holds(rank: int, world_size: int) -> None:
+    plain = zero.PlainCollectives(group(), 30.0)
+    outs = [torch.empty(world_size) for _ in range(3 * shared_memory.Ring.SLOTS)]
+    shards = [torch.tensor([10.0 * position + rank]) for position in range(len(outs))]
+    handles = [
+        plain.all_gather(shard, out, tag=i) for i, (shard, out) in enumerate(zip(shards, outs, strict=True))
+    ]
+    for position, handle in enumerate(handles):
+        handle.wait()
+        assert outs[position].tolist() == [10.0 * position + r for r in range(world_size)]
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_that_all_send_more_than_a_ring_holds_do_not_block_each_other(world_size: int) -> None:
+    run_ranks(more_than_a_ring_holds, world_size, world_size)
+
+
+def left_alone(rank: int, how: str) -> tuple[str, float]:
+    plain = zero.PlainCollectives(group(), 2.0 if how == "stays away" else 60.0)
+    plain.all_gather(torch.ones(4), torch.empty(8), tag=1).wait()
+    if rank == 1:
+        if how == "dies":
+            os._exit(3)
+        if how == "forks":
+            child = os.fork()
+            if child == 0:
+                del plain
+                gc.collect()
+                os._exit(0)
+            os.waitpid(child, 0)
+            time.sleep(0.5)
+            plain.all_gather(torch.ones(4), torch.empty(8), tag=2).wait()
+        elif how == "sends and goes":
+            plain.all_gather(torch.ones(4), torch.empty(8), tag=2)
+        elif how == "stays away":
+            time.sleep(5)
+        return "", 0.0
+    start, out = time.monotonic(), torch.zeros(8)
+    handle = plain.all_gather(torch.ones(4), out, tag=2)
+    try:
+        if how == "sends and goes":
+            time.sleep(0.5)
+        handle.wait()
+        assert out.tolist() == [1.0] * 8
+    except RuntimeError as error:
+        return str(error), time.monotonic() - start
+    return "went well", time.monotonic() - start
+
+
+@pytest.mark.parametrize(
+    ("how", "message", "within_s"),
+    [
+        ("dies", "rank 1 has ended", 2.0),
+        ("closes", "rank 1 has ended", 2.0),
+        ("stays away", "rank 1 did not come", 4.0),
+        ("sends and goes", "went well", 2.0),
+        ("forks", "went well", 5.0),
+    ],
+)
+def test_a_wait_ends_with_its_peer(how: str, message: str, within_s: float) -> None:
+    text, seconds = run_ranks(left_alone, 2, how, tolerate=(1,) if how == "dies" else ())[0]
+    assert text == message
+    assert seconds < within_s
 
 
 def closed_with_its_owner(rank: int) -> tuple[int, int]:
@@ -116,7 +203,7 @@ def one_cannot(rank: int, world_size: int, how: str) -> str:
         elif rank == 1 and how == "may not open":
             patch.setattr(os, "open", _refuse)
         elif rank == 1 and how == "is another machine":
-            patch.setattr(exchange.Path, "read_text", lambda self: "another-boot-id")
+            patch.setattr(shared_memory.Path, "read_text", lambda self: "another-boot-id")
         elif rank == 1 and how == "is in another namespace":
             patch.setattr(os, "getpid", lambda: 1)
         plain = zero.PlainCollectives(group())

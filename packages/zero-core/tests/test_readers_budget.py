@@ -36,5 +36,5 @@ def files_of_one_step(rank: int, world_size: int, stage: int) -> list[str]:
 @pytest.mark.parametrize(("stage", "budget"), [(1, 10), (2, 10), (3, 14)])
 def test_a_step_stays_within_the_budget(stage: int, budget: int) -> None:
     for files in run_ranks(files_of_one_step, 2, 2, stage):
-        assert {"hooks", "buckets", "collectives", "exchange", "optimizer"} <= set(files)
+        assert {"hooks", "buckets", "collectives", "shared_memory", "optimizer"} <= set(files)
         assert len(files) <= budget, files

@@ -6,8 +6,8 @@ The modules, in the order in which data flows:
 - `layout`, `units`, `flat_unit`, `fill`, `sharded_init`: parameters -> units -> flat buffers -> shards.
 - `tiles`, `tiling`: layers too large to be whole, in parts that are units.
 - `params`, `gather` -> `turns`, `gather_plan`: stage 3: parameters whole around their use, in one order on all ranks.
-- `hooks` -> `buckets` -> `collectives`, `exchange` -> `accumulate` -> `precision`, `norms` -> `claims`, `optimizer`,
-  `steppers` -> `publish`: a gradient's way.
+- `hooks` -> `buckets` -> `collectives`, `exchange`, `shared_memory` -> `accumulate` -> `precision`, `norms` ->
+  `claims`, `optimizer`, `steppers` -> `publish`: a gradient's way.
 - `owners`, `whole`: a step of optimizers that look at whole tensors.
 - `checkpointing`: activations are computed again in backward; where the inputs wait meanwhile.
 - `materialize`, `state`, `memory`: full values, descriptions for checkpoints, plans.

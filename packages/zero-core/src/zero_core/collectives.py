@@ -1,4 +1,4 @@
-"""How a unit's bytes travel. With `exchange`, the only module that calls torch.distributed.
+"""How a unit's bytes travel. With `exchange` and `shared_memory`, all that calls torch.distributed.
 
 In: a shard to be gathered, or a full gradient to be reduced. Out: a handle with `wait()`. `Collectives` is the seam:
 `PlainCollectives` sends the bytes as they are, other packages compress or route them. `Wire` is what the rest of the
@@ -19,7 +19,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .diagnosis import diagnose
 from .errors import CollectiveError, ZeroConfigError
-from .exchange import Messages, SharedMemory, Works, as_bytes, connect, exchange
+from .exchange import Messages, Works, as_bytes, exchange
+from .shared_memory import SharedMemory, Swap, connect
 
 T = TypeVar("T")
 
@@ -77,7 +78,7 @@ class Pending:
 
     def is_done(self) -> bool:
         """Whether `wait` need not wait for another rank, as far as is known."""
-        return not isinstance(self.handle, Works) or self.handle.is_done()
+        return not isinstance(self.handle, (Works, Swap)) or self.handle.is_done()
 
     def wait(self) -> None:
         """Finish it.
@@ -127,6 +128,7 @@ class Wire:
         self.salt = ""
         self.observer: Observer | None = None
         self._launched = 0
+        self._own_way: Messages | SharedMemory | None = None
 
     def gather(self, name: str, shard: torch.Tensor, out: torch.Tensor) -> Pending:
         """All-gather `shard` into `out`; `name` goes into errors."""
@@ -146,30 +148,30 @@ class Wire:
             return self._launch(
                 name, lambda: Works([dist.all_reduce(tensor, op, self.group, async_op=True)], None)
             )
-        received = [torch.empty_like(tensor) for _ in range(self.group.size())]
-        sent = [tensor.clone()] * self.group.size()
-        received[self.group.rank()] = sent[0]
 
-        def combine() -> None:
-            rows = torch.stack(received)
+        def combine(parts: Sequence[torch.Tensor]) -> None:
+            rows = torch.stack(list(parts))
             if op == dist.ReduceOp.SUM:
-                tensor.copy_(rows.sum(0))
+                total = rows.sum(0)
             else:
-                tensor.copy_(rows.amin(0) if op == dist.ReduceOp.MIN else rows.amax(0))
+                total = rows.amin(0) if op == dist.ReduceOp.MIN else rows.amax(0)
+            tensor.copy_(total.view_as(tensor))
 
         tag = _tag(name + self.salt, tensor)
-        return self._launch(name, lambda: exchange(self.group, sent, received, tag, self.timeout_s, combine))
+        sent = [tensor.flatten().clone()] * self.group.size()
+        return self._launch(name, lambda: self._way().swap(sent, tag, then=combine))
 
     def consult(self, name: str, numbers: Sequence[int]) -> list[list[int]]:
         """Every rank's `numbers` (int64, as many on each), by rank; the wire's device must be the CPU."""
         own = torch.tensor(numbers, dtype=torch.int64)
-        heard = [torch.empty_like(own) for _ in range(self.group.size())]
-        heard[self.group.rank()] = own
-        if self.group.size() > 1:
-            tag = _tag(f"consultation{self.salt}", own)
-            sent = [own] * self.group.size()
-            self._launch(name, lambda: exchange(self.group, sent, heard, tag, self.timeout_s)).wait()
-        return [each.tolist() for each in heard]
+        heard: list[list[int]] = []
+
+        def hear(parts: Sequence[torch.Tensor]) -> None:
+            heard.extend(part.tolist() for part in parts)
+
+        tag, sent = _tag(f"consultation{self.salt}", own), [own] * self.group.size()
+        self._launch(name, lambda: self._way().swap(sent, tag, then=hear)).wait()
+        return heard
 
     def swap(self, name: str, sent: Sequence[torch.Tensor], received: Sequence[torch.Tensor]) -> Pending:
         """Send `sent[r]` to every other rank r and receive `received[r]` from it; never through the seam.
@@ -219,6 +221,14 @@ class Wire:
         self.broadcast(name, encoded)
         return bytes(encoded.tolist()).decode()
 
+    def _way(self) -> Messages | SharedMemory:
+        """Of small values on the CPU: that of the collectives, if they have one."""
+        if isinstance(self.collectives, PlainCollectives):
+            return self.collectives.way()
+        if self._own_way is None:
+            self._own_way = connect(self.group, self.timeout_s) or Messages(self.group, self.timeout_s)
+        return self._own_way
+
     def _launch(
         self, name: str, call: Callable[[], Handle], seen: tuple[str, str, torch.Tensor] | None = None
     ) -> Pending:
@@ -246,7 +256,7 @@ class Wire:
 
 
 class PlainCollectives:
-    """The bytes as they are: by the back end's own collectives on an accelerator, by `exchange` on the CPU.
+    """The bytes as they are: by the back end on an accelerator, by `shared_memory` or `exchange` on the CPU.
 
     Gloo's `reduce_scatter_tensor` takes 2-10 times as long as its messages and a local sum, its `all_gather` some 4
     times; and where ranks have come to different collectives it pairs them all the same, or aborts the process.
@@ -272,7 +282,7 @@ class PlainCollectives:
         if out.device.type != "cpu" and size > 1:
             return Works([dist.all_gather_into_tensor(out, shard, group=self.group, async_op=True)], None)
         received = list(out.view(size, -1))
-        handle = self._connected().swap([shard] * size, tag, into=received)
+        handle = self.way().swap([shard] * size, tag, into=received)
         if received[rank].data_ptr() != shard.data_ptr():
             received[rank].copy_(shard)
         return handle
@@ -292,13 +302,13 @@ class PlainCollectives:
             copy = None if target is out else lambda: out.copy_(target)
             return Works([work], None, copy, keep=[wide, target])
         parts = list(full.view(self.group.size(), -1))
-        return self._connected().swap(parts, tag, then=lambda received: mean_of(received, out))
+        return self.way().swap(parts, tag, then=lambda received: mean_of(received, out))
 
-    def _connected(self) -> Messages | SharedMemory:
-        """The way that bytes take on the CPU, agreed by all ranks at the first collective."""
+    def way(self) -> Messages | SharedMemory:
+        """How parts travel on the CPU, agreed by all ranks at the first collective."""
         if self._way is None:
-            way = connect if self.shared_memory else Messages
-            self._way = way(self.group, self.timeout_s)
+            shared = connect(self.group, self.timeout_s) if self.shared_memory else None
+            self._way = shared or Messages(self.group, self.timeout_s)
         return self._way
 
     def trim(self) -> None:
@@ -312,13 +322,17 @@ def mean_of(parts: Sequence[torch.Tensor], out: torch.Tensor) -> None:
     if len(parts) == 1:
         if out.data_ptr() != parts[0].data_ptr():
             out.copy_(parts[0])
-    elif len(parts) == 2 and parts[0].dtype == out.dtype and out.dtype in (torch.float32, torch.float64):
+    elif len(parts) == 2 and parts[0].dtype == out.dtype != torch.float16:  # whose sum may overflow
         torch.add(parts[0], parts[1], out=out).mul_(0.5)
     else:
-        total = parts[0].to(torch.promote_types(out.dtype, torch.float32), copy=True)
+        wide = torch.promote_types(out.dtype, torch.float32)
+        total = out if out.dtype == wide != parts[0].dtype else torch.empty_like(out, dtype=wide)
+        total.copy_(parts[0])
         for part in parts[1:]:
             total.add_(part)
-        out.copy_(total.mul_(1.0 / len(parts)))
+        total.mul_(1.0 / len(parts))
+        if total is not out:
+            out.copy_(total)
 
 
 def resolve_group(mesh: DeviceMesh | dist.ProcessGroup) -> dist.ProcessGroup:

@@ -306,7 +306,7 @@ class Reducer:
     def _finish_down_to(self, limit_bytes: int) -> None:
         """Keep what is under way within a limit; at stage 3 a rank that is ahead goes on: others need its shards."""
         while self._in_flight and self.in_flight_bytes > limit_bytes:
-            if not self._in_flight[0].pending.is_done():
+            if self.council is not None and not self._in_flight[0].pending.is_done():
                 break
             self._finish(self._in_flight.popleft())
 

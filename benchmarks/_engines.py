@@ -1,26 +1,48 @@
 """Every way to train that `train_step.py` compares: one function each, from a plain model to a step.
 
-An engine's function takes the model as built, on this rank, in float32, and returns `Step`: batch in, this
-rank's loss out, parameters updated. All of them run AdamW with the same hyper-parameters and clip the global norm
-at 1.0. Peers are set up as their own documentation advises for the job; imports are put off, for no environment
-has all of them.
+An engine's function takes the model as built, on this rank, in float32, and the `Job`, and returns `Step`: the
+micro-batches of a step in, this rank's mean loss out, parameters updated. All of them run AdamW with the same
+hyper-parameters and clip the global norm at 1.0. Peers are set up as their own documentation advises for the job: they
+send gradients once a step, and recompute by torch's `checkpoint_wrapper`. Imports are put off, for no environment has
+all of them.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from gpt import GPT
+from gpt import GPT, Block
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
-Step = Callable[[Tensor, Tensor], float]
-Build = Callable[[GPT, torch.dtype], Step]
+Batch = tuple[Tensor, Tensor]
+Step = Callable[[Sequence[Batch]], float]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What an engine is asked to do.
+
+    Attributes:
+        dtype: of the maths.
+        sequences: of a micro-batch, a rank.
+        accumulate: micro-batches a step.
+        recompute: keep only the inputs of blocks for the backward.
+    """
+
+    dtype: torch.dtype
+    sequences: int
+    accumulate: int = 1
+    recompute: bool = False
+
+
+Build = Callable[[GPT, Job], Step]
 
 ADAMW: dict[str, Any] = {"lr": 3e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
 MAX_NORM = 1.0
@@ -45,23 +67,23 @@ def torch_adamw(parameters: Iterator[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, fused=True, **ADAMW)
 
 
-def ddp(model: GPT, dtype: torch.dtype) -> Step:
+def ddp(model: GPT, job: Job) -> Step:
     """DistributedDataParallel. In bfloat16, everything is: parameters, gradients and optimizer state."""
-    wrapped = _wrap_ddp(model.to(dtype))
-    return _plain_step(wrapped, torch_adamw(wrapped.parameters()))
+    wrapped = _wrap_ddp(model.to(job.dtype), job)
+    return _plain_step(wrapped, torch_adamw(wrapped.parameters()), wrapped.no_sync)
 
 
-def ddp_autocast(model: GPT, dtype: torch.dtype) -> Step:
-    """DistributedDataParallel over float32 parameters, maths in `dtype` under autocast."""
-    wrapped = _wrap_ddp(model)
-    return _plain_step(wrapped, torch_adamw(wrapped.parameters()), autocast=dtype)
+def ddp_autocast(model: GPT, job: Job) -> Step:
+    """DistributedDataParallel over float32 parameters, maths in bfloat16 under autocast."""
+    wrapped = _wrap_ddp(model, job)
+    return _plain_step(wrapped, torch_adamw(wrapped.parameters()), wrapped.no_sync, autocast=True)
 
 
-def ddp_zero_redundancy(model: GPT, dtype: torch.dtype) -> Step:
+def ddp_zero_redundancy(model: GPT, job: Job) -> Step:
     """DistributedDataParallel with torch's ZeroRedundancyOptimizer: optimizer state is sharded."""
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
-    wrapped = _wrap_ddp(model.to(dtype))
+    wrapped = _wrap_ddp(model.to(job.dtype), job)
     optimizer = ZeroRedundancyOptimizer(
         wrapped.parameters(),
         optimizer_class=torch.optim.AdamW,
@@ -69,33 +91,45 @@ def ddp_zero_redundancy(model: GPT, dtype: torch.dtype) -> Step:
         fused=True,
         **ADAMW,
     )
-    return _plain_step(wrapped, optimizer)
+    return _plain_step(wrapped, optimizer, wrapped.no_sync)
 
 
-def fsdp2(model: GPT, dtype: torch.dtype) -> Step:
-    """FSDP2: `fully_shard` on each block and the root; float32 shards, gathered and reduced in `dtype`."""
+def fsdp2(model: GPT, job: Job) -> Step:
+    """FSDP2: `fully_shard` on each block and the root; float32 shards, gathered and reduced in the job's dtype."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    if job.recompute:
+        _recompute(model)
 
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("dp",))
     policy = MixedPrecisionPolicy()
-    if dtype != torch.float32:
-        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=dtype)
+    if job.dtype != torch.float32:
+        policy = MixedPrecisionPolicy(param_dtype=job.dtype, reduce_dtype=job.dtype)
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
-    return _plain_step(model, torch_adamw(model.parameters()))
+    root = fully_shard(model, mesh=mesh, mp_policy=policy)
+
+    @contextmanager
+    def quiet() -> Iterator[None]:
+        root.set_requires_gradient_sync(False)
+        yield
+        root.set_requires_gradient_sync(True)
+
+    return _plain_step(model, torch_adamw(model.parameters()), quiet)
 
 
-def deepspeed_stage(model: GPT, dtype: torch.dtype, *, stage: int) -> Step:
+def deepspeed_stage(model: GPT, job: Job, *, stage: int) -> Step:
     """DeepSpeed with its own fused AdamW; bfloat16 keeps a float32 master copy."""
     import deepspeed
 
+    if job.recompute:
+        _recompute(model)
     config = {
-        "train_micro_batch_size_per_gpu": int(os.environ["SEQUENCES"]),
-        "gradient_accumulation_steps": 1,
+        "train_micro_batch_size_per_gpu": job.sequences,
+        "gradient_accumulation_steps": job.accumulate,
         "gradient_clipping": MAX_NORM,
         "optimizer": {"type": "AdamW", "params": {**ADAMW, "betas": list(ADAMW["betas"])}},
-        "bf16": {"enabled": dtype == torch.bfloat16},
+        "bf16": {"enabled": job.dtype == torch.bfloat16},
         "zero_optimization": {
             "stage": stage,
             "reduce_bucket_size": DEEPSPEED_BUCKET,
@@ -105,53 +139,88 @@ def deepspeed_stage(model: GPT, dtype: torch.dtype, *, stage: int) -> Step:
     }
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
 
-    def step(tokens: Tensor, targets: Tensor) -> float:
-        loss = engine(tokens, targets)
-        engine.backward(loss)
-        engine.step()
-        return float(loss)
+    def step(batches: Sequence[Batch]) -> float:
+        losses = []
+        for tokens, targets in batches:
+            loss = engine(tokens, targets)
+            engine.backward(loss)
+            engine.step()
+            losses.append(loss.detach())
+        return float(torch.stack(losses).mean())
 
     return step
 
 
-def zero_stage(model: GPT, dtype: torch.dtype, *, stage: int, shared_memory: bool = True) -> Step:
+def zero_stage(model: GPT, job: Job, *, stage: int, shared_memory: bool = True) -> Step:
     """zero-core; bfloat16 keeps a float32 master copy."""
     import zero_core as zero
 
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("dp",))
-    precision = zero.Precision(compute=dtype) if dtype != torch.float32 else zero.Precision()
+    precision = zero.Precision() if job.dtype == torch.float32 else zero.Precision(compute=job.dtype)
     collectives = None if shared_memory else partial(zero.PlainCollectives, shared_memory=False)
     sharded = zero.shard(model, mesh, stage=stage, precision=precision, collectives=collectives)
+    if job.recompute:
+        zero.checkpoint_modules(sharded, Block, zero.CheckpointPolicy())
     optimizer = zero.ShardedOptimizer(sharded, torch_adamw(sharded.parameters()))
+    accumulate = _accumulation(sharded, partial(zero.no_sync, sharded))
 
-    def step(tokens: Tensor, targets: Tensor) -> float:
-        loss = sharded(tokens, targets)
-        loss.backward()
+    def step(batches: Sequence[Batch]) -> float:
+        loss = accumulate(batches)
         zero.clip_grad_norm(optimizer, MAX_NORM)
         optimizer.step()
         optimizer.zero_grad()
-        return float(loss)
+        return loss
 
     return step
 
 
-def _wrap_ddp(model: nn.Module) -> nn.Module:
+def _wrap_ddp(model: nn.Module, job: Job) -> nn.parallel.DistributedDataParallel:
+    if job.recompute:
+        _recompute(model)
     return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
+def _recompute(model: nn.Module) -> None:
+    """Torch's own activation checkpointing around each block."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+
+    apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, Block))
+
+
+def _accumulation(
+    model: nn.Module, quiet: Callable[[], AbstractContextManager[None]], *, autocast: bool = False
+) -> Step:
+    """Forwards and backwards of a step; all but the last under `quiet`, which sends no gradients."""
+
+    def accumulate(batches: Sequence[Batch]) -> float:
+        losses = []
+        for position, (tokens, targets) in enumerate(batches, 1):
+            with nullcontext() if position == len(batches) else quiet():
+                with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+                    loss = model(tokens, targets)
+                (loss if len(batches) == 1 else loss / len(batches)).backward()
+            losses.append(loss.detach())
+        return float(torch.stack(losses).mean())
+
+    return accumulate
+
+
 def _plain_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, autocast: torch.dtype = torch.float32
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    quiet: Callable[[], AbstractContextManager[None]],
+    *,
+    autocast: bool = False,
 ) -> Step:
     """The ordinary loop, on a model that reduces its own gradients."""
+    accumulate = _accumulation(model, quiet, autocast=autocast)
 
-    def step(tokens: Tensor, targets: Tensor) -> float:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast == torch.bfloat16):
-            loss = model(tokens, targets)
-        loss.backward()
+    def step(batches: Sequence[Batch]) -> float:
+        loss = accumulate(batches)
         nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM, foreach=True)
         optimizer.step()
         optimizer.zero_grad()
-        return float(loss)
+        return loss
 
     return step
 
@@ -165,6 +234,6 @@ ENGINES: dict[str, Build] = {
     **{f"zero-core-{stage}": partial(zero_stage, stage=stage) for stage in (0, 1, 2, 3)},
     **{
         f"zero-core-{stage}-messages": partial(zero_stage, stage=stage, shared_memory=False)
-        for stage in (1, 3)
+        for stage in (1, 2, 3)
     },
 }

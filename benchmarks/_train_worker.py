@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from gpt import GPT, PRESETS, GPTConfig, random_batch
 
-BATCHES = 8  # seen again and again, so that the loss falls and disagreement shows
+BATCHES = 8  # steps' worth, seen again and again, so that the loss falls and disagreement shows
 
 
 def main() -> None:
@@ -62,16 +62,20 @@ class Worker:
         else:
             _engines.init_process_group()
         rank, world = dist.get_rank(), dist.get_world_size()
-        seeds = range(rank, BATCHES * world, world)
+        job = _engines.Job(
+            getattr(torch, order["dtype"]), order["sequences"], order["accumulate"], order["recompute"]
+        )
+        self.accumulate = job.accumulate
+        seeds = range(rank, BATCHES * job.accumulate * world, world)
         self.batches = [random_batch(config, sequences=order["sequences"], seed=seed) for seed in seeds]
         self.done = 0
         dist.barrier()
-        load_lazily_loaded_code(getattr(torch, order["dtype"]))
+        load_lazily_loaded_code(job.dtype)
         _measure.give_back_free_memory()
         self.resident_before = _measure.resident_bytes()
         _measure.restart_peak()
         torch.manual_seed(0)
-        self.step = _engines.ENGINES[engine](GPT(config), getattr(torch, order["dtype"]))
+        self.step = _engines.ENGINES[engine](GPT(config), job)
 
     def describe(self) -> dict[str, Any]:
         """What runs here."""
@@ -85,9 +89,10 @@ class Worker:
         """Take some steps; this rank's losses, seconds and processor seconds of each."""
         losses, seconds, processor_seconds = [], [], []
         for _ in range(steps):
-            tokens, targets = self.batches[self.done % len(self.batches)]
+            first = self.done * self.accumulate % len(self.batches)
+            batches = self.batches[first : first + self.accumulate]
             wall, processor = time.perf_counter(), time.process_time()
-            losses.append(self.step(tokens, targets))
+            losses.append(self.step(batches))
             seconds.append(time.perf_counter() - wall)
             processor_seconds.append(time.process_time() - processor)
             self.done += 1

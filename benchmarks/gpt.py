@@ -29,6 +29,7 @@ PRESETS = {
     "tiny": GPTConfig(num_layers=2, width=64, num_heads=4, vocab_size=256, sequence_length=64),
     "25m": GPTConfig(num_layers=8, width=512, num_heads=8, vocab_size=256, sequence_length=256),
     "110m": GPTConfig(num_layers=12, width=768, num_heads=12, vocab_size=16_000, sequence_length=256),
+    "350m": GPTConfig(num_layers=24, width=1024, num_heads=16, vocab_size=24_000, sequence_length=256),
 }
 
 

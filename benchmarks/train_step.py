@@ -3,6 +3,7 @@
     python3 tools/dev.py peers                       # once: DeepSpeed, in an environment of its own
     python3 tools/dev.py bench train_step            # the whole table, for 25.6 M parameters
     python3 tools/dev.py bench train_step --model 110m --dtypes bf16 --engines ddp,zero-core-3
+    python3 tools/dev.py bench train_step --model 350m --recompute --accumulate 4 --rounds 1 --steps 1 --warm-up 1
     python3 tools/dev.py bench train_step --quick    # does it still work? nothing is written
 
 Every engine is two processes that live through the whole run with their model built, and only one engine works
@@ -34,6 +35,9 @@ import torch
 from _engines import ADAMW, ENGINES, MAX_NORM
 from gpt import GPT, PRESETS, num_parameters
 
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tools"))
+from slow_network import Lab
+
 HERE = Path(__file__).resolve().parent
 PEERS = HERE.parent / ".venv-peers" / "environ.json"
 RANKS = 2
@@ -51,17 +55,23 @@ class EngineError(RuntimeError):
 
 
 class Engine:
-    """Two worker processes of one engine, and everything that was measured of them."""
+    """Two worker processes of one engine, on hosts of a lab or on this one, and everything measured of them."""
 
-    def __init__(self, name: str, dtype: str, options: argparse.Namespace) -> None:
+    def __init__(self, name: str, dtype: str, options: argparse.Namespace, hosts: Lab | None = None) -> None:
         self.name, self.dtype = name, dtype
-        python, environ = environment(name, options.sequences)
-        port = free_port()
+        python, environ = environment(name)
+        port, work = free_port(), [python, str(HERE / "_train_worker.py")]
         self.log = tempfile.TemporaryFile("w+", prefix=f"{name}-")  # noqa: SIM115 - closed by stop()
         self.ranks = [
             subprocess.Popen(
-                [python, HERE / "_train_worker.py"],
-                env={**environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": str(port)},
+                work if hosts is None else hosts.command(rank, work),
+                env={
+                    **environ,
+                    "RANK": str(rank),
+                    "LOCAL_RANK": str(rank),
+                    "MASTER_PORT": str(port),
+                    **({} if hosts is None else hosts.environ(rank, port)),
+                },
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self.log,
@@ -75,6 +85,8 @@ class Engine:
             "model": options.model,
             "dtype": DTYPES[dtype],
             "sequences": options.sequences,
+            "accumulate": options.accumulate,
+            "recompute": options.recompute,
         }
         self.versions: dict[str, str] = self.ask(order)[0]["versions"]
         self.losses: list[float] = []
@@ -174,7 +186,7 @@ class Row:
     rounds: list[Round] = field(repr=False)
 
 
-def environment(name: str, sequences: int) -> tuple[str, dict[str, str]]:
+def environment(name: str) -> tuple[str, dict[str, str]]:
     """The interpreter of an engine, and the variables of its processes: the same for all, but for paths."""
     python, extra = sys.executable, {}
     if name.startswith("deepspeed"):
@@ -192,7 +204,6 @@ def environment(name: str, sequences: int) -> tuple[str, dict[str, str]]:
         "LOCAL_SIZE": str(RANKS),
         "MASTER_ADDR": "127.0.0.1",
         "GLOO_SOCKET_IFNAME": "lo",
-        "SEQUENCES": str(sequences),
         "PATH": path,
     }
     return python, {**os.environ, **extra, **common}
@@ -328,6 +339,8 @@ def record(rows: list[Row], versions: dict[str, str], options: argparse.Namespac
         "ranks": RANKS,
         "threads_per_rank": 1,
         "sequences_per_rank": options.sequences,
+        "micro_batches_per_step": options.accumulate,
+        "recompute": options.recompute,
         "optimizer": {"AdamW": ADAMW, "clip": MAX_NORM},
         "rounds": options.rounds,
         "steps_per_round": options.steps,
@@ -342,16 +355,26 @@ def record(rows: list[Row], versions: dict[str, str], options: argparse.Namespac
     }
 
 
+def name_of(options: argparse.Namespace) -> str:
+    """Of the files with the results."""
+    accumulate = f"_accumulate{options.accumulate}" if options.accumulate > 1 else ""
+    return f"train_step_{options.model}{accumulate}{'_recompute' if options.recompute else ''}"
+
+
 def page(result: dict[str, Any], rows: list[Row]) -> str:
     """The results as a page."""
     hardware, setup = result["hardware"], result["setup"]
     versions = ", ".join(f"{name} {version}" for name, version in sorted(result["versions"].items()))
+    how = f" and micro-batch, {setup['micro_batches_per_step']} micro-batches a step" * (
+        setup["micro_batches_per_step"] > 1
+    )
+    how += ", blocks recomputed" * setup["recompute"]
     head = (
         f"# Training step, GPT of {setup['model']['parameters'] / 1e6:.1f} M parameters\n\n"
         f"{result['date']}; {hardware['processor']} ({hardware['instruction_set']}), {hardware['cores']} cores, "
         f"{hardware['memory_gib']} GiB; {versions}.\n"
         f"{RANKS} gloo ranks, one thread each, {setup['sequences_per_rank']} sequences of "
-        f"{setup['model']['sequence_length']} tokens a rank; AdamW, clip {MAX_NORM}; "
+        f"{setup['model']['sequence_length']} tokens a rank{how}; AdamW, clip {MAX_NORM}; "
         f"{setup['rounds']} rounds of {setup['steps_per_round']} steps.\n\n"
     )
     return f"{head}{table(rows)}\n\n{LEGEND}"
@@ -373,7 +396,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=3, help="steps of an engine in one round")
     parser.add_argument("--warm-up", type=int, default=6, help="first steps: compared by loss, not by time")
-    parser.add_argument("--sequences", type=int, default=4, help="sequences a rank and step")
+    parser.add_argument("--sequences", type=int, default=4, help="sequences a rank and micro-batch")
+    parser.add_argument("--accumulate", type=int, default=1, help="micro-batches a step")
+    parser.add_argument("--recompute", action="store_true", help="activation checkpointing of every block")
     parser.add_argument("--keep-going", action="store_true", help="leave out an engine that fails")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the results")
     parser.add_argument(
@@ -418,7 +443,7 @@ def main(arguments: Sequence[str]) -> int:
     if not options.quick:
         options.out.mkdir(parents=True, exist_ok=True)
         for suffix, content in ((".json", json.dumps(result, indent=1)), (".md", text)):
-            (options.out / f"train_step_{options.model}{suffix}").write_text(content)
+            (options.out / f"{name_of(options)}{suffix}").write_text(content)
     if torch.__version__ != versions["torch"]:
         say(f"careful: engines ran on torch {versions['torch']} and {torch.__version__}")
     return 0

@@ -202,7 +202,10 @@ def docs(arguments: list[str]) -> int:
 def bench(arguments: list[str]) -> int:
     """Run every benchmark quickly, or one with its own arguments."""
     if arguments and not arguments[0].startswith("-"):
-        name, known = arguments[0].removesuffix(".py"), [*benchmark_names(), *benchmark_names("gpu_")]
+        name, known = (
+            arguments[0].removesuffix(".py"),
+            [*benchmark_names(), *benchmark_names("gpu_"), *benchmark_names("net_")],
+        )
         if name not in known:
             raise SetupError(f"no benchmark {name!r}; there are: {', '.join(known)}")
         return run(VENV.python, f"benchmarks/{name}.py", *arguments[1:])
@@ -216,10 +219,10 @@ def bench(arguments: list[str]) -> int:
 
 
 def benchmark_names(prefix: str = "") -> list[str]:
-    """The benchmarks: every script in benchmarks/ that can be run; those for a GPU begin with `gpu_`."""
+    """The benchmarks: every script in benchmarks/ that can be run; `gpu_` need a GPU, `net_` root, for the lab."""
     scripts = (REPO / "benchmarks").glob(f"{prefix or '[!_]'}*.py")
     names = sorted(path.stem for path in scripts if '__name__ == "__main__"' in path.read_text())
-    return [name for name in names if name.startswith("gpu_") == (prefix == "gpu_")]
+    return [name for name in names if prefix or not name.startswith(("gpu_", "net_"))]
 
 
 def build(arguments: list[str]) -> int:

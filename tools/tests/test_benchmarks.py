@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -10,7 +11,17 @@ import pytest
 import torch
 
 # The engines that say most in least time; the peers of their own environment are not part of the tests.
-FEWER = {"train_step": ["--engines", "ddp,fsdp2,zero-core-3", "--dtypes", "bf16"]}
+FEWER = {
+    "train_step": [
+        "--engines",
+        "ddp,fsdp2,zero-core-3",
+        "--dtypes",
+        "bf16",
+        "--accumulate",
+        "2",
+        "--recompute",
+    ]
+}
 
 
 @pytest.mark.parametrize("name", dev.benchmark_names())
@@ -19,6 +30,17 @@ def test_quick_mode_prints_a_table(name: str) -> None:
     result = subprocess.run(command, cwd=dev.REPO, capture_output=True, text=True, timeout=600, check=False)
     assert result.returncode == 0, result.stderr
     assert "|" in result.stdout
+
+
+@pytest.mark.parametrize("name", dev.benchmark_names("net_"))
+def test_a_network_benchmark_runs_or_says_what_it_needs(name: str) -> None:
+    command = [sys.executable, f"benchmarks/{name}.py", "--quick"]
+    result = subprocess.run(command, cwd=dev.REPO, capture_output=True, text=True, timeout=300, check=False)
+    if result.returncode == 2:
+        assert re.search("need root|install iproute2|not permitted|not supported", result.stderr)
+    else:
+        assert result.returncode == 0, result.stderr
+        assert "| zero-core-3-messages |" in result.stdout
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -162,7 +162,7 @@ def left_alone(rank: int, how: str) -> tuple[str, float]:
     [
         ("dies", "rank 1 has ended", 2.0),
         ("closes", "rank 1 has ended", 2.0),
-        ("stays away", "rank 1 did not come", 4.0),
+        ("stays away", "rank 1 did not come within 2 s", 4.0),
         ("sends and goes", "went well", 2.0),
         ("forks", "went well", 5.0),
     ],

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 import zero_core as zero
+from torch import nn
 from zero_core.testing import run_ranks
 from zero_core_models import Net, batches, dp_mesh, loss_of, relative_error, seeded
 
@@ -69,20 +72,112 @@ def test_overflow_skips_on_all_ranks_and_adapts_the_scale(stage: int) -> None:
     ]
 
 
+REPORT = zero.OverflowReport(7, 1, "a.weight", "a", 4.0, (1.0, 2.5))
+
+
 def test_scaler_arithmetic() -> None:
     scaler = zero.LossScaler(8.0, growth_interval=1, min_scale=4.0)
-    scaler.update(overflow=True)
+    scaler.update(REPORT)
     assert scaler.value == 4.0
-    with pytest.raises(OverflowError, match="smallest scale"):
-        scaler.update(overflow=True)
-    scaler.update(overflow=False)
+    with pytest.raises(OverflowError, match=r"smallest scale, 4; step 7: .*'a.weight'.*before: 1, 2.5"):
+        scaler.update(REPORT)
+    scaler.update(None)
     assert scaler.value == 8.0
     other = zero.LossScaler(2.0)
     other.load_state_dict(scaler.state_dict())
     assert other.state_dict() == scaler.state_dict()
     static = zero.LossScaler(8.0, dynamic=False)
-    static.update(overflow=True)
+    static.update(REPORT)
     assert static.value == 8.0
+
+
+def test_at_the_smallest_scale_it_does_as_told(caplog: pytest.LogCaptureFixture) -> None:
+    skipping = zero.LossScaler(4.0, min_scale=4.0, at_minimum="skip")
+    skipping.update(REPORT)
+    assert "gradients overflow at the smallest scale" in caplog.text
+    assert skipping.value == 4.0
+    saved: list[zero.OverflowReport] = []
+    saving = zero.LossScaler(4.0, min_scale=4.0, at_minimum=saved.append)
+    with pytest.raises(OverflowError):
+        saving.update(REPORT)
+    assert saved == [REPORT]
+
+
+def peaks_before(rank: int, stage: int):
+    scaler = zero.LossScaler(2.0**4, history=3)
+    model = zero.shard(seeded(Net), dp_mesh(2), stage=stage)
+    opt = zero.ShardedOptimizer(model, torch.optim.SGD(model.parameters(), lr=0.0), scaler=scaler)
+    peaks = []
+    for step, ids in enumerate(batches(0, 5)):  # alike on both ranks, so that the mean is each one's own
+        loss = scaler.scale(loss_of(model, ids)) * (2.0**step)
+        if step == 4 and rank == 1:
+            loss = loss + model.blocks[1].up.weight.sum() * torch.inf if stage < 3 else loss * torch.inf
+        loss.backward()
+        opt.step()
+        if step < 4:
+            names = [n for n, p in model.named_parameters() if n.startswith("blocks.1.") and p.numel()]
+            peaks.append(max(float(zero.get_full(model, n, what="grad").abs().max()) for n in names))
+        opt.zero_grad()
+    return opt.overflow_report, peaks
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_report_shows_the_gradients_of_the_steps_before(stage: int) -> None:
+    for report, peaks in run_ranks(peaks_before, 2, stage):
+        assert report.module == "blocks.1.up"
+        assert report.step == 5
+        assert report.history == pytest.approx(peaks[1:])
+
+
+def not_finite_without_scaler(rank: int, clip: bool):
+    model = zero.shard(seeded(Net), dp_mesh(2), stage=3, precision=zero.Precision(compute=torch.bfloat16))
+    opt = zero.ShardedOptimizer(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    reports = []
+    for step, ids in enumerate(batches(rank, 3)):
+        loss = loss_of(model, ids)
+        (loss * torch.nan if step == 1 and rank == 1 else loss).backward()
+        if clip:
+            zero.clip_grad_norm(opt, 1.0)
+        opt.step()
+        opt.zero_grad()
+        reports.append(opt.overflow_report)
+    return reports, opt.last_step_skipped
+
+
+def test_without_a_scaler_it_is_named_and_goes_on() -> None:
+    for reports, skipped in run_ranks(not_finite_without_scaler, 2, True):
+        assert reports[0] is None
+        assert (reports[1].step, reports[1].rank, reports[1].skipped) == (2, 0, False)
+        assert "without a loss scaler" in str(reports[1])
+        assert reports[2] is not None
+        assert not skipped
+    for reports, _ in run_ranks(not_finite_without_scaler, 2, False):
+        assert reports == [None] * 3, "nobody asked for the norm"
+
+
+def announced(rank: int) -> list[str]:
+    lines: list[str] = []
+
+    class Lines(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    logger = logging.getLogger("zero_core")
+    handler = Lines()
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3).bfloat16())
+    zero.shard(model, dp_mesh(2), stage=2, precision=zero.Precision(reduce=torch.float32))
+    logger.removeHandler(handler)
+    return lines
+
+
+def test_five_dtypes_are_said_once() -> None:
+    first, second = run_ranks(announced, 2)
+    assert second == []
+    same = "param {0}, compute {0}, reduce float32, accumulate float32, master float32"
+    assert first[1:] == [f"{t} parameters: {same.format(t)}" for t in ("float32", "bfloat16")]
+    assert first[0].startswith("stage 2 over 2 ranks: ")
 
 
 @pytest.mark.parametrize(

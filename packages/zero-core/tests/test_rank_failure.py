@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 
@@ -59,8 +60,35 @@ def test_ranks_that_diverge_are_told_apart(stage: int) -> None:
     for rank, (message, seconds) in enumerate(results):
         assert f"rank {rank} of 2" in message
         assert f"rank {1 - rank} was at collective" in message
-        assert seconds < TIMEOUT_S * 4
+        assert f"rank {1 - rank} waits for this rank, and this rank for it" in message
+        assert "of step 2" in message
+        assert seconds < TIMEOUT_S / 2, "two that wait for each other need no deadline"
     assert "reduction of unit '" in results[0][0]
+
+
+def diverge_over_messages(rank: int) -> tuple[str, float]:
+    messages = functools.partial(zero.PlainCollectives, timeout_s=TIMEOUT_S, shared_memory=False)
+    overlap = zero.Overlap(timeout_s=TIMEOUT_S)
+    model = zero.shard(seeded(Net), dp_mesh(2), stage=2, overlap=overlap, collectives=messages)
+    opt = zero.ShardedOptimizer(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    start = time.monotonic()
+    try:
+        if rank == 0:
+            loss_of(model, next(iter(batches(rank, 1)))).backward()
+        opt.step()
+    except zero.CollectiveError as error:
+        return str(error), time.monotonic() - start
+    return "", 0.0
+
+
+def test_over_messages_the_deadline_tells() -> None:
+    for rank, (message, seconds) in enumerate(run_ranks(diverge_over_messages, 2)):
+        assert f"rank {1 - rank} was at collective" in message
+        assert TIMEOUT_S / 2 < seconds < TIMEOUT_S * 4
+
+
+def test_the_default_deadline() -> None:
+    assert zero.Overlap().timeout_s == 30.0
 
 
 def test_at_stage_3_ranks_that_part_know_it_at_once() -> None:

@@ -125,6 +125,44 @@ def _llava_batch(generator: torch.Generator, rank: int) -> Batch:
     return {"input_ids": ids, "labels": ids, "pixel_values": torch.randn(2, 3, 8, 8, generator=generator)}
 
 
+VIDEO_TOKEN, VISION_START, VISION_END = 4, 62, 63
+
+
+def _qwen2_vl() -> nn.Module:
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+    config = Qwen2VLConfig(
+        text_config={
+            "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
+            "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+        },
+        vision_config={
+            "depth": 3, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "mlp_ratio": 2, "patch_size": 4,
+            "spatial_merge_size": 2, "temporal_patch_size": 2, "in_channels": 3,
+        },
+        image_token_id=IMAGE_TOKEN, video_token_id=VIDEO_TOKEN, vision_start_token_id=VISION_START,
+        vision_end_token_id=VISION_END,
+    )  # fmt: skip
+    return Qwen2VLForConditionalGeneration(config)
+
+
+def _qwen2_vl_batch(generator: torch.Generator, rank: int) -> Batch:
+    """One image of 4 x 4 patches (4 tokens after merging) a sequence; the second rank has none."""
+    ids = tokens(generator).clamp(max=VISION_START - 1)
+    if rank == 1:
+        return {"input_ids": ids, "labels": ids}
+    ids[:, 0], ids[:, 1:5], ids[:, 5] = VISION_START, IMAGE_TOKEN, VISION_END
+    return {
+        "input_ids": ids,
+        "labels": ids,
+        "pixel_values": torch.randn(2 * 16, 3 * 2 * 4 * 4, generator=generator),
+        "image_grid_thw": torch.tensor([[1, 4, 4]] * 2),
+        "mm_token_type_ids": (ids == IMAGE_TOKEN).int(),
+    }
+
+
 FAMILIES: dict[str, Family] = {
     "gpt2": Family(_gpt2, causal),
     "llama": Family(lambda: _decoder("Llama"), causal),
@@ -135,6 +173,7 @@ FAMILIES: dict[str, Family] = {
     "t5": Family(_t5, causal),
     "whisper": Family(_whisper, _whisper_batch),
     "llava": Family(_llava, _llava_batch),
+    "qwen2-vl": Family(_qwen2_vl, _qwen2_vl_batch),
 }
 
 

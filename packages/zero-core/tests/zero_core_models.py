@@ -53,6 +53,14 @@ class Net(nn.Module):
         return self.head(self.norm(x)) + self.bias.to(x.dtype)
 
 
+class Untied(Net):
+    """Its embedding and its head are their own."""
+
+    def __init__(self, num_blocks: int = 3, *, unused: bool = False) -> None:
+        super().__init__(num_blocks, unused=unused)
+        self.head.weight = nn.Parameter(self.embed.weight.detach().clone())
+
+
 def dp_mesh(world_size: int) -> DeviceMesh:
     return init_device_mesh("cpu", (world_size,), mesh_dim_names=("dp",))
 

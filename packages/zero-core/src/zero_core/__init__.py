@@ -8,6 +8,7 @@ The modules, in the order in which data flows:
 - `params`, `gather` -> `turns`, `gather_plan`: stage 3: parameters whole around their use, in one order on all ranks.
 - `hooks` -> `buckets` -> `collectives`, `exchange`, `shared_memory` -> `accumulate` -> `precision`, `norms` ->
   `claims`, `optimizer`, `steppers` -> `publish`: a gradient's way.
+- `wires`, `hierarchy`, `rows`: who talks to whom, across replicas, about sparse gradients.
 - `owners`, `whole`: a step of optimizers that look at whole tensors.
 - `checkpointing`: activations are computed again in backward; where the inputs wait meanwhile.
 - `materialize`, `state`, `memory`: full values, descriptions for checkpoints, plans.
@@ -26,7 +27,7 @@ from .checkpointing import (
     profile_checkpoints,
 )
 from .collectives import Collectives, Handle, PlainCollectives
-from .config import Overlap, Precision
+from .config import Overlap, Placement, Precision
 from .diagnostics import diagnostics
 from .errors import CollectiveError, ReleasedParameterError, ZeroConfigError, ZeroError, ZeroStateError
 from .full_access import get_full, set_full
@@ -53,6 +54,7 @@ __all__ = [
     "MemoryPlan",
     "OverflowReport",
     "Overlap",
+    "Placement",
     "PlainCollectives",
     "Precision",
     "ReleasedParameterError",

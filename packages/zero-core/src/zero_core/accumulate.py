@@ -38,7 +38,8 @@ class GradShard:
         """Where a reduction may write: the shard itself while it is empty, else a borrowed buffer."""
         if not self.filled:
             return self._own()
-        return self._pool.take(self.unit.layout.shard_numel, self.dtype, self.unit.full.device)
+        start, stop = self.unit.local
+        return self._pool.take(stop - start, self.dtype, self.unit.full.device)
 
     def accept(self, reduced: torch.Tensor) -> None:
         """Take a reduced gradient over."""

@@ -89,7 +89,7 @@ def agree(
     except ZeroConfigError as error:
         problem = str(error)
     state.reducer.assemble()
-    told = gather_json(state.wire, f"requests of {call}", [[name, what], problem, shape])
+    told = gather_json(state.everyone, f"requests of {call}", [[name, what], problem, shape])
     for rank, (wanted, found, _) in enumerate(told):
         if found:
             raise ZeroConfigError(f"{call}: {found} (rank {rank} of {len(told)})")

@@ -7,6 +7,7 @@ submodule by `sharded`. Read `hooks` next for the backward, `gather` for stage 3
 from __future__ import annotations
 
 import functools
+import logging
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,19 +20,21 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.hooks import RemovableHandle
 
-from .collectives import Collectives, Fate, PlainCollectives, Wire, resolve_group, sibling_group
-from .config import Overlap, Precision
+from .collectives import Collectives, Wire, resolve_groups
+from .config import Overlap, Placement, Precision
 from .errors import ReleasedParameterError, ZeroConfigError, ZeroStateError
 from .fill import fill_buffers, fill_units
 from .flat_unit import FlatUnit
 from .gather import Gatherer
 from .hooks import Entrance, Reducer
 from .params import Residency, release_class
-from .units import UnitChoice, find_units
+from .units import UnitChoice, UnitSpec, find_units
+from .wires import connect
 
 if TYPE_CHECKING:
     from .diagnostics import Meter
 
+logger = logging.getLogger(__name__)
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 _HANDLE = "_zero_core_sharded"
 
@@ -44,7 +47,8 @@ class Sharded:
         units: every unit, in order of definition.
         reducer: takes gradients in and reduces them.
         gatherer: stage 3: makes parameters whole around their use.
-        wire: collectives for parameters and verdicts.
+        wire: collectives for parameters and verdicts, among the ranks that share one set of shards.
+        everyone: the wire of these and of their replicas.
         meter: what `diagnostics` counts with, once it was called.
     """
 
@@ -54,6 +58,7 @@ class Sharded:
     overlap: Overlap
     units: list[FlatUnit]
     wire: Wire
+    everyone: Wire
     reducer: Reducer
     gatherer: Gatherer | None
     meter: Meter | None = None
@@ -106,6 +111,7 @@ def shard(
     precision: Precision | None = None,
     collectives: Collectives | Callable[[dist.ProcessGroup], Collectives] | None = None,
     overlap: Overlap | None = None,
+    placement: Placement | None = None,
     init_module: Callable[[nn.Module], None] | None = None,
 ) -> ModuleT:
     """Shard a model's training state over a mesh; returns the same object, to be used as before.
@@ -115,7 +121,8 @@ def shard(
 
     Args:
         model: any module; on the CPU, on the mesh's device, or on the meta device.
-        mesh: a one-dimensional mesh, a mesh with a dimension "dp", or a process group.
+        mesh: a one-dimensional mesh, a mesh with a dimension "dp", or a process group. Dimensions "dp_replicate" and
+            "dp_shard" shard inside (a node) and replicate across.
         stage: 0 replicates everything (like DDP), 1 shards optimizer state, 2 gradients too, 3 parameters too.
         units: what is gathered, reduced and freed together: None finds the repeated blocks; or module classes; or
             a predicate `(name, module) -> bool`.
@@ -123,6 +130,7 @@ def shard(
         collectives: how bytes travel: an object that implements `Collectives`, or a function that makes one for a
             process group (stage 3 has two of them); None sends them as they are.
         overlap: bytes in flight and the deadline of collectives.
+        placement: stage 3: what stays whole between uses.
         init_module: fills the parameters and buffers of one module of a meta model; None calls its
             `reset_parameters`.
 
@@ -145,40 +153,49 @@ def shard(
         raise ZeroConfigError(
             "model: it, or a part of it, is sharded already; shard the outermost module, once"
         )
-    group = resolve_group(mesh)
-    device = _device_of(mesh, group)
-    specs = find_units(model, units)
+    placement = placement or Placement()
+    if stage < 3 and placement != Placement():
+        raise ZeroConfigError(
+            f"placement: at stage {stage} everything stays whole; leave it out, or use stage 3"
+        )
+    groups = resolve_groups(mesh)
+    device = _device_of(mesh, groups.shard)
+    specs = find_units(model, units, placement.whole_modules)
+    wires = connect(mesh, groups, device, stage, collectives, overlap.timeout_s)
 
-    fate = Fate()
-
-    def wire(of: dist.ProcessGroup) -> Wire:
-        made = PlainCollectives(of, overlap.timeout_s) if collectives is None else collectives
-        return Wire(of, made(of) if callable(made) else made, device, overlap.timeout_s, fate)
-
-    param_wire = wire(group)
-    # Messages between CPU ranks carry tags; elsewhere gathers and reductions may not share a group's one order.
-    alone = stage < 3 or (collectives is None and device.type == "cpu")
-    reduce_wire = param_wire if alone else wire(sibling_group(group))
+    dtypes = list(dict.fromkeys(param.dtype for spec in specs for _, param in spec.params))
+    rank, size = groups.shard.rank(), groups.shard.size()
+    num_replicas = 1 if groups.replicate is None else groups.replicate.size()
     flat_units = [
-        FlatUnit(spec, index, group.rank(), group.size(), stage) for index, spec in enumerate(specs)
+        FlatUnit(spec, index, rank, size, _stage_of(spec, stage, placement, precision), num_replicas)
+        for index, spec in enumerate(specs)
     ]
     released = release_class(_explain(flat_units))
-    fill_units(model, flat_units, precision, param_wire, init_module)
-    fill_buffers(model, param_wire)
-    param_wire.salt = reduce_wire.salt = param_wire.broadcast_text("name of the model", secrets.token_hex(4))
-    reducer = Reducer(flat_units, reduce_wire, precision, overlap)
+    fill_units(model, flat_units, precision, wires.everyone, wires.replicas, init_module)
+    fill_buffers(model, wires.everyone)
+    salt = wires.everyone.broadcast_text("name of the model", secrets.token_hex(4))
+    for wire in wires.all:
+        wire.salt = salt
+    if wires.everyone.group.rank() == 0:
+        _announce(len(flat_units), dtypes, stage, precision, size, num_replicas)
+    reducer = Reducer(flat_units, wires.grads, wires.everyone, precision, overlap)
     gatherer = None
     if stage == 3:
         for unit in flat_units:
-            unit.enter(Residency.SHARDED, released)
-        council = param_wire
-        if device.type != "cpu":
-            beside = sibling_group(group, "gloo")
-            council = Wire(beside, PlainCollectives(beside), torch.device("cpu"), overlap.timeout_s, fate)
-            council.salt = param_wire.salt
-        gatherer = Gatherer(model, flat_units, param_wire, council, overlap, released, reducer)
-    Sharded(model, stage, precision, overlap, flat_units, param_wire, reducer, gatherer).install()
+            if unit.stage == 3:
+                unit.enter(Residency.SHARDED, released)
+        gatherer = Gatherer(model, flat_units, wires.params, wires.council, overlap, released, reducer)
+        reducer.council = wires.council_of_all
+    Sharded(
+        model, stage, precision, overlap, flat_units, wires.params, wires.everyone, reducer, gatherer
+    ).install()
     return model
+
+
+def _stage_of(spec: UnitSpec, stage: int, placement: Placement, precision: Precision) -> int:
+    """A unit that stays whole at stage 3 is one of stage 2."""
+    nbytes = sum(p.numel() * precision.param_dtype(p.dtype).itemsize for _, p in spec.params)
+    return 2 if spec.stays_whole or 0 < nbytes <= placement.whole_bytes else stage
 
 
 def sharded(module: nn.Module) -> Sharded:
@@ -232,6 +249,21 @@ def _device_of(mesh: DeviceMesh | dist.ProcessGroup, group: dist.ProcessGroup) -
     if kind == "cpu":
         return torch.device("cpu")
     return torch.device(kind, torch.get_device_module(kind).current_device())
+
+
+def _announce(
+    num_units: int,
+    dtypes: list[torch.dtype],
+    stage: int,
+    precision: Precision,
+    world_size: int,
+    num_replicas: int,
+) -> None:
+    """Log once what nobody should have to guess."""
+    spread = f"{world_size} ranks" + (f", {num_replicas} replicas" if num_replicas > 1 else "")
+    logger.info("stage %d over %s: %d units", stage, spread, num_units)
+    for own in dtypes:
+        logger.info("%s parameters: %s", str(own).removeprefix("torch."), precision.describe(own))
 
 
 def _explain(units: list[FlatUnit]) -> Callable[[nn.Parameter], str]:

@@ -79,6 +79,7 @@ class GradBucket:
             overwrite: the gradient replaces what the slot holds.
         """
         self._open()
+        grad = grad.to_dense() if grad.is_sparse else grad
         view = self.views[index]
         if grad.data_ptr() != view.data_ptr():
             if index in self._filled and not overwrite:

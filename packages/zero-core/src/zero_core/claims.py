@@ -74,7 +74,7 @@ def steps_whole_tensors(inner: Optimizer, asked: bool | None) -> bool:
             "one parameter needs that parameter alone"
         )
     if isinstance(inner, SparseAdam):
-        raise ZeroConfigError("SparseAdam needs sparse gradients, and reductions are dense; use Adam")
+        raise ZeroConfigError("SparseAdam needs sparse gradients, and shards have dense ones; use Adam")
     if asked is None:
         return isinstance(inner, PER_TENSOR)
     if not asked:

@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from .diagnosis import diagnose
 from .errors import CollectiveError, ZeroConfigError
 from .exchange import Messages, Works, as_bytes, exchange
-from .shared_memory import SharedMemory, Swap, connect
+from .shared_memory import SharedMemory, connect
 
 T = TypeVar("T")
 
@@ -30,6 +30,12 @@ class Handle(Protocol):
 
     def wait(self) -> None:
         """Return when the output may be used; raise `RuntimeError` if it never can."""
+
+
+def is_done(handle: Handle) -> bool:
+    """Whether `wait` need not wait for another rank, as far as is known: handles may have an `is_done()`."""
+    ask: Callable[[], bool] | None = getattr(handle, "is_done", None)
+    return ask is None or ask()
 
 
 class Collectives(Protocol):
@@ -77,8 +83,8 @@ class Pending:
     waiting: AbstractContextManager[object] = field(default_factory=nullcontext)
 
     def is_done(self) -> bool:
-        """Whether `wait` need not wait for another rank, as far as is known."""
-        return not isinstance(self.handle, (Works, Swap)) or self.handle.is_done()
+        """See `is_done`."""
+        return is_done(self.handle)
 
     def wait(self) -> None:
         """Finish it.
@@ -92,8 +98,14 @@ class Pending:
 
 @dataclass
 class Fate:
-    """Whether a collective of this model has failed: then no other is tried, and every wait ends at once."""
+    """How far a model has come.
 
+    Attributes:
+        num_steps: steps of its optimizers so far.
+        failure: of a collective: then no other is tried, and every wait ends at once.
+    """
+
+    num_steps: int = 0
     failure: CollectiveError | None = None
 
 
@@ -159,7 +171,7 @@ class Wire:
 
         tag = _tag(name + self.salt, tensor)
         sent = [tensor.flatten().clone()] * self.group.size()
-        return self._launch(name, lambda: self._way().swap(sent, tag, then=combine))
+        return self._launch(name, lambda: self.connect().swap(sent, tag, then=combine))
 
     def consult(self, name: str, numbers: Sequence[int]) -> list[list[int]]:
         """Every rank's `numbers` (int64, as many on each), by rank; the wire's device must be the CPU."""
@@ -170,7 +182,7 @@ class Wire:
             heard.extend(part.tolist() for part in parts)
 
         tag, sent = _tag(f"consultation{self.salt}", own), [own] * self.group.size()
-        self._launch(name, lambda: self._way().swap(sent, tag, then=hear)).wait()
+        self._launch(name, lambda: self.connect().swap(sent, tag, then=hear)).wait()
         return heard
 
     def swap(self, name: str, sent: Sequence[torch.Tensor], received: Sequence[torch.Tensor]) -> Pending:
@@ -221,8 +233,8 @@ class Wire:
         self.broadcast(name, encoded)
         return bytes(encoded.tolist()).decode()
 
-    def _way(self) -> Messages | SharedMemory:
-        """Of small values on the CPU: that of the collectives, if they have one."""
+    def connect(self) -> Messages | SharedMemory:
+        """The way of small values on the CPU: the collectives' own, if they have one; all must call it the first time."""
         if isinstance(self.collectives, PlainCollectives):
             return self.collectives.way()
         if self._own_way is None:
@@ -233,7 +245,7 @@ class Wire:
         self, name: str, call: Callable[[], Handle], seen: tuple[str, str, torch.Tensor] | None = None
     ) -> Pending:
         self._launched += 1
-        what = f"collective {self._launched} ({name})"
+        what = f"collective {self._launched} ({name}) of step {self.fate.num_steps + 1}"
         if self.observer is None or seen is None:
             return Pending(self.guard(what, call), self, what)
         waiting = self.observer.begin(*seen)
@@ -269,7 +281,7 @@ class PlainCollectives:
     """
 
     def __init__(
-        self, group: dist.ProcessGroup, timeout_s: float = 60.0, *, shared_memory: bool = True
+        self, group: dist.ProcessGroup, timeout_s: float = 30.0, *, shared_memory: bool = True
     ) -> None:
         self.group = group
         self.timeout_s = timeout_s
@@ -335,20 +347,60 @@ def mean_of(parts: Sequence[torch.Tensor], out: torch.Tensor) -> None:
             out.copy_(total)
 
 
-def resolve_group(mesh: DeviceMesh | dist.ProcessGroup) -> dist.ProcessGroup:
-    """The process group to shard over: a one-dimensional mesh's own, or that of a larger mesh's "dp" dimension."""
+@dataclass(frozen=True)
+class Groups:
+    """The ranks of a model.
+
+    Attributes:
+        shard: those that share one set of shards.
+        replicate: those that hold the same shard; None where no others do.
+    """
+
+    shard: dist.ProcessGroup
+    replicate: dist.ProcessGroup | None = None
+
+
+def resolve_groups(mesh: DeviceMesh | dist.ProcessGroup) -> Groups:
+    """What to shard over: a process group; a mesh's only dimension, or its "dp", or its "dp_shard".
+
+    Raises:
+        ZeroConfigError: it is neither, or a mesh without such a dimension.
+    """
     if isinstance(mesh, dist.ProcessGroup):
-        return mesh
+        return Groups(mesh)
     if not isinstance(mesh, DeviceMesh):
         raise ZeroConfigError(f"mesh: expected a DeviceMesh or a ProcessGroup, got {type(mesh).__name__}")
+    names = mesh.mesh_dim_names or ()
+    if "dp_shard" in names and mesh.ndim > 1:
+        replicas = mesh["dp_replicate"].get_group() if "dp_replicate" in names else None
+        alone = replicas is None or replicas.size() == 1
+        return Groups(mesh["dp_shard"].get_group(), None if alone else replicas)
     if mesh.ndim == 1:
-        return mesh.get_group()
-    if "dp" in (mesh.mesh_dim_names or ()):
-        return mesh["dp"].get_group()
+        return Groups(mesh.get_group())
+    if "dp" in names:
+        return Groups(mesh["dp"].get_group())
     raise ZeroConfigError(
-        f"mesh: expected one dimension, or one named 'dp', got dimensions {mesh.mesh_dim_names or mesh.ndim}; "
-        'pass mesh["name"]'
+        "mesh: expected one dimension, or one named 'dp', or 'dp_shard' with or without 'dp_replicate', got dimensions "
+        f'{names or mesh.ndim}; pass mesh["name"]'
     )
+
+
+def group_of_all(mesh: DeviceMesh | dist.ProcessGroup, groups: Groups) -> dist.ProcessGroup:
+    """All ranks of a model, one set of shards after another; every one of them must call it.
+
+    Raises:
+        ZeroConfigError: ranks of the mesh do not ascend in that order.
+    """
+    if groups.replicate is None:
+        return groups.shard
+    assert isinstance(mesh, DeviceMesh)
+    names = [name for name in mesh.mesh_dim_names or () if name in ("dp_replicate", "dp_shard")]
+    ranks = mesh[tuple(names)].mesh.flatten().tolist()
+    if names[0] != "dp_replicate" or ranks != sorted(ranks):
+        raise ZeroConfigError(
+            f"mesh: expected 'dp_replicate' before 'dp_shard' and ascending ranks, got {names} with ranks {ranks}"
+        )
+    return cast(dist.ProcessGroup, dist.new_group(ranks, use_local_synchronization=True))
 
 
 def sibling_group(group: dist.ProcessGroup, backend: str | None = None) -> dist.ProcessGroup:

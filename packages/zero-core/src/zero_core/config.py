@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from .errors import ZeroConfigError
+from .units import UnitChoice
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -59,6 +60,18 @@ class Precision:
         """Whether parameters and maths have different dtypes, so that forward runs under autocast."""
         return self.param is not None and self.compute is not None and self.param != self.compute
 
+    def describe(self, own: torch.dtype) -> str:
+        """The five dtypes that parameters of dtype `own` get."""
+        param = self.param_dtype(own)
+        dtypes = {
+            "param": param,
+            "compute": self.compute or param,
+            "reduce": self.reduce_dtype(param),
+            "accumulate": self.accumulate_dtype(param),
+            "master": self.master_dtype(param),
+        }
+        return ", ".join(f"{name} {str(dtype).removeprefix('torch.')}" for name, dtype in dtypes.items())
+
     def param_dtype(self, own: torch.dtype) -> torch.dtype:
         """The dtype that a parameter of dtype `own` has once sharded; integer parameters keep theirs."""
         if not own.is_floating_point:
@@ -79,6 +92,33 @@ class Precision:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Stage 3: which parameters stay whole on every rank between uses; no setting changes a bit of the result.
+
+    Their units are treated as at stage 2: gradients, masters and optimizer state are sharded, parameters are gathered
+    once a step instead of at every use.
+
+    Args:
+        whole_modules: modules whose parameters stay whole, such as embeddings: classes, or a predicate
+            `(name, module) -> bool`. Each becomes a unit of its own.
+        whole_bytes: units of at most so many bytes stay whole too.
+    """
+
+    whole_modules: UnitChoice = None
+    whole_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        if (
+            not isinstance(self.whole_bytes, int)
+            or isinstance(self.whole_bytes, bool)
+            or self.whole_bytes < 0
+        ):
+            raise ZeroConfigError(
+                f"Placement(whole_bytes=...): expected a number of bytes >= 0, got {self.whole_bytes!r}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Overlap:
     """How many bytes may be on their way while compute goes on; no setting changes a bit of the result.
 
@@ -89,13 +129,13 @@ class Overlap:
             waits for no other here, whatever limit or `enabled` say, since others may need its shards.
         prefetch_bytes: stage 3: full parameters gathered ahead of use, per rank. `None`: one largest unit.
         timeout_s: seconds after which a collective that has not finished is an error (where the back end of
-            the process group lets a wait end).
+            the process group lets a wait end). Raise it where one rank works alone for longer.
     """
 
     enabled: bool = True
     reduce_bytes: int | None = None
     prefetch_bytes: int | None = None
-    timeout_s: float = 60.0
+    timeout_s: float = 30.0
 
     def __post_init__(self) -> None:
         for field in ("reduce_bytes", "prefetch_bytes"):

@@ -29,9 +29,9 @@ def diagnose(group: dist.ProcessGroup, what: str, timeout_s: float, error: Excep
         if r != rank
     ]
     return CollectiveError(
-        f"rank {rank} of {size}: {what} did not finish within {timeout_s:g} s or lost its peer; {'; '.join(lines)}. "
+        f"rank {rank} of {size}: {what} cannot finish ({str(error).strip().splitlines()[0]}); {'; '.join(lines)}. "
         "All ranks must use the same units in the same passes; end the job, look at the first rank that failed, and "
-        f"resume from a checkpoint. Cause: {str(error).strip().splitlines()[0]}"
+        f"resume from a checkpoint. Where a rank works alone for longer than {timeout_s:g} s, raise Overlap(timeout_s=)"
     )
 
 

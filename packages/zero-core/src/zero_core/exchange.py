@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import timedelta
 from queue import SimpleQueue
+from typing import TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -24,18 +25,21 @@ Then = Callable[[Sequence[torch.Tensor]], object]
 class Works:
     """Works of the process group, then something to do with what arrived: a `collectives.Handle`.
 
-    A time-out of None leaves the deadline to the back end. `keep` holds what must outlive the works. `arrival` is
-    there where a `Watcher` waits for the works.
+    A time-out of None leaves the deadline to the back end. `keep` holds what must outlive the works. `watcher` can
+    wait for them beside this rank's work, from the first question on; `arrival` is its answer.
     """
 
     works: Sequence[dist.Work]
     timeout_s: float | None
     then: Callable[[], object] | None = None
     keep: Sequence[torch.Tensor] = field(default_factory=list)
+    watcher: Watcher | None = None
     arrival: Future[None] | None = None
 
     def is_done(self) -> bool:
         """Whether `wait` need not wait for another rank, as far as is known."""
+        if self.arrival is None and self.watcher is not None:
+            self.arrival = self.watcher.watch(self)
         return self.arrival is None or self.arrival.done()
 
     def wait(self) -> None:
@@ -56,33 +60,37 @@ class Works:
                 work.wait(timedelta(seconds=self.timeout_s))
 
 
+_Queue: TypeAlias = "SimpleQueue[tuple[Works, Future[None]] | None]"
+
+
 class Watcher:
     """A thread that waits for works, so that their rank may go on serving others; gloo's works cannot be asked."""
 
     def __init__(self) -> None:
-        self._queue: SimpleQueue[Works | None] = SimpleQueue()
+        self._queue: _Queue = SimpleQueue()
         self._thread: threading.Thread | None = None
         weakref.finalize(self, self._queue.put, None)
 
-    def watch(self, works: Works) -> None:
-        """Have `works.is_done()` tell."""
-        works.arrival = Future()
-        self._queue.put(works)
+    def watch(self, works: Works) -> Future[None]:
+        """Done when the works are."""
+        arrival: Future[None] = Future()
+        self._queue.put((works, arrival))
         if self._thread is None:
             self._thread = threading.Thread(target=_watch, args=(self._queue,), name="zero_core", daemon=True)
             self._thread.start()
+        return arrival
 
 
-def _watch(queue: SimpleQueue[Works | None]) -> None:
-    while (works := queue.get()) is not None:
-        assert works.arrival is not None
+def _watch(queue: _Queue) -> None:
+    while (item := queue.get()) is not None:
+        works, arrival = item
         try:
             works.arrive()
         except BaseException as error:  # the rank that waits raises it
-            works.arrival.set_exception(error)
+            arrival.set_exception(error)
         else:
-            works.arrival.set_result(None)
-        del works
+            arrival.set_result(None)
+        del item, works, arrival
 
 
 def exchange(
@@ -92,6 +100,7 @@ def exchange(
     tag: int,
     timeout_s: float,
     then: Callable[[], object] | None = None,
+    watcher: Watcher | None = None,
 ) -> Works:
     """Send `sent[r]` to every other rank r and receive `received[r]` from it; empty tensors do not travel.
 
@@ -102,6 +111,7 @@ def exchange(
         tag: of these messages; a receive never matches another tag.
         timeout_s: deadline of the handle's `wait`.
         then: called when everything has arrived.
+        watcher: see `Works`.
     """
     rank, works = group.rank(), []
     for step in range(1, group.size()):  # everyone starts with the next rank, so that no rank is flooded
@@ -113,7 +123,7 @@ def exchange(
             works.append(
                 dist.isend(as_bytes(sent[peer]), dist.get_global_rank(group, peer), group=group, tag=tag)
             )
-    return Works([work for work in works if work is not None], timeout_s, then, [*sent, *received])
+    return Works([work for work in works if work is not None], timeout_s, then, [*sent, *received], watcher)
 
 
 class Messages:
@@ -123,6 +133,7 @@ class Messages:
         self.group = group
         self.timeout_s = timeout_s
         self._scratch: list[torch.Tensor] = []
+        self._watcher = Watcher()
 
     def swap(
         self,
@@ -142,9 +153,8 @@ class Messages:
         """
         rank, size = self.group.rank(), self.group.size()
         if into is not None:
-            return exchange(
-                self.group, sent, into, tag, self.timeout_s, None if then is None else lambda: then(into)
-            )
+            call = None if then is None else lambda: then(into)
+            return exchange(self.group, sent, into, tag, self.timeout_s, call, self._watcher)
         nbytes = sent[rank].numel() * sent[rank].element_size() * (size - 1)
         scratch = self._borrow(nbytes)
         parts = list(scratch[:nbytes].view(sent[rank].dtype).view(size - 1, -1)) if size > 1 else []
@@ -155,7 +165,7 @@ class Messages:
                 then(received)
             self._scratch.append(scratch)
 
-        return exchange(self.group, sent, received, tag, self.timeout_s, finish)
+        return exchange(self.group, sent, received, tag, self.timeout_s, finish, self._watcher)
 
     def _borrow(self, nbytes: int) -> torch.Tensor:
         """Bytes for what arrives; kept between exchanges, since fresh pages cost more than the copy."""

@@ -24,9 +24,13 @@ def fill_units(
     units: list[FlatUnit],
     precision: Precision,
     wire: Wire,
+    replicas: Wire | None,
     init_module: Callable[[nn.Module], None] | None,
 ) -> None:
-    """Give every unit its buffers and values, and make the parameters views of them."""
+    """Give every unit its buffers and values, and make the parameters views of them.
+
+    `wire` is that of all ranks, `replicas` that of those which hold the same shard, if others do.
+    """
     initialisers = _meta_initialisers(model, units, init_module)
     for unit, initialise in zip(units, initialisers, strict=True):
         own = unit.params[0].dtype
@@ -51,6 +55,11 @@ def fill_units(
         if not agreed:
             wire.broadcast(unit.label, unit.full)
         unit.cut()
+        if (
+            agreed and replicas is not None
+        ):  # every set of shards was built from its own ranks' random numbers
+            assert unit.shard is not None
+            replicas.broadcast(unit.label, unit.shard)
         if unit.stage == 3:
             free_storage(unit.full)
 

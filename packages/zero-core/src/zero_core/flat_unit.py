@@ -36,18 +36,24 @@ class FlatUnit:
         master: what the optimizer updates, [local numel]; is `shard` where the dtypes agree; made on demand.
         local: the range of `full` that `shard` covers.
         local_slots: the parts of the parameters inside `local`.
+        sparse: it is an embedding's weight, whose gradient is sparse by rows.
     """
 
-    def __init__(self, spec: UnitSpec, index: int, rank: int, world_size: int, stage: int) -> None:
+    def __init__(
+        self, spec: UnitSpec, index: int, rank: int, world_size: int, stage: int, replicas: int = 1
+    ) -> None:
         self.name = spec.name
         self.index = index
         self.stage = stage
         self.trainable = spec.trainable
+        self.sparse = spec.sparse
         self.anchors = spec.anchors
         self.params = [param for _, param in spec.params]
         self.classes = [type(param) for param in self.params]
         shapes = [tuple(param.shape) for param in self.params]
-        self.layout: UnitLayout = plan_layout([names for names, _ in spec.params], shapes, world_size)
+        self.layout: UnitLayout = plan_layout(
+            [names for names, _ in spec.params], shapes, world_size, replicas=replicas
+        )
         self.slice = self.layout.shard_range(rank)
         self.local = (0, self.layout.numel) if stage == 0 else self.slice
         self.local_slots: list[LocalSlot] = self.layout.local_slots(*self.local)

@@ -81,7 +81,7 @@ def set_full(
     if request.given_shape != known.shape:
         given = "None" if request.given_shape is None else request.given_shape
         raise ZeroConfigError(f"{request}: expected shape {known.shape} from the first rank, got {given}")
-    wire = request.state.wire
+    wire = request.state.everyone
     full = torch.empty(known.shape, dtype=known.dtype, device=wire.device)
     if wire.group.rank() == 0:
         assert tensor is not None

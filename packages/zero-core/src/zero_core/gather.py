@@ -51,7 +51,7 @@ class Gatherer:
 
     Args:
         model: the sharded model.
-        units: all its units.
+        units: all its units; those that stay whole are watched, not moved.
         wire: the collectives for parameters (not those of the gradients: the two need no common order).
         council: the wire over which ranks meet; its values travel from the CPU.
         overlap: the byte budget for gathers ahead of use.
@@ -93,7 +93,6 @@ class Gatherer:
             ]
         reducer.listeners.append(self._after_backward)
         reducer.assemble = self.assemble
-        reducer.council = council
 
     # -- forward ----------------------------------------------------------------------------------------------
 
@@ -202,6 +201,8 @@ class Gatherer:
 
     def _release_if_idle(self, unit: FlatUnit) -> None:
         index = unit.index
+        if unit.stage < 3:
+            return
         busy = self._pins[index] > 0 or self._forwards[index] > 0
         held = any(unit in call.units for call in self._not_understood)
         if busy or held or index in self._in_backward or unit.residency is not Residency.GATHERED:

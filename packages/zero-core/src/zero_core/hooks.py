@@ -25,8 +25,8 @@ from .buckets import BufferPool, GradBucket, ReduceOrder
 from .collectives import Pending, Wire
 from .config import Overlap, Precision
 from .errors import CollectiveError, ZeroStateError
-from .exchange import Watcher, Works
 from .flat_unit import FlatUnit
+from .rows import RowBucket, reduce_rows
 
 
 @dataclass(frozen=True)
@@ -123,17 +123,22 @@ class Reducer:
     what no gradient reached counts as zero.
 
     Attributes:
+        wire: the collectives for gradients.
+        everyone: the wire of all ranks: those with whom shards are shared, and replicas.
         lanes: one for each trainable unit.
         sync: False under `no_sync`: gradients stay local.
         generation: changes whenever a gradient does.
         limit_bytes: of full buffers that may be under way at once.
         assemble: called before a wait for all ranks, some of which may have gathers to come (stage 3).
-        council: stage 3: where ranks tell each other of gradients that came after their unit's reduction.
+        council: stage 3: where all ranks tell each other of gradients that came after their unit's reduction.
         listeners: called with a unit when each of its parameters has its gradient, and with None at the end of a pass.
     """
 
-    def __init__(self, units: list[FlatUnit], wire: Wire, precision: Precision, overlap: Overlap) -> None:
+    def __init__(
+        self, units: list[FlatUnit], wire: Wire, everyone: Wire, precision: Precision, overlap: Overlap
+    ) -> None:
         self.wire = wire
+        self.everyone = everyone
         self.overlap = overlap
         self.sync = True
         self.listeners: list[Callable[[FlatUnit | None], None]] = []
@@ -145,8 +150,6 @@ class Reducer:
         self._precision = precision
         self._order = ReduceOrder()
         self._order_agreed = False
-        gathers = any(unit.stage == 3 for unit in units)
-        self._watcher = Watcher() if gathers and wire.device.type == "cpu" else None
         self._in_flight: deque[_InFlight] = deque()
         self._pass_open = False
         self._unsynced = False
@@ -175,8 +178,8 @@ class Reducer:
         unit.trainable = True
         position, param = len(self.lanes), unit.full.dtype
         reduce, accumulate = self._precision.reduce_dtype(param), self._precision.accumulate_dtype(param)
-        bucket = GradBucket(unit, reduce, self.pool)
-        in_place = unit.stage <= 1 and reduce == accumulate
+        bucket = (RowBucket if unit.sparse else GradBucket)(unit, reduce, self.pool)
+        in_place = unit.stage <= 1 and reduce == accumulate and not unit.sparse
         shard = GradShard(unit, accumulate, in_place=in_place, pool=self.pool)
         self.lanes.append(Lane(unit, bucket, shard))
         self._position[unit.index] = position
@@ -211,8 +214,9 @@ class Reducer:
 
     def _ready(self, position: int, *, complete: bool) -> None:
         for ready in self._order.ready(position, complete=complete):
-            self._launched.add(ready)
-            self._launch(self.lanes[ready])
+            if not self.lanes[ready].unit.sparse:
+                self._launched.add(ready)
+                self._launch(self.lanes[ready])
 
     @torch.no_grad()
     def _arrive(self, position: int, index: int, param: nn.Parameter) -> None:
@@ -229,7 +233,7 @@ class Reducer:
         self.generation += 1
         if position in self._launched:
             self._late.add(position)
-        lane.bucket.land(index, grad.to_dense() if grad.is_sparse else grad, overwrite=lane.shows_grad)
+        lane.bucket.land(index, grad, overwrite=lane.shows_grad)
         param.grad = lane.bucket.views[index] if lane.shows_grad else None
         if lane.bucket.complete:
             if self.sync and position not in self._launched:
@@ -247,6 +251,7 @@ class Reducer:
                 self._launch(self.lanes[position])
             self._finish_all()
             self._reduce_late()
+            self._reduce_rows()
             self._agree_on_order()
         self._unsynced = not self.sync
         self._end_pass()
@@ -261,6 +266,15 @@ class Reducer:
             if any(late):
                 self._launch(lane)
         self._finish_all()
+
+    def _reduce_rows(self) -> None:
+        """Reduce sparse gradients, whose sizes the ranks have to tell each other first."""
+        for lane in self.lanes:
+            if isinstance(lane.bucket, RowBucket):
+                reduced = lane.shard.landing()
+                reduce_rows(lane.bucket, reduced, self.everyone)
+                lane.shard.accept(reduced)
+                self.generation += 1
 
     def _end_pass(self) -> None:
         self._pass_open = False
@@ -292,13 +306,13 @@ class Reducer:
     # -- reductions -------------------------------------------------------------------------------------------
 
     def _launch(self, lane: Lane) -> None:
+        if lane.unit.sparse:  # its rows travel when the pass is over
+            return
         unit, full = lane.unit, lane.bucket.seal()
         out = lane.shard.landing() if unit.stage >= 2 else full[slice(*unit.slice)]
         nbytes = full.numel() * full.element_size()
         self._finish_down_to(self.limit_bytes - nbytes)
         flight = _InFlight(lane, self.wire.reduce(unit.label, full, out), full, out)
-        if self._watcher is not None and isinstance(flight.pending.handle, Works):
-            self._watcher.watch(flight.pending.handle)
         self._in_flight.append(flight)
         if not self.overlap.enabled:
             self._finish_down_to(0)
@@ -335,7 +349,7 @@ class Reducer:
         if not self._order_agreed and self.lanes:
             seen = [
                 int(i)
-                for i in self.wire.broadcast_text("order", " ".join(map(str, self._order.seen))).split()
+                for i in self.everyone.broadcast_text("order", " ".join(map(str, self._order.seen))).split()
             ]
             self._order.rebuild(seen)
             self._order_agreed = True
@@ -350,6 +364,7 @@ class Reducer:
             for lane in reversed(self.lanes):
                 self._launch(lane)
             self._finish_all()
+            self._reduce_rows()
             self.pool.clear()
             self.wire.collectives.trim()
             self._unsynced = False

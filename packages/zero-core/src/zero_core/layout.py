@@ -6,6 +6,7 @@ Next: `units` decides which parameters share a layout, `flat_unit` gives it memo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -98,6 +99,7 @@ def plan_layout(
     shapes: Sequence[tuple[int, ...]],
     world_size: int,
     align: int = ALIGN_ELEMENTS,
+    replicas: int = 1,
 ) -> UnitLayout:
     """Lay parameters out one after another, aligned, padded so that every rank's shard has the same size.
 
@@ -106,6 +108,7 @@ def plan_layout(
         shapes: for each parameter, its shape; scalars `()` and zero-size shapes are fine.
         world_size: number of shards.
         align: every slot starts, and every shard ends, at a multiple of this many elements.
+        replicas: every shard can be cut into so many equal parts.
     """
     slots, offset = [], 0
     for param_names, shape in zip(names, shapes, strict=True):
@@ -114,7 +117,7 @@ def plan_layout(
             numel *= size
         slots.append(Slot(tuple(param_names), tuple(shape), numel, offset))
         offset = round_up(offset + numel, align)
-    return UnitLayout(tuple(slots), round_up(offset, align * world_size), world_size)
+    return UnitLayout(tuple(slots), round_up(offset, math.lcm(align, replicas) * world_size), world_size)
 
 
 def round_up(value: int, multiple: int) -> int:

@@ -92,7 +92,7 @@ def full_state_dict(
 
     Bytes per rank: the whole model on `device` where a dict is returned, plus one unit.
     """
-    keep = not rank0_only or sharded(model).wire.group.rank() == 0
+    keep = not rank0_only or sharded(model).everyone.group.rank() == 0
     found: dict[str, torch.Tensor] = {}
     for names, tensor in _stream(model):
         if keep:
@@ -112,7 +112,7 @@ def load_full_state_dict(
             before anything has changed.
     """
     state, untiled = sharded(model), Untiled(model)
-    wire, reads = state.wire, state.wire.group.rank() == 0
+    wire, reads = state.everyone, state.everyone.group.rank() == 0
     state.reducer.assemble()
     expected = _expected(model)
     problems: list[str] = []

@@ -7,6 +7,7 @@ reductions, agree on overflow, fold unscaling and clipping into one factor, step
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +21,15 @@ from .errors import ZeroConfigError
 from .flat_unit import FlatUnit
 from .hooks import Lane
 from .norms import clip_factor, global_norm
-from .precision import LossScaler, OverflowReport, locate_overflow
+from .precision import LossScaler, OverflowReport, PeakHistory, locate_overflow
 from .publish import Publisher
 from .steppers import ShardOptimizer, ShardSlot, UnitStep, choose_stepper
 from .whole import WholeParameter, WholeStepper
 
 if TYPE_CHECKING:
     from .api import Sharded
+
+logger = logging.getLogger(__name__)
 
 
 class ShardedOptimizer(Optimizer):
@@ -52,7 +55,8 @@ class ShardedOptimizer(Optimizer):
         slots: unit index -> the parts of parameters that this rank holds (and steps, if elementwise).
         whole: the parameters that this rank steps as a whole; None if the optimizer gets slices.
         last_step_skipped: the last `step` found a non-finite gradient under a scaler and changed nothing.
-        overflow_report: where that gradient was.
+        overflow_report: where that gradient was. Without a scaler, a step whose gradients have been clipped (or whose
+            norm was asked for) finds it too, warns once, and goes on as torch does.
 
     Raises:
         ZeroConfigError: the optimizer holds a parameter that is not the model's, or nothing but frozen ones, or is
@@ -113,6 +117,7 @@ class ShardedOptimizer(Optimizer):
         self._norm: tuple[int, torch.Tensor] | None = None  # of which gradients, and their norm
         self._max_norm: float | None = None
         self._num_steps = 0
+        self._peaks = PeakHistory(0 if scaler is None else scaler.history)
         self.last_step_skipped = False
         self.overflow_report: OverflowReport | None = None
 
@@ -155,9 +160,10 @@ class ShardedOptimizer(Optimizer):
         self._wake()
         self._sharded.reducer.finish()
         self._num_steps += 1
+        self._sharded.wire.fate.num_steps += 1
         used = self._agree_on_used()
-        self.overflow_report = self._find_overflow()
-        self.last_step_skipped = self.overflow_report is not None
+        self.overflow_report = self._find_overflow(before=self.overflow_report)
+        self.last_step_skipped = self.scaler is not None and self.overflow_report is not None
         if not self.last_step_skipped:
             for lane in self._lanes:
                 lane.unit.take_edits()
@@ -167,7 +173,7 @@ class ShardedOptimizer(Optimizer):
         self._publisher.finish()
         self._norm = self._max_norm = None
         if self.scaler is not None:
-            self.scaler.update(overflow=self.last_step_skipped)
+            self.scaler.update(self.overflow_report)
         return loss
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -300,7 +306,7 @@ class ShardedOptimizer(Optimizer):
         slots = [(lane.unit.index, i) for lane in self._lanes for i in range(len(lane.unit.params))]
         mine = [i in lane.bucket.used for lane in self._lanes for i in range(len(lane.unit.params))]
         flags = torch.tensor(mine, dtype=torch.uint8, device=self._sharded.wire.device)
-        pending = self._sharded.wire.all_reduce("agreement on used parameters", flags, dist.ReduceOp.MAX)
+        pending = self._sharded.everyone.all_reduce("agreement on used parameters", flags, dist.ReduceOp.MAX)
         if all(mine):
             self._publisher.after(pending)
             return None
@@ -334,10 +340,18 @@ class ShardedOptimizer(Optimizer):
             self._norm = (reducer.generation, norm)
         return self._norm[1]
 
-    def _find_overflow(self) -> OverflowReport | None:
-        if self.scaler is None or bool(torch.isfinite(self._scaled_norm())):
+    def _find_overflow(self, before: OverflowReport | None) -> OverflowReport | None:
+        """Look at the norm, where a scaler needs it or it has been asked for: all ranks see the same one."""
+        if self.scaler is None and self._norm is None:
             return None
-        return locate_overflow(self._lanes, self._sharded.wire, self._num_steps, self.scaler.value)
+        if bool(torch.isfinite(self._scaled_norm())):
+            if self.scaler is not None:
+                self._peaks.record(self._lanes)
+            return None
+        report = locate_overflow(self._lanes, self._sharded.wire, self._num_steps, self.scaler, self._peaks)
+        if not report.skipped and before is None and self._sharded.everyone.group.rank() == 0:
+            logger.warning("%s", report)
+        return report
 
     def _factor(self) -> torch.Tensor | float:
         """What gradients are multiplied by in the step: unscaling and clipping."""

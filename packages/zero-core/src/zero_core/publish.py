@@ -39,7 +39,8 @@ class Publisher:
         if cast and unit.has_separate_master and unit.shard is not None:
             assert unit.master is not None
             unit.shard.copy_(unit.master)
-        if self.refresh is not None:
+        if unit.stage == 3:
+            assert self.refresh is not None
             self.refresh(unit)
         elif unit.stage > 0:
             nbytes = unit.full_bytes

@@ -22,7 +22,7 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
-from .collectives import PlainCollectives, Wire, resolve_group
+from .collectives import PlainCollectives, Wire, resolve_groups
 from .config import Overlap
 from .errors import ZeroConfigError
 from .params import allocate_storage, free_storage, release_class, tensors_in
@@ -54,7 +54,7 @@ def sharded_init(
     if stage < 3:
         yield
         return
-    group = resolve_group(mesh)
+    group = resolve_groups(mesh).shard
     timeout_s = (overlap or Overlap()).timeout_s
     builder = _Builder(
         Wire(group, PlainCollectives(group, timeout_s), torch.device("cpu"), timeout_s), whole_bytes

@@ -58,7 +58,8 @@ class Ring:
 
     Args:
         numbers: [8 (1 + SLOTS)] int64, zero at first. Line 0: how many notes the reader has taken, and whether the
-            writer has gone; then a line a slot: 1 + the serial of its note, and the note.
+            writer has gone, and 1 + the notes that the reader had taken when it began to wait for more; then a line a
+            slot: 1 + the serial of its note, and the note.
     """
 
     SLOTS = 127
@@ -99,6 +100,15 @@ class Ring:
     def abandon(self) -> None:
         """The writer goes."""
         self._numbers[1] = 1
+
+    def wait_for_more(self) -> None:
+        """The reader has taken every note that it has seen, and sends nothing until another comes."""
+        self._numbers[2] = self._done + 1
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether the reader has taken every note of this writer, and sends nothing until another comes."""
+        return self._numbers[2] == self._done + 1
 
 
 _RING_BYTES = 8 * 8 * (1 + Ring.SLOTS)
@@ -210,7 +220,7 @@ class SharedMemory:
             )
 
     def _post(self, reader: int, note: Note) -> None:
-        self._wait(lambda: self._outgoing[reader].post(note), lambda: [reader])
+        self._wait(lambda: self._outgoing[reader].post(note), lambda: [reader], for_notes=False)
 
     def _borrow(self, nbytes: int) -> _Block:
         """The smallest block that is large enough and that every other rank has read, or a new one."""
@@ -236,7 +246,7 @@ class SharedMemory:
     def notes(self, tag: int, sources: Iterable[int]) -> list[Note]:
         """The oldest part with `tag` from each source, as soon as all are there."""
         missing = partial(self.missing, tag, sources)
-        self._wait(lambda: not missing(), missing)
+        self._wait(lambda: not missing(), missing, for_notes=True)
         found = [self._arrived[source, tag].popleft() for source in sources]
         for source in sources:
             if not self._arrived[source, tag]:
@@ -249,22 +259,33 @@ class SharedMemory:
             while (note := ring.take()) is not None:
                 self._arrived.setdefault((source, note.tag), deque()).append(note)
 
-    def _wait(self, over: Callable[[], bool], waited_for: Callable[[], list[int]]) -> None:
+    def _wait(
+        self, over: Callable[[], bool], waited_for: Callable[[], list[int]], *, for_notes: bool
+    ) -> None:
         """Return when `over`; meanwhile take notes in, since others may wait for room in their rings."""
         start = checked = time.monotonic()
         nap = 0.0
         while not over():
             now = time.monotonic()
             if now - start > self.timeout_s:
-                raise RuntimeError(f"rank {_listed(waited_for())} did not come")
+                raise RuntimeError(f"rank {_listed(waited_for())} did not come within {self.timeout_s:g} s")
             if now - checked > _CHECK_S:
                 checked = now
                 gone = [rank for rank in waited_for() if self._is_gone(rank)]
-                if gone and not over():  # what it sent last may have come in between
-                    raise RuntimeError(f"rank {_listed(gone)} has ended")
+                stuck = self._stuck(waited_for()) if for_notes else []
+                if (gone or stuck) and not over():  # what came in last may have been in between
+                    if gone:
+                        raise RuntimeError(f"rank {_listed(gone)} has ended")
+                    raise RuntimeError(f"rank {_listed(stuck)} waits for this rank, and this rank for it")
             time.sleep(nap)
             nap = min(nap + 10e-6, _LONGEST_NAP_S)
             self._collect()
+
+    def _stuck(self, waited_for: Iterable[int]) -> list[int]:
+        """Tell the others that this rank waits for their next note; those of them that wait for one of this rank."""
+        for rank in waited_for:
+            self._incoming[rank].wait_for_more()
+        return [rank for rank in waited_for if self._outgoing[rank].is_awaited]
 
     def _is_gone(self, rank: int) -> bool:
         poll = select.poll()

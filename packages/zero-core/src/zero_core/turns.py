@@ -52,7 +52,7 @@ class Turns:
         self.kind = Kind.REST
         self.num_hits = self.num_misses = 0
         self._release_if_idle = release_if_idle
-        sizes = [unit.full_bytes for unit in units]
+        sizes = [unit.full_bytes if unit.stage == 3 else 0 for unit in units]
         budget = max(sizes, default=0) if overlap.prefetch_bytes is None else overlap.prefetch_bytes
         self._plan = GatherPlan(sizes, budget if overlap.enabled else 0)
         self._on_the_way: dict[int, Pending] = {}
@@ -61,6 +61,8 @@ class Turns:
 
     def use(self, unit: FlatUnit) -> None:
         """Have `unit` whole, and send for those that come next."""
+        if unit.stage < 3:
+            return
         if unit.residency is Residency.SHARDED:
             self.num_misses += 1
             self._await_turn(unit)

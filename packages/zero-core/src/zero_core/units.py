@@ -6,7 +6,7 @@ tree; moves no data. Next: `flat_unit` gives each spec its flat buffer.
 By default a unit is one of the model's repeated blocks (two or more children of one class in a `ModuleList` or
 `Sequential`), so that a branch taken inside a block never changes which collectives run. A leaf outside the blocks
 that is as large as a block (an embedding, an output head) is a unit of its own; the rest belongs to the root. An
-`OwnUnit` is one whatever the choice.
+`OwnUnit` and an embedding with sparse gradients (unless tied) are one whatever the choice.
 """
 
 from __future__ import annotations
@@ -35,26 +35,40 @@ class UnitSpec:
         name: name of the unit's module ("(root)" for the rest), with what sets it apart where a module has more.
         params: each distinct parameter with all its names.
         anchors: modules at whose entry the unit must be whole and at whose exit it may be freed.
+        stays_whole: the user wants it so, at stage 3.
+        sparse: it is the weight of an embedding whose gradient is sparse by rows.
     """
 
     name: str
     params: tuple[tuple[tuple[str, ...], nn.Parameter], ...]
     anchors: tuple[nn.Module, ...]
     trainable: bool
+    stays_whole: bool = False
+    sparse: bool = False
 
 
-def find_units(model: nn.Module, units: UnitChoice = None) -> list[UnitSpec]:
+def find_units(model: nn.Module, units: UnitChoice = None, whole: UnitChoice = None) -> list[UnitSpec]:
     """Split the parameters of `model` into units; every parameter is in exactly one.
 
     A parameter that several modules hold goes to the innermost unit that contains all of them.
 
+    Args:
+        model: any module.
+        units: modules that are units.
+        whole: modules that are units too, and whose parameters stay whole.
+
     Raises:
-        ZeroConfigError: `units` matches no module, or is neither classes nor a predicate.
+        ZeroConfigError: a choice matches no module, or is neither classes nor a predicate.
     """
     names, owners = _names_and_owners(model)
-    boundaries = _boundaries(model, units) | {
-        name for name, module in model.named_modules() if name and isinstance(module, OwnUnit)
+    stay = {} if whole is None else select_modules(model, whole, "Placement(whole_modules=...)")
+    sparse = {
+        name
+        for name, module in model.named_modules()
+        if name and isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse
     }
+    boundaries = _boundaries(model, units) | set(stay) | sparse
+    boundaries |= {name for name, module in model.named_modules() if name and isinstance(module, OwnUnit)}
     grouped: dict[tuple[str, torch.dtype, bool], list[nn.Parameter]] = {}
     for param in names:
         home = _home(owners[param], boundaries)
@@ -72,7 +86,12 @@ def find_units(model: nn.Module, units: UnitChoice = None) -> list[UnitSpec]:
             label += f"[{str(dtype).removeprefix('torch.')}{'' if trainable else ', frozen'}]"
         specs.append(
             UnitSpec(
-                label, tuple((tuple(names[p]), p) for p in params), tuple(dict.fromkeys(anchors)), trainable
+                label,
+                tuple((tuple(names[p]), p) for p in params),
+                tuple(dict.fromkeys(anchors)),
+                trainable,
+                stays_whole=home in stay,
+                sparse=home in sparse,
             )
         )
     return specs

@@ -194,7 +194,7 @@ ROWS: dict[str, Key | Rows] = {
         "means are formed in at least fp32, so the order of sum and division is safe"
     ),
     "gradient_predivide_factor": refused("means are formed in at least fp32, in one step", 1),
-    "sparse_gradients": refused("gradients travel dense", False),
+    "sparse_gradients": no_effect("an embedding built with sparse=True always sends the rows it touched"),
     "disable_allgather": no_effect("chose broadcasts instead of an all-gather; the values are the same"),
     "zero_optimization": _ZERO,
     "seed": honoured("the order in which the data loader visits samples"),

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..collectives import resolve_group
+from ..collectives import resolve_groups
 from ..errors import ZeroConfigError
 from .arena import Arena
 from .holders import Copies, Holder
@@ -60,7 +60,7 @@ class CheckpointPolicy:
     contiguous_bytes: int | None = None
     min_bytes: int = 4096
     preserve_rng: bool = True
-    timeout_s: float = 60.0
+    timeout_s: float = 30.0
 
     def __post_init__(self) -> None:
         for op in self.save_ops:
@@ -122,7 +122,7 @@ class CheckpointPolicy:
             holder = Arena(self.contiguous_bytes)
         if self.partition is None:
             return holder
-        group = resolve_group(self.partition)
+        group = resolve_groups(self.partition).shard
         if group.size() == 1:
             return holder
         return Partition(group, holder or Copies(), self.timeout_s)

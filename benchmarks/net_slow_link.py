@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import _measure
+from _lab import Lab, LabError, lab
 from gpt import GPT, PRESETS, num_parameters
-from slow_network import Lab, LabError, lab
 from train_step import DTYPES, HERE, RANKS, Engine, missing, say
 
 ENGINES = ("ddp", "fsdp2", "deepspeed-3", "zero-core-2-messages", "zero-core-3-messages")

@@ -33,10 +33,8 @@ from typing import Any
 import _measure
 import torch
 from _engines import ADAMW, ENGINES, MAX_NORM
+from _lab import Lab
 from gpt import GPT, PRESETS, num_parameters
-
-sys.path.append(str(Path(__file__).resolve().parent.parent / "tools"))
-from slow_network import Lab
 
 HERE = Path(__file__).resolve().parent
 PEERS = HERE.parent / ".venv-peers" / "environ.json"

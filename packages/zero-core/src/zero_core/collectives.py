@@ -234,7 +234,7 @@ class Wire:
         return bytes(encoded.tolist()).decode()
 
     def connect(self) -> Messages | SharedMemory:
-        """The way of small values on the CPU: the collectives' own, if they have one; all must call it the first time."""
+        """The way of small values on the CPU: the collectives' own, if they have one; collective at first."""
         if isinstance(self.collectives, PlainCollectives):
             return self.collectives.way()
         if self._own_way is None:

@@ -259,6 +259,7 @@ class Config(Section):
     communication_data_type: Dtype | None = None
     fp32_allreduce: bool = False
     prescale_gradients: bool = False
+    sparse_gradients: bool = False
     disable_allgather: bool = False
     zero_optimization: Zero = Zero()
     seed: Int = 1234

@@ -83,8 +83,8 @@ class Pending:
     waiting: AbstractContextManager[object] = field(default_factory=nullcontext)
 
     def is_done(self) -> bool:
-        """See `is_done`."""
-        return is_done(self.handle)
+        """See `is_done`; what it finds wrong is a `CollectiveError` too."""
+        return self.wire.guard(self.what, lambda: is_done(self.handle))
 
     def wait(self) -> None:
         """Finish it.

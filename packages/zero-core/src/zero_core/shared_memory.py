@@ -224,8 +224,11 @@ class SharedMemory:
 
     def _borrow(self, nbytes: int) -> _Block:
         """The smallest block that is large enough and that every other rank has read, or a new one."""
+        most = (
+            mmap.PAGESIZE if nbytes <= mmap.PAGESIZE else self._end
+        )  # a few numbers keep no large block busy
         for block in self._blocks:
-            if block.nbytes >= nbytes:
+            if nbytes <= block.nbytes <= most:
                 numbers, head = self._memory(self._rank, block.offset + block.nbytes)[1], block.offset // 8
                 if all(numbers[head + reader] == block.use for reader in self._outgoing):
                     return block

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import zero_core as zero
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from zero_core import shared_memory
+from zero_core import memory_files, shared_memory
 from zero_core.testing import run_ranks
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -203,7 +203,7 @@ def one_cannot(rank: int, world_size: int, how: str) -> str:
         elif rank == 1 and how == "may not open":
             patch.setattr(os, "open", _refuse)
         elif rank == 1 and how == "is another machine":
-            patch.setattr(shared_memory.Path, "read_text", lambda self: "another-boot-id")
+            patch.setattr(memory_files.Path, "read_text", lambda self: "another-boot-id")
         elif rank == 1 and how == "is in another namespace":
             patch.setattr(os, "getpid", lambda: 1)
         plain = zero.PlainCollectives(group())

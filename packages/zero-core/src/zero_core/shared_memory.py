@@ -18,7 +18,6 @@ from __future__ import annotations
 import bisect
 import mmap
 import os
-import secrets
 import select
 import threading
 import time
@@ -28,13 +27,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from .exchange import Then, exchange
+from .memory_files import create, open_peer
 
 _LINE_BYTES = 64
 _ADDRESS_BYTES = 256
@@ -322,11 +321,11 @@ def connect(group: dist.ProcessGroup, timeout_s: float) -> SharedMemory | None:
     rank, size = group.rank(), group.size()
     if size == 1:
         return None
-    own, address = _create(size)
+    own, address = create(_RING_BYTES * size)
     addresses = [torch.zeros(_ADDRESS_BYTES, dtype=torch.uint8) for _ in range(size)]
     addresses[rank][: len(address)] = torch.tensor(list(address), dtype=torch.uint8)
     exchange(group, [addresses[rank]] * size, addresses, _tag("addresses"), timeout_s).wait()
-    peers = {r: _open(bytes(addresses[r].tolist()).rstrip(b"\0")) for r in range(size) if r != rank}
+    peers = {r: open_peer(bytes(addresses[r].tolist()).rstrip(b"\0")) for r in range(size) if r != rank}
     able = [torch.tensor([int(own is not None and None not in peers.values())]) for _ in range(size)]
     exchange(group, [able[rank]] * size, able, _tag("agreement on shared memory"), timeout_s).wait()
     found = {r: peer for r, peer in peers.items() if peer is not None}
@@ -339,48 +338,6 @@ def connect(group: dist.ProcessGroup, timeout_s: float) -> SharedMemory | None:
         [*([] if own is None else [own]), *(file for peer in found.values() for file in peer)],
     )
     return None
-
-
-class _Peer(NamedTuple):
-    """Files: another rank's memory, and its process."""
-
-    file: int
-    life: int
-
-
-def _create(size: int) -> tuple[int | None, bytes]:
-    """A new file in memory, and the address under which other processes of this machine find it."""
-    if not hasattr(os, "memfd_create"):  # not Linux
-        return None, b""
-    name = f"zero_core-{secrets.token_hex(8)}"
-    file = None
-    try:
-        machine = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        file = os.memfd_create(name, os.MFD_CLOEXEC)
-        _allocate(file, 0, _RING_BYTES * size)
-    except (OSError, RuntimeError):  # a sandbox that allows neither
-        if file is not None:
-            os.close(file)
-        return None, b""
-    return file, f"{machine} {os.getpid()} {file} /memfd:{name}".encode()
-
-
-def _open(address: bytes) -> _Peer | None:
-    """What is at an address of `_create`; None if on another machine, or cannot be opened, or is another's."""
-    file = None
-    try:
-        machine, process, number, name = address.decode().split(" ")
-        path = f"/proc/{process}/fd/{number}"
-        if machine != Path("/proc/sys/kernel/random/boot_id").read_text().strip():
-            return None
-        if not os.readlink(path).startswith(name):  # the number of a process in another namespace
-            return None
-        file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        return _Peer(file, os.pidfd_open(int(process)))
-    except (AttributeError, OSError, ValueError):  # no pidfd_open before Linux 5.3
-        if file is not None:
-            os.close(file)
-        return None
 
 
 def _allocate(file: int, start: int, nbytes: int) -> None:

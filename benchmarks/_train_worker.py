@@ -1,6 +1,6 @@
 """One rank of one engine: builds its model, then steps when told to, and otherwise sleeps.
 
-Started by `train_step.py`, which writes a JSON line for each command to standard input and reads a JSON line for
+Started by `_processes.py`, which writes a JSON line for each command to standard input and reads a JSON line for
 each answer. Answers leave by the original standard output; whatever libraries print goes to standard error.
 """
 

@@ -22,8 +22,8 @@ from pathlib import Path
 
 import _measure
 from _lab import Lab, LabError, lab
+from _processes import DTYPES, HERE, RANKS, Engine, missing, say
 from gpt import GPT, PRESETS, num_parameters
-from train_step import DTYPES, HERE, RANKS, Engine, missing, say
 
 ENGINES = ("ddp", "fsdp2", "deepspeed-3", "zero-core-2-messages", "zero-core-3-messages")
 

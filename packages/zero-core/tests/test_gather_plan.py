@@ -141,6 +141,27 @@ def test_next_is_keeps_the_unit_at_the_turn() -> None:
     assert plan.next_is(1)
 
 
+def test_next_is_looks_past_units_that_are_whole() -> None:
+    """The root is used around the last block: in the forward after it, and in the backward before it."""
+    root, first, last = range(3)
+    plan = GatherPlan([1] * 3, 0)
+    for _ in range(2):
+        for kind, uses in ((Kind.FORWARD, [root, first, last, root]), (Kind.BACKWARD, [root, last, first])):
+            plan.begin((kind, root), plan.needed)
+            for unit in uses:
+                if plan.turn(unit) is None:
+                    plan.add(unit, needed=True)
+                plan.use(unit)
+    plan.begin((Kind.FORWARD, root), plan.needed)
+    for unit in (root, first):
+        plan.turn(unit)
+        plan.use(unit)
+    assert not plan.next_is(first, {root, first}), "the last block comes before it"
+    plan.use(last)
+    assert not plan.next_is(last), "the root would have to be gathered before it"
+    assert plan.next_is(last, {root, last})
+
+
 def test_ranks_of_which_one_has_a_backward_more_have_parted() -> None:
     words = [Word(Kind.BACKWARD, first=1), Word(Kind.REST), Word(Kind.BACKWARD, first=1)]
     assert decide(words) == Decision(parted=((0, 2), (1,)))

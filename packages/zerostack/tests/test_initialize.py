@@ -180,14 +180,14 @@ def test_nothing_passed_beside_the_configuration_is_ignored():
     zerostack.initialize(model=model, config=config(1))  # none of them had touched the model
 
 
-def test_optimizers_that_need_whole_tensors_are_refused_before_the_model_changes():
+def test_optimizers_that_cannot_be_stepped_are_refused_before_the_model_changes():
     raw = config(2)
     del raw["optimizer"]
     model = Small()
-    with pytest.raises(
-        zero.ZeroConfigError, match="Adafactor updates whole tensors, and a rank steps flat slices"
-    ):
-        zerostack.initialize(model=model, optimizer=torch.optim.Adafactor, config=raw)
+    with pytest.raises(zero.ZeroConfigError, match="LBFGS looks at all parameters at once"):
+        zerostack.initialize(model=model, optimizer=torch.optim.LBFGS, config=raw)
+    with pytest.raises(zero.ZeroConfigError, match="Adafactor updates whole tensors, and a rank steps flat"):
+        zerostack.initialize(model=model, optimizer=torch.optim.Adafactor, config=raw, whole_tensors=False)
     zerostack.initialize(model=model, config=config(2))
 
 

@@ -16,9 +16,12 @@ SCHEDULE = {"type": "WarmupLR", "params": {"warmup_max_lr": 0.01, "warmup_num_st
 
 def build(stage, seed=0, model=None, optimizer=None, **more):
     raw = config(stage, scheduler=SCHEDULE, **more)
-    if optimizer:
-        raw["optimizer"] = optimizer
-    return zerostack.initialize(model=Small(seed) if model is None else model, config=raw)[0]
+    if isinstance(optimizer, dict):
+        raw["optimizer"], optimizer = optimizer, None
+    elif optimizer:
+        del raw["optimizer"]
+    model = Small(seed) if model is None else model
+    return zerostack.initialize(model=model, optimizer=optimizer, config=raw)[0]
 
 
 def train(engine, first, steps):
@@ -36,6 +39,7 @@ OPTIMIZERS = {
     "AdamW": {"type": "AdamW", "params": {"lr": 0.01, "weight_decay": 0.1}},
     "Lion": {"type": "Lion", "params": {"lr": 0.01}},
     "SGD": {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}},
+    "Adafactor": torch.optim.Adafactor,  # whole tensors, whose state has shapes of its own
 }
 
 

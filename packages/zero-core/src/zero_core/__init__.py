@@ -26,7 +26,8 @@ from .checkpointing import (
     checkpoint_modules,
     profile_checkpoints,
 )
-from .collectives import Collectives, Handle, PlainCollectives
+from .claims import steps_whole_tensors
+from .collectives import Collectives, Handle, PlainCollectives, data_parallel_group
 from .config import Overlap, Placement, Precision
 from .diagnostics import diagnostics
 from .errors import CollectiveError, ReleasedParameterError, ZeroConfigError, ZeroError, ZeroStateError
@@ -37,7 +38,7 @@ from .optimizer import ShardedOptimizer, clip_grad_norm, grad_norm
 from .precision import LossScaler, OverflowReport
 from .sharded_init import sharded_init
 from .state import Shard, load_optimizer_scalars, load_sharded_state, optimizer_scalars, sharded_state
-from .steppers import ShardOptimizer, check_elementwise
+from .steppers import ShardOptimizer
 from .tiling import tile_linear
 from .tracing import trace
 from .version import __version__
@@ -66,10 +67,10 @@ __all__ = [
     "ZeroError",
     "ZeroStateError",
     "__version__",
-    "check_elementwise",
     "checkpoint",
     "checkpoint_modules",
     "clip_grad_norm",
+    "data_parallel_group",
     "diagnostics",
     "full_state_dict",
     "get_full",
@@ -87,6 +88,7 @@ __all__ = [
     "sharded",
     "sharded_init",
     "sharded_state",
+    "steps_whole_tensors",
     "stream_full",
     "tile_linear",
     "trace",

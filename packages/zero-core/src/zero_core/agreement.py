@@ -82,6 +82,7 @@ def agree(
         ZeroConfigError: some rank has no such parameter, or lacks the optimizer; or ranks ask for different things.
     """
     state, problem, shape = sharded(model), "", None if given is None else list(given.shape)
+    model = state.part(model)
     unit, index = state.units[0], 0
     try:
         unit, index = _find(state, model, name)

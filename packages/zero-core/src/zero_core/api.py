@@ -69,6 +69,10 @@ class Sharded:
         wanted = {id(param) for param in module.parameters()}
         return [unit for unit in self.units if any(id(param) in wanted for param in unit.params)]
 
+    def part(self, module: nn.Module) -> nn.Module:
+        """`module`, or the sharded model where `module` is a wrapper around it; names are those of the result."""
+        return module if _HANDLE in module.__dict__ else self.model
+
     def install(self) -> None:
         """Hook the model's entry, and let every submodule find this object."""
         self._removers += Entrance(self.units, self.precision, self.reducer).hook(self.model)
@@ -199,16 +203,24 @@ def _stage_of(spec: UnitSpec, stage: int, placement: Placement, precision: Preci
 
 
 def sharded(module: nn.Module) -> Sharded:
-    """What `shard` made of the model that `module` is, or is part of.
+    """What `shard` made of the model that `module` is, is part of, or wraps (as what `torch.compile` returns does).
 
     Raises:
-        ZeroStateError: it was not sharded.
+        ZeroStateError: it was not sharded, or wraps several that were.
     """
     found = module.__dict__.get(_HANDLE)
-    if not isinstance(found, Sharded):
-        raise ZeroStateError(
-            f"{type(module).__name__} is not part of a sharded model; call zero_core.shard first"
-        )
+    if isinstance(found, Sharded):
+        return found
+    handles = (part.__dict__.get(_HANDLE) for part in module.modules())
+    inside = {id(handle): handle for handle in handles if isinstance(handle, Sharded)}
+    if len(inside) != 1:
+        what = "is not part of a sharded model; call zero_core.shard first"
+        if inside:
+            what = f"contains {len(inside)} sharded models; pass one of them"
+        raise ZeroStateError(f"{type(module).__name__} {what}")
+    found = inside.popitem()[1]
+    if "zero_grad" not in module.__dict__:  # accumulated gradients are not in param.grad alone
+        module.__dict__["zero_grad"] = found.model.__dict__["zero_grad"]
     return found
 
 

@@ -403,6 +403,20 @@ def group_of_all(mesh: DeviceMesh | dist.ProcessGroup, groups: Groups) -> dist.P
     return cast(dist.ProcessGroup, dist.new_group(ranks, use_local_synchronization=True))
 
 
+def data_parallel_group(mesh: DeviceMesh | dist.ProcessGroup) -> dist.ProcessGroup:
+    """All ranks that train one model when it is sharded over `mesh`: those that share its shards, and replicas.
+
+    Args:
+        mesh: as for `zero_core.shard`.
+
+    Raises:
+        ZeroConfigError: there is nothing in the mesh to shard over.
+
+    Every rank of the mesh must call it: with replicas it makes a group.
+    """
+    return group_of_all(mesh, resolve_groups(mesh))
+
+
 def sibling_group(group: dist.ProcessGroup, backend: str | None = None) -> dist.ProcessGroup:
     """A second group of the same ranks, so that what travels in the two needs no common order.
 

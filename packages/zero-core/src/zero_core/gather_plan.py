@@ -15,7 +15,7 @@ do the same, as nearly always, that costs a few numbers at the start of each seg
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 
@@ -205,20 +205,23 @@ class GatherPlan:
         """A unit that `use` sent for needs no gather on this rank; its use will not count as one's need."""
         self._ahead.pop(unit, None)
 
-    def next_is(self, unit: int) -> bool:
+    def next_is(self, unit: int, whole: Collection[int] = ()) -> bool:
         """Whether this rank, doing as it did last time, uses `unit` next (so that it should stay whole).
 
-        What follows a forward is the backward that has followed one before.
+        What follows a forward is the backward that has followed one before. Uses of units that are `whole` already do
+        not come between: none of them needs the room.
         """
         done, last = self._now.uses, self._last.uses
         if not done or done != last[: len(done)]:
             return False
-        if len(done) < len(last):
-            return last[len(done)] == unit
-        return self._segment[0] is Kind.FORWARD and any(
-            record.uses[:1] == [unit]
-            for (kind, _), record in self._records.items()
-            if kind in (Kind.LOCAL_BACKWARD, Kind.BACKWARD)
+        left = last[len(done) :]
+        then: list[list[int]] = [[]]
+        if self._segment[0] is Kind.FORWARD:
+            backwards = (Kind.LOCAL_BACKWARD, Kind.BACKWARD)
+            then += [record.uses for (kind, _), record in self._records.items() if kind in backwards]
+        return any(
+            unit == next((use for use in [*left, *uses] if use == unit or use not in whole), -1)
+            for uses in then
         )
 
     def _left(self) -> list[int]:

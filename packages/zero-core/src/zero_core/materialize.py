@@ -67,7 +67,9 @@ def stream_full(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _stream(model: nn.Module) -> Iterator[tuple[list[str], torch.Tensor]]:
     """Each distinct parameter and persistent buffer with all its names, whole, one unit at a time."""
-    state, untiled = sharded(model), Untiled(model)
+    state = sharded(model)
+    model = state.part(model)
+    untiled = Untiled(model)
     wanted = {id(p) for p in model.parameters()}
     for unit in state.units_of(model):
         with state.gatherer.hold([unit]) if state.gatherer else nullcontext():
@@ -92,7 +94,9 @@ def full_state_dict(
 
     Bytes per rank: the whole model on `device` where a dict is returned, plus one unit.
     """
-    keep = not rank0_only or sharded(model).everyone.group.rank() == 0
+    state = sharded(model)
+    model = state.part(model)
+    keep = not rank0_only or state.everyone.group.rank() == 0
     found: dict[str, torch.Tensor] = {}
     for names, tensor in _stream(model):
         if keep:
@@ -111,7 +115,9 @@ def load_full_state_dict(
         ZeroConfigError: names are missing or unexpected (`strict`), or a shape is not the parameter's; on every rank,
             before anything has changed.
     """
-    state, untiled = sharded(model), Untiled(model)
+    state = sharded(model)
+    model = state.part(model)
+    untiled = Untiled(model)
     wire, reads = state.everyone, state.everyone.group.rank() == 0
     state.reducer.assemble()
     expected = _expected(model)

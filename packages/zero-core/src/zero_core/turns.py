@@ -80,7 +80,8 @@ class Turns:
 
     def is_used_next(self, unit: FlatUnit) -> bool:
         """Whether `unit` should stay whole, since its next use is expected before any other's."""
-        return self._plan.next_is(unit.index)
+        whole = {each.index for each in self.units if each.residency is Residency.GATHERED}
+        return self._plan.next_is(unit.index, whole)
 
     def launch(self, unit: FlatUnit) -> None:
         """Start the gather of a unit that rests as shards."""

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from . import policies
 from .auto import Surroundings
-from .distributed import data_parallel_mesh, init_distributed
+from .distributed import data_parallel_mesh, init_distributed, with_replicas
 from .engine import Engine
 from .errors import ConfigError
 from .explain import explain
@@ -51,6 +51,9 @@ def initialize(
     config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
     mesh_device: DeviceMesh | None = None,
     config_params: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+    *,
+    whole_tensors: bool | None = None,
+    placement: zero.Placement | None = None,
 ) -> tuple[Engine, zero.ShardedOptimizer, EpochLoader | DataLoader[Any] | None, LRScheduler | None]:
     """Shard a model and its optimizer over the data-parallel ranks; all ranks call it.
 
@@ -67,8 +70,12 @@ def initialize(
         dist_init_required: False: torch.distributed is initialised already.
         collate_fn: Makes a batch of samples, for the loader made of `training_data`.
         config: Path of a JSON file, or a dictionary, with DeepSpeed's keys.
-        mesh_device: A mesh whose only dimension, or whose dimension "dp", is sharded over; None means all ranks.
+        mesh_device: A mesh whose only dimension, or whose dimension "dp", is sharded over, or that has "dp_replicate"
+            and "dp_shard"; None means all ranks.
         config_params: An older name of `config`.
+        whole_tensors: True for an optimizer from elsewhere that looks at whole parameters, such as LAMB; torch's own
+            (Adafactor, Muon) are known.
+        placement: Stage 3: what stays whole between uses.
 
     Returns:
         (engine, optimizer, loader, schedule).
@@ -84,7 +91,7 @@ def initialize(
         raise ConfigError("mpu: known DeepSpeed argument; pass mesh_device= with a dimension 'dp' instead")
     init_distributed(distributed_port=distributed_port, dist_init_required=dist_init_required)
     mesh = data_parallel_mesh(mesh_device)
-    group = mesh.get_group()
+    group = zero.data_parallel_group(mesh)
     given_loader = training_data if isinstance(training_data, DataLoader) else None
     given_optimizer = optimizer if isinstance(optimizer, Optimizer) else None
     around = Surroundings(
@@ -96,7 +103,11 @@ def initialize(
     )
     settings = effective(source, around)
     _check_loader(settings, given_loader, collate_fn)
+    mesh = with_replicas(
+        mesh, settings.config.zero_optimization.mics_shard_size, given=mesh_device is not None
+    )
     made = _optimizer(settings, model, optimizer, model_parameters)
+    zero.steps_whole_tensors(made, whole_tensors)  # refuses what cannot be stepped before the model changes
     policies.check_rates(settings.config, made)
     if lr_scheduler is not None and settings.config.scheduler is not None:
         raise ConfigError(
@@ -110,8 +121,9 @@ def initialize(
         stage=settings.config.zero_optimization.stage,
         precision=policies.precision(settings.config),
         overlap=policies.overlap(settings.config),
+        placement=placement,
     )
-    sharded = zero.ShardedOptimizer(model, made, scaler=scaler)
+    sharded = zero.ShardedOptimizer(model, made, scaler=scaler, whole_tensors=whole_tensors)
     scheduler = _scheduler(settings, sharded, lr_scheduler)
     loader = None
     if training_data is not None and not isinstance(training_data, DataLoader):
@@ -194,7 +206,6 @@ def _optimizer(
         made = policies.optimizer(settings.config, trainable) if given is None else given(trainable)
     if given is not None:
         policies.check_same(settings.config, made)
-    zero.check_elementwise(made)
     return made
 
 

@@ -1,6 +1,6 @@
 """Find or make the process group, the device and the mesh that a training process works on.
 
-In: torchrun's environment variables, or nothing (then a group of one rank). Out: a one-dimensional mesh "dp".
+In: torchrun's environment variables, or nothing (then a group of one rank). Out: the mesh to shard over.
 """
 
 from __future__ import annotations
@@ -60,16 +60,37 @@ def init_distributed(
 
 
 def data_parallel_mesh(given: DeviceMesh | None) -> DeviceMesh:
-    """The mesh to shard over: the given one, or all ranks.
+    """The mesh to shard over, as zero-core understands meshes: the given one, or all ranks.
 
     Raises:
-        ConfigError: For a mesh with more than one dimension and none called "dp".
+        ZeroConfigError: If nothing in the given mesh is to be sharded over.
     """
-    if given is None:
-        kind = "cuda" if torch.cuda.is_available() and "nccl" in str(dist.get_backend_config()) else "cpu"
-        return init_device_mesh(kind, (dist.get_world_size(),), mesh_dim_names=("dp",))
-    if given.ndim == 1:
+    if given is not None:
         return given
-    if "dp" not in (given.mesh_dim_names or ()):
-        raise ConfigError(f"mesh_device: expected a dimension 'dp', got {given.mesh_dim_names}")
-    return given["dp"]
+    kind = "cuda" if torch.cuda.is_available() and "nccl" in str(dist.get_backend_config()) else "cpu"
+    return init_device_mesh(kind, (dist.get_world_size(),), mesh_dim_names=("dp",))
+
+
+def with_replicas(mesh: DeviceMesh, shard_size: int, *, given: bool) -> DeviceMesh:
+    """Shards within `shard_size` ranks of `mesh`, replicas across; `shard_size` below 1 leaves the mesh as it is.
+
+    Args:
+        mesh: All ranks.
+        shard_size: Ranks that share one set of shards.
+        given: The mesh is the caller's, who has said there what is sharded.
+
+    Raises:
+        ConfigError: If the ranks do not divide, or the caller gave a mesh.
+    """
+    if shard_size < 1:
+        return mesh
+    where = "zero_optimization.mics_shard_size"
+    if given:
+        raise ConfigError(
+            f"{where}: initialize(mesh_device=...) decides; give that mesh dimensions 'dp_replicate' and 'dp_shard', "
+            "or leave one of the two out"
+        )
+    if mesh.size() % shard_size:
+        raise ConfigError(f"{where}: expected a divisor of the {mesh.size()} ranks, got {shard_size}")
+    shape = (mesh.size() // shard_size, shard_size)
+    return init_device_mesh(mesh.device_type, shape, mesh_dim_names=("dp_replicate", "dp_shard"))

@@ -140,7 +140,7 @@ _ZERO: Rows = {
         "a change in the order of use ends prefetching for one pass, nothing else"
     ),
     "enable_sanity_checks": no_effect("checks are always on"),
-    "save_muon_momentum_buffer_in_memory": refused("Muon's update needs whole matrices", False),
+    "save_muon_momentum_buffer_in_memory": no_effect("concerns optimizer offload, which is refused here"),
     "offload_param": refused(
         _OFFLOAD,
         inside='device="none" nvme_path=null pin_memory=true buffer_count=5 buffer_size=1e8 max_in_cpu=1e9',
@@ -163,8 +163,12 @@ _ZERO: Rows = {
     "zero_quantized_nontrainable_weights": refused(_COMPRESS, False),
     "zero_quantized_gradients": refused(_COMPRESS, False),
     "zeropp_loco_param": refused(_COMPRESS, None),
-    "mics_shard_size": refused(_COMPRESS, -1, 0),
-    "mics_hierarchical_params_gather": refused(_COMPRESS, False),
+    "mics_shard_size": honoured(
+        'a mesh "dp_replicate" x "dp_shard": sharded over so many ranks, replicated across; -1 or 0 is off'
+    ),
+    "mics_hierarchical_params_gather": no_effect(
+        "parameters are gathered among the ranks that share them alone"
+    ),
 }
 
 ROWS: dict[str, Key | Rows] = {
@@ -178,7 +182,9 @@ ROWS: dict[str, Key | Rows] = {
     ),
     "optimizer": _OPTIMIZER,
     "scheduler": _SCHEDULER,
-    "zero_allow_untested_optimizer": no_effect("any elementwise torch optimizer is accepted at every stage"),
+    "zero_allow_untested_optimizer": no_effect(
+        "any torch optimizer whose update of a parameter needs that parameter alone"
+    ),
     "zero_force_ds_cpu_optimizer": no_effect("concerns optimizer offload, which is refused here"),
     "fp16": _FP16,
     "bf16": _BF16,

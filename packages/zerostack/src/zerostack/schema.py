@@ -219,6 +219,9 @@ class Zero(Section):
     override_module_apply: bool = True
     log_trace_cache_warnings: bool = False
     enable_sanity_checks: bool = False
+    save_muon_momentum_buffer_in_memory: bool = False
+    mics_shard_size: Int = -1
+    mics_hierarchical_params_gather: bool = False
 
 
 class Throughput(Section):

@@ -8,6 +8,7 @@ checked on all ranks before anything of the engine changes.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -132,9 +133,12 @@ def load(
         log.warning("load_checkpoint: %s has no 'latest' and no tag was given; nothing was loaded", root)
         return None, {}
     described = zero.sharded_state(parts.module, parts.optimizer if optimizer else None)
-    wanted, sources = _wanted(reader, described, optimizer)
+    wanted, sources = _wanted(reader, described, parts.optimizer if optimizer else None)
     _check_names(engine, reader, wanted, sources, strict=strict, optimizer=optimizer)
-    tensors = reader.read(wanted, sources)
+    tensors = {
+        name: tensor.view(wanted[name].shape) if tensor.numel() == wanted[name].whole else tensor
+        for name, tensor in reader.read(wanted, sources).items()
+    }
     own, values = reader.own(), reader.index.values
     reader.together(lambda: _check_values(engine, values, optimizer=optimizer, scheduler=scheduler))
 
@@ -157,23 +161,29 @@ def load(
 
 
 def _wanted(
-    reader: Reader, described: Mapping[str, zero.Shard], optimizer: bool
+    reader: Reader, described: Mapping[str, zero.Shard], optimizer: zero.ShardedOptimizer | None
 ) -> tuple[dict[str, Range], dict[str, str]]:
     """The ranges this rank needs, and where those are stored that have another name in the checkpoint.
 
-    Optimizer state that does not exist yet covers the same range as its parameter. A parameter without a separate
-    master takes the checkpoint's master, and a master that the checkpoint lacks is the parameter.
+    Optimizer state that does not exist yet covers the same range as its parameter; that of an optimizer that looks at
+    whole parameters belongs to those this rank steps, in a shape of its own. A parameter without a separate master
+    takes the checkpoint's master, and a master that the checkpoint lacks is the parameter.
     """
+    owned = None if optimizer is None or optimizer.whole is None else {each.name for each in optimizer.whole}
     wanted = {name: Range.of(shard) for name, shard in described.items()}
     sources: dict[str, str] = {}
     stored = reader.index.tensors
     for name in stored:
         parameter, _, key = name.removeprefix(_OPTIMIZER).rpartition(".")
-        if not name.startswith(_OPTIMIZER) or name in wanted or parameter not in wanted:
+        if not name.startswith(_OPTIMIZER) or name in wanted:
             continue
         if key == "master":
-            sources[parameter] = name
-        elif optimizer:
+            if parameter in wanted:
+                sources[parameter] = name
+        elif owned is not None and parameter in owned:
+            whole = stored[name]
+            wanted[name] = Range(whole.shape, whole.dtype, 0, math.prod(whole.shape))
+        elif optimizer is not None and owned is None and parameter in wanted:
             part = wanted[parameter]
             wanted[name] = Range(part.shape, stored[name].dtype, part.start, part.stop)
     sources |= {name: _parameter_of(name) for name in wanted if _is_master(name) and name not in stored}

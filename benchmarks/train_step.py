@@ -9,7 +9,8 @@
 Every engine is two processes that live through the whole run with their model built, and only one engine works
 at a time; the others sleep. Rounds visit all engines in a new order each time. Inside a round, each engine's time
 is divided by that of plain DDP, so that a machine that slows down slows both; the median over the rounds is the
-result. Engines that do not fit in memory together are run in groups, each with a DDP of its own.
+result. Engines that do not fit in memory together are run in groups, each with a DDP of its own; where not even two
+fit, one after another, DDP first.
 """
 
 from __future__ import annotations
@@ -59,25 +60,26 @@ class Row:
 
 
 def groups(names: Sequence[str], parameters: int) -> list[list[str]]:
-    """Engines that fit in memory at the same time, each group led by the baseline."""
+    """Engines that fit in memory at the same time, each group led by the baseline; where no two fit, each alone."""
     available = next(
         int(line.split()[1]) * 1024
         for line in Path("/proc/meminfo").read_text().splitlines()
         if line.startswith("MemAvailable")
     )
     per_engine = RANKS * (PROCESS_BYTES + BYTES_PER_PARAMETER * parameters)
-    # The one that works needs about as much again for activations and buckets.
-    beside = max(1, int(available * MEMORY_SHARE / per_engine) - 2)
+    fitting = int(available * MEMORY_SHARE / per_engine)
     others = [name for name in names if name != BASELINE]
+    if fitting < 1:
+        return [[name] for name in [BASELINE, *others]]
+    # The one that works needs about as much again for activations and buckets.
+    beside = max(1, fitting - 2)
     count = max(1, -(-len(others) // beside))
     size = max(1, -(-len(others) // count))
     return [[BASELINE, *others[start : start + size]] for start in range(0, max(1, len(others)), size)]
 
 
-def run_group(
-    names: Iterable[str], dtype: str, options: argparse.Namespace, reference: list[float]
-) -> tuple[list[Row], dict[str, str]]:
-    """Measure some engines against DDP; `reference` are the losses to compare with, filled in by the first."""
+def run_group(names: Iterable[str], dtype: str, options: argparse.Namespace) -> list[Engine]:
+    """Let some engines take turns; those that could run, measured and stopped."""
     engines: list[Engine] = []
     try:
         for name in names:
@@ -102,10 +104,7 @@ def run_group(
     finally:
         for engine in engines:
             engine.stop()
-    baseline = next(engine for engine in engines if engine.name == BASELINE)
-    reference = reference or baseline.losses
-    versions = {key: value for engine in engines for key, value in engine.versions.items()}
-    return [row(engine, baseline, reference) for engine in engines], versions
+    return engines
 
 
 def row(engine: Engine, baseline: Engine, reference: Sequence[float]) -> Row:
@@ -176,6 +175,7 @@ def record(rows: list[Row], versions: dict[str, str], options: argparse.Namespac
         "optimizer": {"AdamW": ADAMW, "clip": MAX_NORM},
         "rounds": options.rounds,
         "steps_per_round": options.steps,
+        "taking_turns": all(len(group) > 1 for group in groups(options.engines, num_parameters(GPT(model)))),
     }
     return {
         "benchmark": "train_step",
@@ -207,7 +207,8 @@ def page(result: dict[str, Any], rows: list[Row]) -> str:
         f"{hardware['memory_gib']} GiB; {versions}.\n"
         f"{RANKS} gloo ranks, one thread each, {setup['sequences_per_rank']} sequences of "
         f"{setup['model']['sequence_length']} tokens a rank{how}; AdamW, clip {MAX_NORM}; "
-        f"{setup['rounds']} rounds of {setup['steps_per_round']} steps.\n\n"
+        f"{setup['rounds']} rounds of {setup['steps_per_round']} steps"
+        f"{'' if setup['taking_turns'] else '; one engine after another, since no two fit in memory'}.\n\n"
     )
     return f"{head}{table(rows)}\n\n{LEGEND}"
 
@@ -257,13 +258,17 @@ def main(arguments: Sequence[str]) -> int:
     versions: dict[str, str] = {}
     reference: list[float] = []
     for dtype in options.dtypes:
+        baseline: Engine | None = None
         chosen = [name for name in names if dtype != "fp32" or name not in ONLY_MIXED]
         for group in groups(chosen, parameters):
-            measured, found = run_group(group, dtype, options, reference)
-            reference = reference or measured[0].losses
-            versions |= found
+            engines = run_group(group, dtype, options)
+            baseline = next((engine for engine in engines if engine.name == BASELINE), baseline)
+            assert baseline is not None  # the first group has one
+            reference = reference or baseline.losses
             have = {(r.engine, r.dtype) for r in rows}
-            rows += [r for r in measured if (r.engine, r.dtype) not in have]
+            rows += [row(e, baseline, reference) for e in engines if (e.name, e.dtype) not in have]
+            for engine in engines:
+                versions |= engine.versions
     result = record(rows, versions, options)
     text = page(result, rows)
     print(text)

@@ -59,6 +59,13 @@ def bench(session: nox.Session) -> None:
 
 
 @nox.session
+def slow(session: nox.Session) -> None:
+    """Tests that take minutes: the same promises as the others, tried longer (two hundred kills in a save)."""
+    install_everything(session)
+    run_pytest(session, "-m", "slow", *(session.posargs or dev.test_paths()))
+
+
+@nox.session
 def gpu(session: nox.Session) -> None:
     """The tests that need a CUDA device; skipped where there is none."""
     require_gpu(session)

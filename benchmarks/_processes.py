@@ -44,10 +44,18 @@ class Round:
 class Engine:
     """Two worker processes of one engine, on hosts of a lab or on this one, and everything measured of them."""
 
-    def __init__(self, name: str, dtype: str, options: argparse.Namespace, hosts: Lab | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        dtype: str,
+        options: argparse.Namespace,
+        hosts: Lab | None = None,
+        *,
+        script: str = "_train_worker.py",
+    ) -> None:
         self.name, self.dtype = name, dtype
         python, environ = environment(name)
-        port, work = free_port(), [python, str(HERE / "_train_worker.py")]
+        port, work = free_port(), [python, str(HERE / script)]
         self.log = tempfile.TemporaryFile("w+", prefix=f"{name}-")  # noqa: SIM115 - closed by stop()
         self.ranks = [
             subprocess.Popen(

@@ -88,6 +88,19 @@ def test_ctrl_c_saves_resume_goes_on_and_the_proofs_hold(tmp_path):
     assert len((out / "sample.txt").read_text()) > 100
 
 
+def test_it_goes_on_with_any_number_of_processes(tmp_path):
+    book = tmp_path / "text.txt"
+    book.write_text("a line of a small text, again and again\n" * 400)
+    out = tmp_path / "out"
+    steps = 12
+    for procs, more in [("2", ()), ("1", ("--resume",)), ("3", ("--resume",)), ("4", ("--resume",))]:
+        running = demo(out, "--text", str(book), "--steps", str(steps), "--procs", procs, *more)
+        output, errors = running.communicate(timeout=120)
+        assert running.returncode == 0, output + errors
+        assert len(json.loads((out / "losses.json").read_text())["ours"]) == steps
+        steps += 2
+
+
 def test_missing_or_short_text_is_refused_at_once(tmp_path, capsys):
     for path, message in [
         (tmp_path / "absent", "no such file or folder"),

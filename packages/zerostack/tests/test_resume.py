@@ -51,7 +51,7 @@ def save_rank(rank, root, stages):
             engine = build(stage, optimizer=optimizer)
             before = train(engine, 0, BEFORE)
             tag = f"{engine.world_size}-{stage}-{kind}"
-            engine.save_checkpoint(root, tag, client_state={"epoch": 7, "notes": ["a"]})
+            engine.save_checkpoint(root, tag, client_state={"epoch": 7, "notes": ("a", torch.ones(2))})
             expected[tag] = train(engine, BEFORE, AFTER)
             assert expected[tag][0] != before[0]
     return expected
@@ -62,7 +62,9 @@ def load_rank(rank, root, stage, expected):
         engine = build(stage, seed=99, optimizer=OPTIMIZERS[tag.rpartition("-")[2]])
         path, client_state = engine.load_checkpoint(root, tag)
         assert path.endswith(tag)
-        assert client_state == {"epoch": 7, "notes": ["a"]}
+        assert client_state["epoch"] == 7
+        assert client_state["notes"][0] == "a"
+        assert torch.equal(client_state["notes"][1], torch.ones(2))
         assert engine.global_steps == BEFORE
         assert train(engine, BEFORE, AFTER) == pytest.approx(losses, rel=2e-6), (tag, stage)
         assert int(engine.module.calls) == BEFORE + AFTER
@@ -98,7 +100,7 @@ def mismatch_rank(rank, root):
             Other(),
             r"missing there: 'extra.bias', 'extra.weight'; not in the model: nothing; pass load_module_strict",
         ),
-        (Wider(), r"blocks\.1\.(up|down).* has shape \(.*\), expected \("),
+        (Wider(), r"blocks\.1\.(up|down).*: \(.*\) in the state, \(.*\) in the checkpoint"),
     ]:
         wrong = build(2, model=model)
         before = zero.full_state_dict(wrong.module)
@@ -129,12 +131,14 @@ def mismatch_rank(rank, root):
     assert torch.equal(torch.rand(3), expected)
 
     assert engine.load_checkpoint(root / "empty") == (None, {})
-    with pytest.raises(zerostack.CheckpointError, match="no such checkpoint; present: global_step2, rng"):
+    with pytest.raises(
+        zerostack.CheckpointError, match=r"absent: no committed .*; present: global_step2, rng"
+    ):
         engine.load_checkpoint(root, "absent")
     with pytest.raises(
-        TypeError if rank == 1 else zerostack.CheckpointError, match=r"client_state\.when: a tuple"
+        zerostack.CheckpointError, match=r"engine\.client_state.*when: a builtins.object cannot be"
     ):
-        engine.save_checkpoint(root, "bad", client_state={"when": (1, 2) if rank == 1 else 1})
+        engine.save_checkpoint(root, "bad", client_state={"when": object()})
     strict = build(0, checkpoint={"tag_validation": "Fail"})
     with pytest.raises(zerostack.CheckpointError, match="different tags: 'a', 'b'"):
         strict.save_checkpoint(root, "ab"[rank])

@@ -122,7 +122,7 @@ def test_what_is_not_ours_is_not_replaced(tmp_path):
     theirs.mkdir()
     (theirs / "mp_rank_00_model_states.pt").write_bytes(b"precious")
     with pytest.raises(
-        zerostack.CheckpointError, match="is no checkpoint of this format; it will not be replaced"
+        zerostack.CheckpointError, match="is of no checkpoint of this format; it will not be replaced"
     ):
         engine.save_checkpoint(tmp_path)
     assert (theirs / "mp_rank_00_model_states.pt").read_bytes() == b"precious"

@@ -161,24 +161,34 @@ class Engine(Facts):
         tag: str | None = None,
         client_state: dict[str, Any] | None = None,
         save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
     ) -> Path:
         """Save everything needed to go on, on this or any other number of ranks and at any stage; all ranks call it.
 
         Args:
             save_dir: Directory that all ranks see.
             tag: Name of the checkpoint; None means `global_step<n>`.
-            client_state: Small values of JSON's types, given back by `load_checkpoint`; the first rank's are kept.
+            client_state: Small values (numbers, text, lists, tuples, dictionaries, small tensors), given back by
+                `load_checkpoint`; the first rank's are kept.
             save_latest: Whether `save_dir/latest` is to name this checkpoint.
+            exclude_frozen_parameters: Leave out parameters that are not trained, such as the base of a LoRA.
 
         Returns:
             The directory of the checkpoint.
 
         Raises:
-            TypeError: For a value of `client_state` that would not come back as it is.
-            CheckpointError: If a rank could not write; what was there before is still there.
+            CheckpointError: For a value of `client_state` that cannot be stored; or if a rank could not write. What was
+                there before is still there.
         """
         name = f"global_step{self.global_steps}" if tag is None else str(tag)
-        return snapshot.save(self, Path(save_dir), name, client_state or {}, point_latest=save_latest)
+        return snapshot.save(
+            self,
+            Path(save_dir),
+            name,
+            client_state or {},
+            point_latest=save_latest,
+            frozen=not exclude_frozen_parameters,
+        )
 
     def load_checkpoint(
         self,

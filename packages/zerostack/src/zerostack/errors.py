@@ -1,8 +1,10 @@
-"""What zerostack raises.
+"""What zerostack raises; what goes wrong with checkpoints, ckpt-universal says.
 
 Every error says what was given, what was expected and what to do; nothing here is raised after a collective
 has started on only some of the ranks. No module of the package comes before this one.
 """
+
+from ckpt_universal import CheckpointError as CheckpointError
 
 
 class ZerostackError(Exception):
@@ -11,10 +13,6 @@ class ZerostackError(Exception):
 
 class ConfigError(ZerostackError, ValueError):
     """A configuration that cannot be honoured as written."""
-
-
-class CheckpointError(ZerostackError, RuntimeError):
-    """A checkpoint that cannot be written, or that is not what the program expects."""
 
 
 class EngineStateError(ZerostackError, RuntimeError):

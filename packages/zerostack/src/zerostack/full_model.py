@@ -12,11 +12,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import zero_core as zero
+from ckpt_universal import CheckpointError, write_safetensors_file
 from torch import nn
 
 from . import ranks
-from .checkpoint import tensor_file
-from .errors import CheckpointError
 
 
 def save_full_model(
@@ -42,7 +41,8 @@ def save_full_model(
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             specs = {name: (_dtype_in_file(own, dtype), shape) for name, own, shape in _names(model)}
-            tensor_file.write_stream(hidden, specs, ((name, t.to(specs[name][0])) for name, t in stream))
+            parts = ((name, tensor.to(specs[name][0])) for name, tensor in stream)
+            write_safetensors_file(hidden, specs, parts)
             hidden.replace(path)
         except (OSError, CheckpointError) as caught:
             error = caught

@@ -1,11 +1,13 @@
 """The data loader of `initialize(training_data=)`: micro-batches, each rank its own part, a new order each epoch.
 
-In: a dataset. Out: batches of `train_micro_batch_size_per_gpu` samples on each rank.
+In: a dataset. Out: batches of `train_micro_batch_size_per_gpu` samples on each rank. Checkpoints hold its position, in
+samples of all ranks, so another number of ranks goes on after the very same ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
@@ -37,11 +39,11 @@ class EpochLoader:
         collate_fn: Callable[[list[Any]], Any] | None = None,
     ) -> None:
         self.epoch = 0
-        self._sampler: DistributedSampler[Any] | None = None
+        self._samples_per_batch = batch_size * world
+        self._num_taken = self._num_skipped = 0
+        self._sampler: _Sampler | None = None
         if not isinstance(dataset, IterableDataset):
-            self._sampler = DistributedSampler(
-                dataset, world, rank, shuffle=True, seed=seed, drop_last=drop_last
-            )
+            self._sampler = _Sampler(dataset, world, rank, shuffle=True, seed=seed, drop_last=drop_last)
         self.loader: DataLoader[Any] = DataLoader(
             dataset, batch_size, sampler=self._sampler, drop_last=drop_last, collate_fn=collate_fn
         )
@@ -56,7 +58,36 @@ class EpochLoader:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Any]:
+        skipped, self._num_skipped = self._num_skipped, 0
         if self._sampler is not None:
             self._sampler.set_epoch(self.epoch)
+            self._sampler.first = skipped * (self.loader.batch_size or 1)
         self.epoch += 1
-        return iter(self.loader)
+        self._num_taken = skipped
+        return self._batches(skipped if self._sampler is None else 0)
+
+    def _batches(self, num_passed_over: int) -> Iterator[Any]:
+        for batch in islice(self.loader, num_passed_over, None):
+            self._num_taken += 1
+            yield batch
+        self._num_taken = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """The position: epochs begun, and samples of all ranks handed out in the one under way (0: it is over)."""
+        return {"epoch": self.epoch, "samples": self._num_taken * self._samples_per_batch}
+
+    def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
+        """Go on from a position: the next `iter()` ends the epoch that was under way."""
+        under_way = state_dict["samples"] > 0
+        self.epoch = state_dict["epoch"] - int(under_way)
+        self._num_skipped = state_dict["samples"] // self._samples_per_batch
+        self._num_taken = 0
+
+
+class _Sampler(DistributedSampler[Any]):
+    """Begins an epoch at sample `first` of this rank."""
+
+    first = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        return islice(super().__iter__(), self.first, None)

@@ -1,25 +1,23 @@
 """What a checkpoint of an engine holds, and how it is taken back.
 
-In: an engine. Out: `checkpoint.save` of zero-core's description of it, plus counters, schedule, loss scale and
-random states; and back, on any number of ranks, at any stage and in another precision. Everything is read and
-checked on all ranks before anything of the engine changes.
+In: an engine. Out: `ckpt_universal.save` of zero-core's description of it, plus counters, schedule, loss scale, random
+states and the loader's position; and back, on any number of ranks, at any stage and in another precision. Everything is
+read and checked on all ranks before anything of the engine changes.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import ckpt_universal as ckpt
 import torch
 import zero_core as zero
 
-from . import checkpoint, ranks
-from .checkpoint import Range, Reader
-from .checkpoint.values import decode, encode
+from . import ranks
 from .errors import CheckpointError
 from .facts import Progress
 
@@ -28,7 +26,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_OPTIMIZER = "optimizer."
+_MODEL, _OPTIMIZER = "model.", "optimizer."
 _MASTER = ".master"
 
 
@@ -36,7 +34,13 @@ _MASTER = ".master"
 
 
 def save(
-    engine: Engine, root: Path, tag: str, client_state: Mapping[str, Any], *, point_latest: bool
+    engine: Engine,
+    root: Path,
+    tag: str,
+    client_state: Mapping[str, Any],
+    *,
+    point_latest: bool,
+    frozen: bool,
 ) -> Path:
     """Save an engine; see `Engine.save_checkpoint`."""
     tag = _agreed_tag(engine, tag)
@@ -46,30 +50,71 @@ def save(
         log.warning(
             "save_checkpoint: the gradients of %d micro-batch(es) since the last update are not saved", left
         )
-    values = {
+    described = _described(engine, optimizer=True)
+    if not frozen:
+        left_out = _frozen(engine)
+        described = {name: shard for name, shard in described.items() if name not in left_out}
+    state = {
+        "model": _under(_MODEL, described),
+        "optimizer": _under(_OPTIMIZER, described),
+        "engine": _values(engine, client_state, frozen=frozen),
+        "random": ckpt.RandomStates(),
+    }
+    policy = ckpt.SavePolicy(point_latest=point_latest)
+    path = ckpt.save(root, state, step=engine.global_steps, name=tag, group=parts.group, policy=policy)
+    return Path(path)
+
+
+def _described(engine: Engine, *, optimizer: bool) -> dict[str, zero.Shard]:
+    """This rank's parts of parameters, buffers and (as asked) optimizer state, by their names in a checkpoint."""
+    parts = engine.parts
+    found = {_MODEL + name: shard for name, shard in zero.sharded_state(parts.module, None).items()}
+    if optimizer:
+        both = zero.sharded_state(parts.module, parts.optimizer)
+        found |= {name: shard for name, shard in both.items() if _MODEL + name not in found}
+    return found
+
+
+def _under(prefix: str, described: Mapping[str, zero.Shard]) -> dict[str, zero.Shard]:
+    return {name.removeprefix(prefix): s for name, s in described.items() if name.startswith(prefix)}
+
+
+def _frozen(engine: Engine) -> set[str]:
+    """Names in a checkpoint of parameters that are not trained, whichever rank holds them."""
+    named = engine.parts.module.named_parameters(remove_duplicate=False)
+    return {_MODEL + name for name, param in named if not param.requires_grad}
+
+
+def _values(engine: Engine, client_state: Mapping[str, Any], *, frozen: bool) -> dict[str, Any]:
+    """Small values, equal on all ranks but for the scalars of parameters that a rank has a part of."""
+    parts = engine.parts
+    return {
         "progress": asdict(engine.progress),
         "optimizer_type": type(parts.optimizer.inner).__name__,
         "optimizer_groups": [_hyperparameters(group) for group in parts.optimizer.param_groups],
-        "optimizer_scalars": _scalars_of_all_ranks(engine),
+        "optimizer_scalars": zero.optimizer_scalars(parts.optimizer),
         "lr_scheduler": None
         if parts.scheduler is None
         else {
             "type": type(parts.scheduler).__name__,
-            "state": encode(parts.scheduler.state_dict(), "lr_scheduler"),
+            "state": _of_first_rank(engine, parts.scheduler.state_dict()),
         },
         "scaler": None if (scaler := _adapting_scaler(engine)) is None else scaler.state_dict(),
+        "loader": None if parts.loader is None else parts.loader.state_dict(),
         "saved_at": {"stage": engine.zero_optimization_stage(), "world": engine.world_size},
-        "client_state": dict(client_state),
+        "frozen": frozen,
+        "client_state": _of_first_rank(engine, client_state),
     }
-    return checkpoint.save(
-        root,
-        tag,
-        zero.sharded_state(parts.module, parts.optimizer),
-        values,
-        group=parts.group,
-        per_rank=_random_states(engine),
-        point_latest=point_latest,
-    )
+
+
+def _of_first_rank(engine: Engine, value: Mapping[str, Any]) -> ckpt.PerRank:
+    """The first rank's counts; other ranks may keep other things in theirs."""
+    return ckpt.PerRank(dict(value) if engine.parts.group.rank() == 0 else None)
+
+
+def _first(value: Any) -> Any:
+    """What `_of_first_rank` saved."""
+    return value.values[0] if isinstance(value, ckpt.PerRankValues) else value
 
 
 def _adapting_scaler(engine: Engine) -> zero.LossScaler | None:
@@ -95,22 +140,7 @@ def _agreed_tag(engine: Engine, tag: str) -> str:
 
 def _hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
     plain = {name: value for name, value in group.items() if name != "params"}
-    return {name: encode(value, f"optimizer.param_groups.{name}") for name, value in plain.items()}
-
-
-def _scalars_of_all_ranks(engine: Engine) -> dict[str, dict[str, float]]:
-    """Step counts and the like, by parameter; a rank knows those of the parameters that it has a part of."""
-    merged: dict[str, dict[str, float]] = {}
-    for part in ranks.gather_json(zero.optimizer_scalars(engine.parts.optimizer), engine.parts.group):
-        merged |= part
-    return merged
-
-
-def _random_states(engine: Engine) -> dict[str, torch.Tensor]:
-    states = {"rng.cpu": torch.get_rng_state()}
-    if engine.device.type == "cuda":
-        states["rng.cuda"] = torch.cuda.get_rng_state(engine.device)
-    return states
+    return {name: v.item() if isinstance(v, torch.Tensor) else v for name, v in plain.items()}
 
 
 # -- loading --------------------------------------------------------------------------------------------------
@@ -128,66 +158,131 @@ def load(
 ) -> tuple[str | None, dict[str, Any]]:
     """Load into an engine; see `Engine.load_checkpoint`."""
     parts = engine.parts
-    reader = checkpoint.open_checkpoint(root, tag, parts.group)
-    if reader is None:
+    if tag is None and ranks.any_rank(
+        not (root / "latest").exists() and not (root / "COMMIT").exists(), parts.group
+    ):
         log.warning("load_checkpoint: %s has no 'latest' and no tag was given; nothing was loaded", root)
         return None, {}
-    described = zero.sharded_state(parts.module, parts.optimizer if optimizer else None)
-    wanted, sources = _wanted(reader, described, parts.optimizer if optimizer else None)
-    _check_names(engine, reader, wanted, sources, strict=strict, optimizer=optimizer)
-    tensors = {
-        name: tensor.view(wanted[name].shape) if tensor.numel() == wanted[name].whole else tensor
-        for name, tensor in reader.read(wanted, sources).items()
-    }
-    own, values = reader.own(), reader.index.values
-    reader.together(lambda: _check_values(engine, values, optimizer=optimizer, scheduler=scheduler))
+    found = ckpt.describe(root, name=tag, group=parts.group)
+    values = _values_of(engine, found, needed=optimizer or scheduler or progress)
+    described = _described(engine, optimizer=optimizer)
+    wanted, sources = _wanted(found, described, parts.optimizer if optimizer else None)
+    _check_names(engine, found, wanted, sources, values, strict=strict, optimizer=optimizer)
+    _check_values(engine, values, optimizer=optimizer, scheduler=scheduler)
+    into = {"model": _under(_MODEL, wanted), "optimizer": _under(_OPTIMIZER, wanted)}
+    ckpt.load(found.path, into=into, strict=False, only="*", rename=sources, group=parts.group)
 
+    tensors = {
+        name.removeprefix(_MODEL): shard.local.view(shard.global_shape)
+        if shard.local.numel() == torch.Size(shard.global_shape).numel()
+        else shard.local
+        for name, shard in wanted.items()
+    }
     zero.load_sharded_state(parts.module, parts.optimizer if optimizer else None, tensors, strict=False)
     if optimizer:
         zero.load_optimizer_scalars(parts.optimizer, values["optimizer_scalars"])
-        for group, saved in zip(parts.optimizer.param_groups, values["optimizer_groups"], strict=True):
-            group.update({name: decode(value) for name, value in saved.items()})
+        for group, saved in zip(parts.optimizer.param_groups, values["optimizer_groups"] or [], strict=False):
+            group.update(saved)
         if (scaler := _adapting_scaler(engine)) is not None and values["scaler"] is not None:
             scaler.load_state_dict(values["scaler"])
     if scheduler and parts.scheduler is not None and values["lr_scheduler"] is not None:
-        parts.scheduler.load_state_dict(decode(values["lr_scheduler"]["state"]))
+        parts.scheduler.load_state_dict(_first(values["lr_scheduler"]["state"]))
     if progress:
         engine.progress = Progress(**values["progress"])
         # Gradients are not saved, and another number of ranks may accumulate over another number of micro-batches.
         engine.progress.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
-        _restore_random_states(engine, own)
+        if parts.loader is not None and values["loader"] is not None:
+            parts.loader.load_state_dict(values["loader"])
+        if "random" in found.values:
+            state = {"random": ckpt.RandomStates()}
+            ckpt.load(found.path, into=state, only="random*", group=parts.group)
     engine.zero_grad()
-    return str(reader.path), values["client_state"]
+    return found.path, _first(values["client_state"])
+
+
+def _values_of(engine: Engine, found: ckpt.Description, *, needed: bool) -> dict[str, Any]:
+    """What an engine saved beside tensors, or what can be made of another program's numbers.
+
+    Raises:
+        CheckpointError: there is neither, and more than the model is to be loaded.
+    """
+    tree = found.values if isinstance(found.values, dict) else {}
+    if "engine" in tree:
+        return dict(tree["engine"])
+    nothing = {
+        "progress": asdict(engine.progress),
+        "optimizer_type": None,
+        "optimizer_groups": None,
+        "optimizer_scalars": {},
+        "lr_scheduler": None,
+        "scaler": None,
+        "loader": None,
+        "frozen": True,
+        "client_state": {},
+    }
+    if "deepspeed" in tree:
+        return nothing | _values_of_deepspeed(engine, tree["deepspeed"])
+    if needed:
+        raise CheckpointError(
+            f"{found.path}: no engine saved it: it has no counters; pass load_module_only=True for its parameters alone"
+        )
+    return nothing
+
+
+def _values_of_deepspeed(engine: Engine, saved: Mapping[str, Any]) -> dict[str, Any]:
+    steps, skipped = saved.get("global_steps", 0), saved.get("skipped_steps", 0)
+    names = [name for name, _ in engine.parts.module.named_parameters()]
+    scalars = saved.get("scalars") or {name: {"step": float(steps - skipped)} for name in names}
+    schedule = saved.get("lr_scheduler") or {}
+    return {
+        "progress": {
+            "micro_steps": steps * engine.gradient_accumulation_steps(),
+            "global_steps": steps,
+            "global_samples": saved.get("global_samples", 0),
+            "skipped_steps": skipped,
+        },
+        "optimizer_scalars": scalars,
+        "lr_scheduler": {"type": None, "state": {"last_epoch": schedule["last_batch_iteration"] + 1}}
+        if "last_batch_iteration" in schedule
+        else None,
+    }
 
 
 def _wanted(
-    reader: Reader, described: Mapping[str, zero.Shard], optimizer: zero.ShardedOptimizer | None
-) -> tuple[dict[str, Range], dict[str, str]]:
-    """The ranges this rank needs, and where those are stored that have another name in the checkpoint.
+    found: ckpt.Description, described: Mapping[str, zero.Shard], optimizer: zero.ShardedOptimizer | None
+) -> tuple[dict[str, zero.Shard], dict[str, str]]:
+    """Room for the ranges this rank needs, and where those are stored that have another name in the checkpoint.
 
     Optimizer state that does not exist yet covers the same range as its parameter; that of an optimizer that looks at
     whole parameters belongs to those this rank steps, in a shape of its own. A parameter without a separate master
     takes the checkpoint's master, and a master that the checkpoint lacks is the parameter.
     """
     owned = None if optimizer is None or optimizer.whole is None else {each.name for each in optimizer.whole}
-    wanted = {name: Range.of(shard) for name, shard in described.items()}
+    wanted = {
+        name: _room(shard.global_shape, shard.dtype, shard.offsets[0], shard.local.numel())
+        for name, shard in described.items()
+    }
     sources: dict[str, str] = {}
-    stored = reader.index.tensors
-    for name in stored:
+    for name, (shape, dtype) in found.tensors.items():
         parameter, _, key = name.removeprefix(_OPTIMIZER).rpartition(".")
         if not name.startswith(_OPTIMIZER) or name in wanted:
             continue
+        own = wanted.get(_MODEL + parameter)
         if key == "master":
-            if parameter in wanted:
-                sources[parameter] = name
+            if own is not None:
+                sources[_MODEL + parameter] = name
         elif owned is not None and parameter in owned:
-            whole = stored[name]
-            wanted[name] = Range(whole.shape, whole.dtype, 0, math.prod(whole.shape))
-        elif optimizer is not None and owned is None and parameter in wanted:
-            part = wanted[parameter]
-            wanted[name] = Range(part.shape, stored[name].dtype, part.start, part.stop)
-    sources |= {name: _parameter_of(name) for name in wanted if _is_master(name) and name not in stored}
+            wanted[name] = _room(shape, dtype, 0, torch.Size(shape).numel())
+        elif optimizer is not None and owned is None and own is not None:
+            wanted[name] = _room(own.global_shape, dtype, own.offsets[0], own.local.numel())
+    sources |= {
+        name: _parameter_of(name) for name in wanted if _is_master(name) and name not in found.tensors
+    }
     return wanted, sources
+
+
+def _room(shape: tuple[int, ...], dtype: torch.dtype, start: int, numel: int) -> zero.Shard:
+    return zero.Shard(shape, dtype, (start,), torch.empty(numel, dtype=dtype))
 
 
 def _is_master(name: str) -> bool:
@@ -195,38 +290,47 @@ def _is_master(name: str) -> bool:
 
 
 def _parameter_of(master: str) -> str:
-    return master.removeprefix(_OPTIMIZER).removesuffix(_MASTER)
+    return _MODEL + master.removeprefix(_OPTIMIZER).removesuffix(_MASTER)
 
 
 def _check_names(
     engine: Engine,
-    reader: Reader,
-    wanted: dict[str, Range],
+    found: ckpt.Description,
+    wanted: dict[str, zero.Shard],
     sources: Mapping[str, str],
+    values: Mapping[str, Any],
     *,
     strict: bool,
     optimizer: bool,
 ) -> None:
-    """Compare the checkpoint's names with those of all ranks; without `strict`, leave out what it lacks."""
+    """Compare the checkpoint's names with those of all ranks; what it lacks is left as it is, if that is allowed."""
     everyone = {name for names in ranks.gather_json(sorted(wanted), engine.parts.group) for name in names}
-    stored = reader.index.tensors
+    stored = found.tensors
+    for name in [name for name in wanted if sources.get(name, name) not in stored]:
+        del wanted[name]
     if not strict:
-        for name in [name for name in wanted if sources.get(name, name) not in stored]:
-            del wanted[name]
         return
+    known = {
+        _MODEL + name for name, _ in engine.parts.module.named_parameters(remove_duplicate=False)
+    }  # tied ones too
     unexpected = [
         name
         for name in stored
-        if name not in everyone and not _is_master(name) and (optimizer or not name.startswith(_OPTIMIZER))
+        if name not in everyone | known
+        and not _is_master(name)
+        and (optimizer or not name.startswith(_OPTIMIZER))
     ]
+    frozen = set() if values["frozen"] else _frozen(engine)
     missing = [
         name
         for name in sorted(everyone)
-        if name not in stored and not (_is_master(name) and _parameter_of(name) in stored)
+        if name not in stored
+        and not (_is_master(name) and _parameter_of(name) in stored)
+        and name not in frozen
     ]
     if unexpected or missing:
         raise CheckpointError(
-            f"{reader.path} does not fit the model: missing there: {_some(missing)}; not in the model: "
+            f"{found.path} does not fit the model: missing there: {_some(missing)}; not in the model: "
             f"{_some(unexpected)}; pass load_module_strict=False to load what both have"
         )
 
@@ -234,18 +338,19 @@ def _check_names(
 def _some(names: list[str], most: int = 5) -> str:
     if not names:
         return "nothing"
-    return ", ".join(map(repr, names[:most])) + (
+    return ", ".join(repr(name.removeprefix(_MODEL)) for name in names[:most]) + (
         f" and {len(names) - most} more" if len(names) > most else ""
     )
 
 
 def _check_values(engine: Engine, values: Mapping[str, Any], *, optimizer: bool, scheduler: bool) -> None:
     """Find out now what would fail half-way through taking over."""
-    groups, saved = len(engine.parts.optimizer.param_groups), len(values["optimizer_groups"])
-    if optimizer and groups != saved:
-        raise CheckpointError(f"the checkpoint has {saved} parameter group(s), the optimizer {groups}")
+    if optimizer and values["optimizer_groups"] is not None:
+        groups, saved = len(engine.parts.optimizer.param_groups), len(values["optimizer_groups"])
+        if groups != saved:
+            raise CheckpointError(f"the checkpoint has {saved} parameter group(s), the optimizer {groups}")
     own, of_saved = type(engine.parts.optimizer.inner).__name__, values["optimizer_type"]
-    if optimizer and own != of_saved:
+    if optimizer and of_saved is not None and own != of_saved:
         raise CheckpointError(
             f"the checkpoint holds the state of {of_saved}, the engine steps with {own}; pass "
             "load_optimizer_states=False to start the optimizer anew"
@@ -259,12 +364,3 @@ def _check_values(engine: Engine, values: Mapping[str, Any], *, optimizer: bool,
     if scheduler and (engine.parts.scheduler is None) != (values["lr_scheduler"] is None):
         has = "a schedule" if engine.parts.scheduler is None else "no schedule"
         log.warning("load_checkpoint: the checkpoint has %s and the engine differs; the rates may jump", has)
-
-
-def _restore_random_states(engine: Engine, own: Mapping[str, torch.Tensor]) -> None:
-    if not own:
-        log.info("load_checkpoint: saved by another number of ranks; random states are left as they are")
-        return
-    torch.set_rng_state(own["rng.cpu"])
-    if engine.device.type == "cuda" and "rng.cuda" in own:
-        torch.cuda.set_rng_state(own["rng.cuda"], engine.device)

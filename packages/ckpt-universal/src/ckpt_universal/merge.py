@@ -1,0 +1,62 @@
+"""PURE: the trees of values of all ranks -> one.
+
+Ranks may know different keys (a pipeline stage its own layers); what several know must be equal, but for `PerRank`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from .errors import ConfigError
+from .values import PerRankValues, pack
+
+_NOTHING = object()
+
+
+def merge_values(trees: Sequence[Any]) -> Any:
+    """One tree of all ranks' trees, by rank.
+
+    Raises:
+        ConfigError: ranks have different values in one place; names it.
+    """
+    return _merge(list(trees), ())
+
+
+def _merge(nodes: list[Any], path: tuple[str, ...]) -> Any:
+    known = [(rank, node) for rank, node in enumerate(nodes) if node is not _NOTHING]
+    first = known[0][1]
+    if any(isinstance(node, PerRankValues) for _, node in known):
+        return PerRankValues(
+            tuple(node.values[0] if isinstance(node, PerRankValues) else None for node in nodes)
+        )
+    if all(isinstance(node, dict) for _, node in known):
+        keys = dict.fromkeys(key for _, node in known for key in node)
+        return {
+            key: _merge(
+                [node.get(key, _NOTHING) if isinstance(node, dict) else _NOTHING for node in nodes],
+                (*path, str(key)),
+            )
+            for key in keys
+        }
+    for kind in (list, tuple):
+        if all(type(node) is kind for _, node in known):
+            length = max(len(node) for _, node in known)
+            inner = [
+                [node[at] if node is not _NOTHING and at < len(node) else _NOTHING for node in nodes]
+                for at in range(length)
+            ]
+            return kind(_merge(each, (*path, str(at))) for at, each in enumerate(inner))
+    expected = pack(first, "")
+    for rank, node in known:
+        if pack(node, "") != expected:
+            raise ConfigError(
+                f"{'.'.join(path)}: ranks have different values: {_short(first)} on rank {known[0][0]}, {_short(node)} "
+                f"on rank {rank}; make them equal, or save ckpt_universal.PerRank(value)"
+            )
+    return first
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 60 else f"{text[:57]}..."

@@ -1,0 +1,150 @@
+"""The few words that ranks exchange about a checkpoint; the package's one user of torch.distributed.
+
+Bytes travel as messages between CPUs (gloo). Every method is called by all ranks, in the same order; a rank that does
+not come ends the wait of the others with an error that names it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar, cast
+
+import msgpack
+import torch
+import torch.distributed as dist
+
+from .errors import CheckpointError
+
+T = TypeVar("T")
+_SHORT = 4096
+"""Bytes that travel with their size."""
+_TAG = 0x636B  # of these messages; between two ranks they arrive in the order in which they were sent
+
+
+class Ranks:
+    """The ranks that save or load together.
+
+    Args:
+        group: their process group; None means all ranks where torch.distributed is initialised, else this process.
+        own: make a group beside it, so that what is said here needs no common order with anything else.
+        timeout_s: how long to wait for another rank.
+    """
+
+    def __init__(
+        self, group: dist.ProcessGroup | None = None, *, own: bool = False, timeout_s: float = 600.0
+    ) -> None:
+        self.rank, self.world, self.timeout_s = 0, 1, timeout_s
+        self._group = group
+        self._made = False
+        if group is None and not dist.is_initialized():
+            return
+        self._group = group or dist.group.WORLD
+        assert self._group is not None
+        self.rank, self.world = self._group.rank(), self._group.size()
+        if self.world > 1 and (own or not _has_cpu(self._group)):
+            members = dist.get_process_group_ranks(self._group)
+            made = dist.new_group(members, backend="gloo", use_local_synchronization=True)
+            self._group, self._made = cast(dist.ProcessGroup, made), True
+
+    def close(self) -> None:
+        """Give back the group that was made, if one was."""
+        if self._made and dist.is_initialized():
+            dist.destroy_process_group(self._group)
+        self._made = False
+
+    def gather_bytes(self, mine: bytes, doing: str) -> list[bytes]:
+        """Every rank's bytes, in rank order: one message to each where all are short, two otherwise.
+
+        Raises:
+            CheckpointError: a rank has ended, or did not come in time.
+        """
+        if self.world == 1:
+            return [mine]
+        short = torch.frombuffer(bytearray(_head(mine)), dtype=torch.uint8)
+        heads = [torch.empty_like(short) for _ in range(self.world)]
+        self._exchange(short, heads, doing)
+        heads[self.rank] = short
+        found = [bytes(head.numpy()) for head in heads]
+        sizes = [int.from_bytes(head[:8], "little") for head in found]
+        if max(sizes) <= _SHORT:
+            return [head[8 : 8 + size] for head, size in zip(found, sizes, strict=True)]
+        sent = torch.frombuffer(bytearray(mine or b"\0"), dtype=torch.uint8)
+        received = [torch.empty(max(1, size), dtype=torch.uint8) for size in sizes]
+        self._exchange(sent, received, doing)
+        received[self.rank] = sent
+        return [bytes(r[:n].numpy()) for r, n in zip(received, sizes, strict=True)]
+
+    def _exchange(self, sent: torch.Tensor, received: list[torch.Tensor], doing: str) -> None:
+        """As messages: gloo finishes its collectives on a thread that may outlive the interpreter's tensors."""
+        assert self._group is not None
+        works = []
+        for step in range(1, self.world):
+            to, source = (self.rank + step) % self.world, (self.rank - step) % self.world
+            for call, tensor, peer in ((dist.irecv, received[source], source), (dist.isend, sent, to)):
+                try:
+                    work = call(tensor, dist.get_global_rank(self._group, peer), group=self._group, tag=_TAG)
+                except RuntimeError as error:
+                    raise self._lost(peer, doing, error) from error
+                assert work is not None  # this rank is in the group
+                works.append((work, peer))
+        for work, peer in works:
+            try:
+                work.wait(timedelta(seconds=self.timeout_s))
+            except RuntimeError as error:  # noqa: PERF203 - each may be of another rank
+                raise self._lost(peer, doing, error) from error
+
+    def _lost(self, peer: int, doing: str, error: RuntimeError) -> CheckpointError:
+        said = str(error).splitlines()[0][:200]
+        return CheckpointError(f"{doing}: rank {peer} of {self.world} has ended or did not answer ({said})")
+
+    def gather(self, mine: Any, doing: str) -> list[Any]:
+        """Every rank's value (what msgpack knows), in rank order."""
+        packed = self.gather_bytes(msgpack.packb(mine), doing)
+        return [msgpack.unpackb(each, strict_map_key=False) for each in packed]
+
+    def together(self, doing: str, act: Callable[[], T]) -> T:
+        """Do something on all ranks, and go on on all of them or none.
+
+        Raises:
+            BaseException: what `act` raised on this rank.
+            CheckpointError: it raised on another.
+        """
+        mine, _ = self._outcomes(doing, act, tell=False)
+        return cast(T, mine)
+
+    def gather_results(self, doing: str, act: Callable[[], T]) -> list[T]:
+        """As `together`; returns every rank's result (what msgpack knows), in rank order."""
+        _, everyone = self._outcomes(doing, act, tell=True)
+        return everyone
+
+    def on_first(self, doing: str, act: Callable[[], T]) -> T:
+        """Do something on the first rank; its result (what msgpack knows), or its failure, on all."""
+        _, everyone = self._outcomes(doing, act if self.rank == 0 else lambda: None, tell=True)
+        return cast(T, everyone[0])
+
+    def _outcomes(self, doing: str, act: Callable[[], Any], *, tell: bool) -> tuple[Any, list[Any]]:
+        error: BaseException | None = None
+        result: Any = None
+        try:
+            result = act()
+        except Exception as raised:  # the others must hear of it
+            error = raised
+        text = "" if error is None else f"{type(error).__name__}: {error}"
+        said = self.gather([text, result if tell and error is None else None], doing)
+        if error is not None:
+            raise error
+        failed = [f"rank {rank}: {text}" for rank, (text, _) in enumerate(said) if text]
+        if failed:
+            raise CheckpointError(f"{doing} failed on another rank. {'; '.join(failed)}")
+        return result, [each for _, each in said]
+
+
+def _head(mine: bytes) -> bytes:
+    """The size, and as much of the bytes as a short message holds."""
+    return (len(mine).to_bytes(8, "little") + mine[:_SHORT]).ljust(8 + _SHORT, b"\0")
+
+
+def _has_cpu(group: dist.ProcessGroup) -> bool:
+    """Whether tensors of the CPU can travel in a group."""
+    return any(device.type == "cpu" for device in group._device_types)

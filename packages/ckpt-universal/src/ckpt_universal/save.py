@@ -1,0 +1,338 @@
+"""`save`: all ranks write what they hold, once, and commit it together.
+
+The way of a save: `tree.flatten` -> all ranks hear what each holds -> `plan.plan_chunks` -> `writer.write_file` on
+every rank that has something to write -> the first rank writes the index and then the marker (`steps.commit`), and
+only then moves `latest` and removes old steps. Until the marker is there, nothing has changed for a reader.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgpack
+import torch
+import torch.distributed as dist
+
+from .boxes import Box
+from .codecs import Compression
+from .compression import choose_level
+from .errors import CheckpointError, ConfigError
+from .index import ChunkRecord, FileRecord, Index, TensorRecord, data_name, index_name
+from .merge import merge_values
+from .pages import PAGE_BYTES, checksum
+from .plan import Assignment, Held, plan_chunks
+from .ranks import Ranks
+from .steps import (
+    Claim,
+    Retention,
+    check_name,
+    claim,
+    commit,
+    discard,
+    new_token,
+    point_latest,
+    prune,
+    step_name,
+)
+from .stores import Directory, open_directory
+from .tree import Flat, flatten
+from .values import dtype_name, pack, unpack
+from .writer import Piece, Written, write_file
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavePolicy:
+    """How a checkpoint is written.
+
+    Attributes:
+        chunk_bytes: upper bound of a chunk: what is read at once, and held in memory for it.
+        compress: a zstd level; "auto" measures on the state itself and the disk whether one pays, and takes none if
+            not; None stores bytes as they are.
+        retention: which older steps stay.
+        point_latest: let `latest` point to this step.
+        timeout_s: how long ranks wait for each other.
+    """
+
+    chunk_bytes: int = 16 << 20
+    compress: int | str | None = None
+    retention: Retention = field(default_factory=Retention)
+    point_latest: bool = True
+    timeout_s: float = 600.0
+
+    def __post_init__(self) -> None:
+        if type(self.chunk_bytes) is not int or self.chunk_bytes < 1:
+            raise ConfigError(f"SavePolicy(chunk_bytes=...): expected bytes >= 1, got {self.chunk_bytes!r}")
+        if isinstance(self.compress, int):
+            Compression(level=self.compress)
+        elif self.compress not in ("auto", None):
+            raise ConfigError(
+                f"SavePolicy(compress=...): expected a level, 'auto' or None, got {self.compress!r}"
+            )
+
+
+def save(
+    path: str | os.PathLike[str],
+    state: Mapping[str, Any],
+    *,
+    step: int,
+    name: str | None = None,
+    group: dist.ProcessGroup | None = None,
+    policy: SavePolicy | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> str:
+    """Save a state tree as a step; every rank of the group calls it, and returns when the step is committed.
+
+    Args:
+        path: The directory of all steps, or a URL for fsspec.
+        state: Nested dictionaries and lists of tensors, `DTensor`s, shards (`tree.Shard`), numbers, text, and objects
+            with `state_dict`. A plain tensor that several ranks have under one name is taken to be equal on all.
+        step: Its number.
+        name: Its directory's name; None: `step-` and nine digits. A step of this name is replaced, at once.
+        group: The ranks; None: all, or this process alone where torch.distributed is not initialised.
+        policy: How.
+        progress: Told of the bytes that this rank has written, now and then.
+
+    Returns:
+        The path of the step.
+
+    Raises:
+        ConfigError: The state cannot be stored, or ranks disagree about it; nothing was written.
+        BusyError: Another run is writing this step.
+        CheckpointError: A rank could not write, or has ended; every rank raises, and what was there before is as it
+            was.
+
+    Bytes per rank: `state` stays where it is; 32 MiB of buffers, and chunks on their way from a device.
+    """
+    policy = policy or SavePolicy()
+    target = Target.of(path, step, name)
+    ranks = Ranks(group, timeout_s=policy.timeout_s)
+    try:
+        flat = take_apart(state, ranks)
+        agreed = agree(flat, ranks, policy.chunk_bytes)
+        return write_step(target, agreed.pieces(flat), flat.values, agreed, ranks, policy, progress)
+    finally:
+        ranks.close()
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a step is to be written."""
+
+    root: Directory
+    step: int
+    name: str
+
+    @staticmethod
+    def of(path: str | os.PathLike[str], step: int, name: str | None) -> Target:
+        """Checked.
+
+        Raises:
+            ConfigError: the step or the name is none.
+        """
+        if type(step) is not int or step < 0:
+            raise ConfigError(f"step: expected a number >= 0, got {step!r}")
+        return Target(open_directory(path), step, step_name(step) if name is None else check_name(name))
+
+
+def take_apart(state: Mapping[str, Any], ranks: Ranks) -> Flat:
+    """The state, flattened, with values that are independent of the objects they came from.
+
+    Raises:
+        ConfigError: it cannot be stored; on every rank.
+    """
+
+    def act() -> Flat:
+        flat = flatten(state)
+        return Flat(flat.parts, unpack(pack(flat.values, "state"), "state"))
+
+    return ranks.together("save: taking the state apart", act)
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """What all ranks hold, and which of them writes what; good for every state of the same layout.
+
+    Attributes:
+        rank: this one.
+        digest: of the holdings.
+    """
+
+    rank: int
+    holdings: list[dict[str, Held]]
+    plan: list[list[Assignment]]
+    digest: int
+
+    def pieces(self, flat: Flat) -> list[Piece]:
+        """Views of what this rank has been assigned."""
+        return [Piece(chunk.name, _view(flat, chunk)) for chunk in self.plan[self.rank]]
+
+
+def agree(flat: Flat, ranks: Ranks, chunk_bytes: int, before: Agreed | None = None) -> Agreed:
+    """Hear what all ranks hold, and deal it out.
+
+    Args:
+        flat: this rank's state.
+        ranks: all.
+        chunk_bytes: see `SavePolicy`.
+        before: of an earlier save; returned where no rank's layout has changed since.
+
+    Raises:
+        ConfigError: ranks disagree about a tensor, or nobody holds some part of one; on every rank.
+    """
+    told = _told(flat)
+    digest = checksum(told)
+    same = before is not None and before.digest == digest
+    if all(ranks.gather(same, "save")):
+        assert before is not None
+        return before
+    holdings = [_heard(each) for each in ranks.gather_bytes(told, "save")]
+    try:
+        plan = plan_chunks(holdings, chunk_bytes)
+    except ValueError as error:  # the same on every rank
+        raise ConfigError(f"save: {error}") from None
+    return Agreed(ranks.rank, holdings, plan, digest)
+
+
+def write_step(
+    target: Target,
+    pieces: Sequence[Piece],
+    values: Any,
+    agreed: Agreed,
+    ranks: Ranks,
+    policy: SavePolicy,
+    progress: Callable[[int], None] | None = None,
+) -> str:
+    """Write this rank's pieces, and commit all ranks'; see `save`."""
+    directory = target.root.child(target.name)
+    trees = ranks.gather_bytes(pack(values, "state"), "save")
+    merged: list[Any] = []
+    claims: list[Claim] = []
+
+    def begin() -> str:
+        merged.append(merge_values([unpack(each, "state") for each in trees]))
+        token = new_token()
+        claims.append(claim(directory, token))
+        return token
+
+    token: str = ranks.on_first("save", begin)
+    try:
+        level = choose_level(policy.compress, pieces, directory, ranks)
+
+        def write() -> list[Any] | None:
+            if not pieces:
+                return None
+            sizes = [chunk.nbytes for chunk in agreed.plan[ranks.rank]]
+            compression = Compression(level=level)
+            name = data_name(token, ranks.rank)
+            return _described(
+                write_file(directory, name, pieces, sizes, compression=compression, progress=progress)
+            )
+
+        said = ranks.gather_results("save: writing", write)
+        ranks.on_first(
+            "save: committing",
+            lambda: commit(directory, index_name(token), _index(target.step, agreed, said, merged[0]).pack()),
+        )
+    except BaseException:
+        _remove(directory, token, ranks)
+        raise
+    finally:
+        for each in claims:
+            each.release()
+    log.info("step %d is committed: %s", target.step, directory.path)
+    ranks.on_first("save: after the commit", lambda: _after(target.root, target.name, policy))
+    return directory.path
+
+
+def _told(flat: Flat) -> bytes:
+    """What this rank holds, for the others."""
+    held = {
+        part.name: [
+            list(part.shape),
+            dtype_name(part.dtype),
+            part.dtype.itemsize,
+            [[list(box.start), list(box.sizes)] for box, _ in part.pieces],
+        ]
+        for part in flat.parts.values()
+    }
+    packed: bytes = msgpack.packb(held)
+    return packed
+
+
+def _heard(told: bytes) -> dict[str, Held]:
+    return {
+        name: Held(
+            tuple(shape), dtype, itemsize, tuple(Box(tuple(start), tuple(sizes)) for start, sizes in boxes)
+        )
+        for name, (shape, dtype, itemsize, boxes) in msgpack.unpackb(told).items()
+    }
+
+
+def _view(flat: Flat, chunk: Assignment) -> torch.Tensor:
+    for box, values in flat.parts[chunk.name].pieces:
+        inside = all(
+            a <= b and b + n <= a + m
+            for a, m, b, n in zip(box.start, box.sizes, chunk.box.start, chunk.box.sizes, strict=True)
+        )
+        if inside:
+            ranges = zip(box.start, chunk.box.start, chunk.box.sizes, strict=True)
+            return values[tuple(slice(b - a, b - a + n) for a, b, n in ranges)]
+    raise CheckpointError(f"save: {chunk.name}: the plan assigns {chunk.box}, which is not held here")
+
+
+def _described(written: Written) -> list[Any]:
+    return [written.file.name, written.file.data_bytes, written.file.footer, written.places]
+
+
+def _index(
+    step: int,
+    agreed: Agreed,
+    said: Sequence[Any],
+    values: Any,
+) -> Index:
+    files: list[FileRecord] = []
+    chunks: dict[str, list[ChunkRecord]] = {}
+    for assigned, description in zip(agreed.plan, said, strict=True):
+        if description is None:
+            continue
+        name, data_bytes, footer, places = description
+        for chunk, (offset, nbytes, codec) in zip(assigned, places, strict=True):
+            record = ChunkRecord(len(files), offset, nbytes, codec, chunk.box)
+            chunks.setdefault(chunk.name, []).append(record)
+        files.append(FileRecord(name, data_bytes, footer))
+    known: dict[str, Held] = {}
+    for held in reversed(agreed.holdings):
+        known |= held
+    tensors = {
+        name: TensorRecord(held.shape, held.dtype, tuple(sorted(chunks.get(name, []), key=lambda c: c.box)))
+        for name, held in known.items()
+    }
+    return Index(step, time.time(), len(agreed.plan), PAGE_BYTES, tuple(files), tensors, values)
+
+
+def _remove(directory: Directory, token: str, ranks: Ranks) -> None:
+    """The save has failed: its files go, or else with the next save.
+
+    By the first rank alone: another one cannot know whether the first is not just committing them.
+    """
+    if ranks.rank != 0:
+        return
+    try:
+        discard(directory, token)
+    except (CheckpointError, OSError) as error:
+        log.warning("%s: files of the failed save could not be removed: %s", directory.path, error)
+
+
+def _after(root: Directory, name: str, policy: SavePolicy) -> None:
+    if policy.point_latest:
+        point_latest(root, name)
+    removed = prune(root, policy.retention) if policy.retention.keep_last is not None else []
+    if removed:
+        log.info("%s: removed %s", root.path, ", ".join(removed))

@@ -1,0 +1,244 @@
+"""A state tree -> named parts of logical tensors, and what is left when they are taken out.
+
+In: nested dictionaries and lists of tensors, `DTensor`s, shards, numbers, and objects with `state_dict`. Out: a `Part`
+for each tensor of which this rank holds something, and the tree with a `TensorRef` in each one's place. A tensor's
+name is its path, joined by dots. Next: `plan` for saving, `load` for the way back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import Shard as Split
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from .boxes import Box, flat_boxes, whole_box
+from .errors import ConfigError
+from .values import MAX_DEPTH, PerRankValues, TensorRef
+
+
+@dataclass(frozen=True)
+class Shard:
+    """This rank's part of a logical tensor.
+
+    Attributes:
+        global_shape: shape of the whole tensor.
+        dtype: its dtype.
+        offsets: where the part begins: one index for each dim; or `(start,)`, an element of the flattened tensor.
+        local: the part: of as many dims as the tensor; or 1-D, elements of the flattened tensor.
+    """
+
+    global_shape: tuple[int, ...]
+    dtype: torch.dtype
+    offsets: tuple[int, ...]
+    local: torch.Tensor
+
+
+@runtime_checkable
+class ShardLike(Protocol):
+    """What describes itself as `Shard` does; no class needs to be known here."""
+
+    @property
+    def global_shape(self) -> tuple[int, ...]:
+        """See `Shard`."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """See `Shard`."""
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """See `Shard`."""
+
+    @property
+    def local(self) -> torch.Tensor:
+        """See `Shard`."""
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """An object that gives its state as a tree and takes it back: a module, an optimizer, a scheduler, a loader."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Its state."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> Any:
+        """Take a state over."""
+
+
+def first_or_modulo(saved: tuple[Any, ...], rank: int, world: int) -> Any:
+    """The value of the same rank, or of `rank` modulo the number of ranks that saved."""
+    return saved[rank % len(saved)]
+
+
+@dataclass
+class PerRank:
+    """A value that each rank has for itself, such as the state of its random numbers.
+
+    Attributes:
+        value: this rank's; anything but large tensors.
+        redeal: `(values by rank that saved, rank, world) -> value`, asked when another number of ranks loads.
+    """
+
+    value: Any = None
+    redeal: Callable[[tuple[Any, ...], int, int], Any] = first_or_modulo
+
+
+@dataclass
+class Part:
+    """What this rank holds of one logical tensor.
+
+    Attributes:
+        pieces: boxes of the tensor, each with a view of its values (of the box's shape, on any device).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    pieces: list[tuple[Box, torch.Tensor]]
+
+    @property
+    def whole(self) -> torch.Tensor:
+        """The tensor, where its one piece is all of it."""
+        ((_, values),) = self.pieces
+        return values
+
+
+@dataclass
+class Flat:
+    """A tree, flattened.
+
+    Attributes:
+        parts: by name.
+        values: the tree with `TensorRef` in place of tensors, and `PerRankValues` of one in place of `PerRank`.
+    """
+
+    parts: dict[str, Part] = field(default_factory=dict)
+    values: Any = None
+
+
+def flatten(state: Mapping[str, Any]) -> Flat:
+    """Take a state tree apart.
+
+    Raises:
+        ConfigError: two leaves have one name, a tensor cannot be stored, or it is nested too deeply.
+    """
+    flat = Flat()
+    flat.values = _walk(state, (), flat)
+    return flat
+
+
+def _walk(node: Any, path: tuple[str, ...], flat: Flat) -> Any:
+    if len(path) > MAX_DEPTH:
+        raise ConfigError(f"{join(path[:8])}...: nested deeper than {MAX_DEPTH}; is it a cycle?")
+    if is_tensor_leaf(node):
+        part = part_of(node, join(path))
+        if part.name in flat.parts:
+            raise ConfigError(
+                f"two tensors have the name {part.name!r}; rename one of the keys on the way to it"
+            )
+        flat.parts[part.name] = part
+        return TensorRef(part.name)
+    if isinstance(node, PerRank):
+        return PerRankValues((node.value,))
+    if isinstance(node, Stateful):
+        return _walk(node.state_dict(), path, flat)
+    if isinstance(node, Mapping):
+        return {key: _walk(each, (*path, str(key)), flat) for key, each in node.items()}
+    if type(node) is list:
+        return [_walk(each, (*path, str(at)), flat) for at, each in enumerate(node)]
+    if isinstance(node, tuple):
+        return tuple(_walk(each, (*path, str(at)), flat) for at, each in enumerate(node))
+    return node
+
+
+def join(path: tuple[str, ...]) -> str:
+    """The name of the tensor at a path."""
+    return ".".join(path)
+
+
+def is_tensor_leaf(node: Any) -> bool:
+    """Whether a node of a tree is (a part of) a tensor."""
+    return isinstance(node, torch.Tensor) or (isinstance(node, ShardLike) and not isinstance(node, type))
+
+
+def part_of(leaf: Any, name: str) -> Part:
+    """What a leaf says that this rank holds; the views share its memory.
+
+    Raises:
+        ConfigError: its description contradicts itself, or it is of a kind that cannot be stored.
+    """
+    if isinstance(leaf, DTensor):
+        return _part_of_dtensor(leaf, name)
+    if isinstance(leaf, torch.Tensor):
+        tensor = leaf.detach()
+        if tensor.layout is not torch.strided or tensor.is_quantized:
+            raise ConfigError(f"{name}: a tensor of layout {tensor.layout} cannot be stored; make it dense")
+        return Part(name, tuple(tensor.shape), tensor.dtype, [(whole_box(tensor.shape), tensor)])
+    shape, offsets, local = tuple(leaf.global_shape), tuple(leaf.offsets), leaf.local.detach()
+    if local.dtype != leaf.dtype:
+        raise ConfigError(f"{name}: the shard says {leaf.dtype} and its values are {local.dtype}")
+    if local.dim() == len(shape) == len(offsets):
+        box = Box(offsets, tuple(local.shape))
+        pieces = [(box, local)] if local.numel() else []
+        valid = box.within(shape)
+    elif local.dim() == len(offsets) == 1:
+        numel = 1
+        for size in shape:
+            numel *= size
+        start, stop = offsets[0], offsets[0] + local.numel()
+        valid = start >= 0 and stop <= numel
+        pieces = list(_flat_pieces(shape, start, local)) if valid else []
+    else:
+        raise ConfigError(
+            f"{name}: expected a 1-D part with one offset, or one of {len(shape)} dims with as many offsets, got shape "
+            f"{tuple(local.shape)} and offsets {offsets}"
+        )
+    if not valid:
+        raise ConfigError(f"{name}: part {tuple(local.shape)} at {offsets} leaves the tensor {shape}")
+    return Part(name, shape, leaf.dtype, pieces)
+
+
+def _flat_pieces(
+    shape: tuple[int, ...], start: int, local: torch.Tensor
+) -> Iterator[tuple[Box, torch.Tensor]]:
+    at = 0
+    for box in flat_boxes(shape, start, start + local.numel()):
+        yield box, local[at : at + box.numel].view(box.sizes)
+        at += box.numel
+
+
+def _part_of_dtensor(leaf: DTensor, name: str) -> Part:
+    if any(placement.is_partial() for placement in leaf.placements):
+        raise ConfigError(
+            f"{name}: a DTensor with partial sums; call .redistribute() to sum them before saving"
+        )
+    shape = tuple(leaf.shape)
+    local: torch.Tensor = leaf.to_local().detach()
+    if not local.numel() or leaf.device_mesh.get_coordinate() is None:
+        return Part(name, shape, leaf.dtype, [])
+    box = _box_of(leaf)
+    if box.sizes != tuple(local.shape):
+        raise ConfigError(f"{name}: expected a local part of shape {box.sizes}, got {tuple(local.shape)}")
+    return Part(name, shape, leaf.dtype, [(box, local)])
+
+
+def _box_of(leaf: DTensor) -> Box:
+    """Where this rank's part lies: each mesh dim cuts what the ones before it have left, as `torch.chunk` does."""
+    mesh, shape = leaf.device_mesh, tuple(leaf.shape)
+    if not all(type(each) is Split or each.is_replicate() for each in leaf.placements):
+        sizes, offsets = compute_local_shape_and_global_offset(shape, mesh, leaf.placements)
+        return Box(tuple(offsets), tuple(sizes))
+    start, size = [0] * len(shape), list(shape)
+    for axis, placement in enumerate(leaf.placements):
+        if isinstance(placement, Split):
+            dim = placement.dim % len(shape)
+            chunk = -(-size[dim] // mesh.size(axis))
+            low = min(size[dim], chunk * mesh.get_local_rank(axis))
+            start[dim] += low
+            size[dim] = min(size[dim], low + chunk) - low
+    return Box(tuple(start), tuple(size))

@@ -136,7 +136,7 @@ class Engine:
             try:
                 rank.stdin.write('{"do": "stop"}\n')
                 rank.stdin.close()
-            except OSError:  # it has ended already
+            except (OSError, ValueError):  # it has ended already, or been stopped
                 continue
         for rank in self.ranks:
             end(rank)

@@ -13,6 +13,8 @@ from pathlib import Path
 import ckpt_universal as ckpt
 import pytest
 import torch
+from ckpt_universal.steps import claim, new_token
+from ckpt_universal.stores import open_directory
 
 run_ranks = pytest.importorskip("zero_core.testing").run_ranks  # spawns processes
 save_module = importlib.import_module("ckpt_universal.save")  # the package has a function of this name
@@ -57,7 +59,9 @@ def a_rank_dies(rank, root, where):
         def die(*args, **kwargs):
             os.kill(os.getpid(), signal.SIGKILL)
 
-        if where == "writing":
+        if where == "beginning":
+            save_module.Ranks.on_first = die
+        elif where == "writing":
             save_module.write_file = die
         else:
             written = save_module.write_file
@@ -69,10 +73,12 @@ def a_rank_dies(rank, root, where):
             save_module.write_file = write_then_die
     with pytest.raises(ckpt.CheckpointError, match=r"save.*: rank 1 of 3 has ended or did not answer"):
         ckpt.save(root, part(rank, 2), step=2, policy=ckpt.SavePolicy(timeout_s=20))
+    if rank == 0:  # its claim has been let go
+        claim(open_directory(root / "step-000000002"), new_token()).release()
     return True
 
 
-@pytest.mark.parametrize("where", ["writing", "written"])
+@pytest.mark.parametrize("where", ["beginning", "writing", "written"])
 def test_a_rank_that_dies_in_a_save_is_named_and_nothing_is_committed(tmp_path, where):
     results = run_ranks(a_rank_dies, 3, tmp_path, where, tolerate=(1,))
     assert results[0] is True

@@ -85,6 +85,11 @@ def test_bad_retention(bad):
         ckpt.Retention(**bad)
 
 
+def test_a_retention_that_would_keep_everything_is_refused():
+    with pytest.raises(ckpt.ConfigError, match="without keep_last every step stays"):
+        ckpt.Retention(keep_every=3)
+
+
 @pytest.mark.parametrize("name", ["../up", "a/b", "", ".hidden", "latest", "COMMIT", "x" * 300])
 def test_names_stay_inside(tmp_path, name):
     with pytest.raises(ckpt.ConfigError, match="name: expected letters"):

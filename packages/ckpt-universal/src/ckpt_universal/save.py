@@ -69,7 +69,7 @@ class SavePolicy:
     def __post_init__(self) -> None:
         if type(self.chunk_bytes) is not int or self.chunk_bytes < 1:
             raise ConfigError(f"SavePolicy(chunk_bytes=...): expected bytes >= 1, got {self.chunk_bytes!r}")
-        if isinstance(self.compress, int):
+        if type(self.compress) is int:
             Compression(level=self.compress)
         elif self.compress not in ("auto", None):
             raise ConfigError(
@@ -221,8 +221,8 @@ def write_step(
         claims.append(claim(directory, token))
         return token
 
-    token: str = ranks.on_first("save", begin)
     try:
+        token: str = ranks.on_first("save", begin)
         level = choose_level(policy.compress, pieces, directory, ranks)
 
         def write() -> list[Any] | None:
@@ -241,7 +241,8 @@ def write_step(
             lambda: commit(directory, index_name(token), _index(target.step, agreed, said, merged[0]).pack()),
         )
     except BaseException:
-        _remove(directory, token, ranks)
+        for each in claims:
+            _remove(directory, each.token)
         raise
     finally:
         for each in claims:
@@ -317,13 +318,11 @@ def _index(
     return Index(step, time.time(), len(agreed.plan), PAGE_BYTES, tuple(files), tensors, values)
 
 
-def _remove(directory: Directory, token: str, ranks: Ranks) -> None:
+def _remove(directory: Directory, token: str) -> None:
     """The save has failed: its files go, or else with the next save.
 
-    By the first rank alone: another one cannot know whether the first is not just committing them.
+    By the first rank alone, which holds the claim: another one cannot know whether the first is not just committing.
     """
-    if ranks.rank != 0:
-        return
     try:
         discard(directory, token)
     except (CheckpointError, OSError) as error:

@@ -273,8 +273,8 @@ class Retention:
 
     Attributes:
         keep_last: so many of the newest; None keeps all.
-        keep_every: and every step whose number is a multiple of it; None: no others. Steps under names of the caller's
-            always stay.
+        keep_every: with `keep_last`: and every step whose number is a multiple of it; None: no others. Steps under
+            names of the caller's always stay.
     """
 
     keep_last: int | None = None
@@ -285,6 +285,10 @@ class Retention:
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
                 raise ConfigError(f"Retention({name}=...): expected a number >= 1 or None, got {value!r}")
+        if self.keep_every is not None and self.keep_last is None:
+            raise ConfigError(
+                "Retention(keep_every=...): without keep_last every step stays; say keep_last, too"
+            )
 
     def doomed(self, numbers: list[int]) -> list[int]:
         """The numbers of the steps to remove, of those of all committed ones."""

@@ -405,7 +405,7 @@ class RemoteDirectory:
 
     def remove_empty(self) -> None:
         """See `Directory`."""
-        with suppress(OSError, NotImplementedError):
+        with suppress(OSError, NotImplementedError):  # stores of objects have no directories
             self._system.rmdir(self._inner)
 
     def lock(self, name: str) -> Callable[[], None] | None:
@@ -416,7 +416,7 @@ class RemoteDirectory:
         """See `Directory`."""
         try:
             return float(self._system.modified(f"{self._inner}/{name}").timestamp())
-        except (NotImplementedError, FileNotFoundError):
+        except (NotImplementedError, FileNotFoundError):  # not every store tells
             return 0.0
 
 

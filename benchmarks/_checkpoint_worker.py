@@ -233,7 +233,7 @@ class Universal(Split):
         """What zstd does to each kind of state."""
         from ckpt_universal import codecs
         from ckpt_universal.compression import write_speed
-        from ckpt_universal.stores import open_directory
+        from ckpt_universal.places import open_directory
         from ckpt_universal.writer import bytes_of
 
         found: dict[str, Any] = {}

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import ckpt_universal as ckpt
 import torch
+from ckpt_universal.places import open_directory
 from ckpt_universal.steps import list_steps
-from ckpt_universal.stores import open_directory
 
 SHAPES = {"a": (300, 211), "b": (65_000,), "c": (), "d": (3, 5, 7)}
 POLICY = ckpt.SavePolicy(retention=ckpt.Retention(keep_last=3), chunk_bytes=50_000)

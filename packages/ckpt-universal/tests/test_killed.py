@@ -13,8 +13,8 @@ from pathlib import Path
 import ckpt_universal as ckpt
 import pytest
 import torch
+from ckpt_universal.places import open_directory
 from ckpt_universal.steps import claim, new_token
-from ckpt_universal.stores import open_directory
 
 run_ranks = pytest.importorskip("zero_core.testing").run_ranks  # spawns processes
 save_module = importlib.import_module("ckpt_universal.save")  # the package has a function of this name

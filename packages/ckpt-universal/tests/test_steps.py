@@ -12,7 +12,7 @@ import ckpt_universal as ckpt
 import pytest
 import torch
 from ckpt_universal import steps
-from ckpt_universal.stores import open_directory
+from ckpt_universal.places import open_directory
 
 
 def put(root, step, value=None, **more):
@@ -101,7 +101,7 @@ def test_names_stay_inside(tmp_path, name):
 
 HOLD = """
 import sys, time
-from ckpt_universal.stores import open_directory
+from ckpt_universal.places import open_directory
 from ckpt_universal.steps import claim
 claim(open_directory(sys.argv[1]), "f" * 16)
 open(sys.argv[1] + "/data-" + "f" * 16 + "-00000.bin", "w").write("half")

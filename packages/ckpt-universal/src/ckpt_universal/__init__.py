@@ -5,7 +5,8 @@ The modules, in the order in which data flows:
 - `errors`, `version`: what a user meets.
 - `boxes`, `plan`, `merge`: parts of tensors; who writes which; one tree of values from all ranks'. Pure.
 - `values`, `tree`: a state tree -> named parts of tensors, and small values, typed.
-- `stores`, `buffers`, `pages`, `codecs`: files, aligned memory, checksums, compression.
+- `stores`, `local_store`, `remote_store`, `places`: files, here and elsewhere.
+- `buffers`, `pages`, `codecs`: aligned memory, checksums, compression.
 - `index`, `steps`: what a step consists of; which are committed, which is the latest, who writes one now.
 - `ranks` -> `compression`, `writer` -> `save` -> `async_save`: the way out.
 - `targets`, `reader` -> `load`: the way back, into any other layout.

@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from .errors import CheckpointError
 from .interchange.convert import FORMATS, convert, export_safetensors
+from .places import open_directory
 from .steps import Retention, list_steps, prune, prune_partial
-from .stores import open_directory
 from .values import DTYPES
 from .verify import diff, inspect, verify
 from .version import __version__

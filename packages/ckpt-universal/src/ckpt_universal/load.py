@@ -19,10 +19,10 @@ import torch.distributed as dist
 
 from .errors import ConfigError, MismatchError
 from .index import Index, TensorRecord
+from .places import open_directory
 from .ranks import Ranks
 from .reader import Want, read_into
 from .steps import Step, find_step, read_step
-from .stores import open_directory
 from .targets import Targets, find_targets, whole_tree
 from .tree import Part
 from .values import DTYPES

@@ -25,6 +25,7 @@ from .errors import CheckpointError, ConfigError
 from .index import ChunkRecord, FileRecord, Index, TensorRecord, data_name, index_name
 from .merge import merge_values
 from .pages import PAGE_BYTES, checksum
+from .places import open_directory
 from .plan import Assignment, Held, plan_chunks
 from .ranks import Ranks
 from .steps import (
@@ -39,7 +40,7 @@ from .steps import (
     prune,
     step_name,
 )
-from .stores import Directory, open_directory
+from .stores import Directory
 from .tree import Flat, flatten
 from .values import dtype_name, pack, unpack
 from .writer import Piece, Written, write_file

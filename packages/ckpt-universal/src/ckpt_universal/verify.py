@@ -18,9 +18,10 @@ from .buffers import BufferPool
 from .errors import CheckpointError, CorruptError
 from .index import CODECS, Index
 from .pages import Checksums, first_bad_page
+from .places import open_directory
 from .reader import READ_BYTES, Want, read_checksums, read_into
 from .steps import Step, find_step
-from .stores import ALIGN, Directory, open_directory
+from .stores import ALIGN, Directory
 from .values import DTYPES, PerRankValues, TensorRef, pack
 
 

@@ -20,8 +20,8 @@ from ..codecs import Compression
 from ..errors import CheckpointError, ConfigError
 from ..index import ChunkRecord, Index, TensorRecord, data_name, index_name
 from ..pages import PAGE_BYTES
+from ..places import open_directory
 from ..steps import claim, commit, discard, find_step, new_token, point_latest, step_name
-from ..stores import open_directory
 from ..values import TensorRef, dtype_name
 from ..writer import Piece, write_file
 from .dcp import METADATA, DcpSource, write_dcp

@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import accumulate
 from types import TracebackType
 from typing import Any
 
@@ -28,25 +29,32 @@ class HostBuffer:
 
     def __init__(self) -> None:
         self._bytes = torch.empty(0, dtype=torch.uint8)
+        self._layout: list[tuple[torch.dtype, torch.Size]] = []
+        self._rooms: list[torch.Tensor] = []
 
     def copy(self, pieces: Sequence[Piece]) -> list[Piece]:
         """The pieces, as they are now."""
-        sizes = [piece.values.numel() * piece.values.element_size() for piece in pieces]
-        starts, total = [], 0
-        for size in sizes:
-            starts.append(total)
-            total += -(-size // CHUNK_ALIGN) * CHUNK_ALIGN
         devices = {piece.values.device for piece in pieces if piece.values.device.type != "cpu"}
-        if self._bytes.numel() < total or (devices and not self._bytes.is_pinned()):
-            self._bytes = torch.empty(total, dtype=torch.uint8, pin_memory=bool(devices))
-        copies = []
-        for piece, start, size in zip(pieces, starts, sizes, strict=True):
-            room = self._bytes[start : start + size].view(piece.values.dtype).view(piece.values.shape)
+        layout = [(piece.values.dtype, piece.values.shape) for piece in pieces]
+        if layout != self._layout or (devices and not self._bytes.is_pinned()):
+            self._lay_out(layout, pin=bool(devices))
+        for room, piece in zip(self._rooms, pieces, strict=True):
             room.copy_(piece.values, non_blocking=True)
-            copies.append(Piece(piece.name, room))
         for device in devices:
             torch.get_device_module(device).current_stream(device).synchronize()
-        return copies
+        return [Piece(piece.name, room) for piece, room in zip(pieces, self._rooms, strict=True)]
+
+    def _lay_out(self, layout: list[tuple[torch.dtype, torch.Size]], *, pin: bool) -> None:
+        """Have room for tensors of these dtypes and shapes, one after another."""
+        sizes = [dtype.itemsize * shape.numel() for dtype, shape in layout]
+        starts = [0, *accumulate(-(-size // CHUNK_ALIGN) * CHUNK_ALIGN for size in sizes)]
+        if self._bytes.numel() < starts[-1] or (pin and not self._bytes.is_pinned()):
+            self._bytes = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=pin)
+        self._layout = layout
+        self._rooms = [
+            self._bytes[start : start + size].view(dtype).view(shape)
+            for start, size, (dtype, shape) in zip(starts, sizes, layout, strict=False)
+        ]
 
 
 class AsyncSaver:

@@ -61,7 +61,7 @@ def write_speed(directory: Directory, name: str, nbytes: int = PROBE_BYTES) -> f
     try:
         before = time.perf_counter()
         for at in range(0, nbytes, 4 << 20):
-            sink.write_at(at, data[at : at + (4 << 20)])
+            sink.write_at(at, [data[at : at + (4 << 20)]])
         sink.finish(nbytes)
         seconds = time.perf_counter() - before
     except CheckpointError:

@@ -133,7 +133,7 @@ def load(
         MismatchError: Names are missing or unexpected (`strict`), or shapes differ; on every rank, nothing was changed.
         CorruptError: Bytes are missing or damaged; the state may be loaded in part, and another step can be loaded.
 
-    Bytes per rank: `into`, 32 MiB of buffers (four chunks, if those are larger); of the files, what it holds, in pages.
+    Bytes per rank: `into`, 48 MiB of buffers (six chunks, if those are larger); of the files, what it holds, in pages.
     """
     ranks = Ranks(group, timeout_s=timeout_s)
     try:

@@ -7,6 +7,8 @@ what it has read without reading more than whole pages, and an index stays small
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import numpy.typing as npt
 import xxhash
@@ -25,9 +27,26 @@ def checksum(data: memoryview | bytes) -> int:
     return xxhash.xxh3_64_intdigest(data)
 
 
-def page_checksums(data: memoryview, page_bytes: int) -> list[int]:
-    """Of data that begins at a page."""
-    return [checksum(data[at : at + page_bytes]) for at in range(0, len(data), page_bytes)]
+def page_checksums(views: Iterable[memoryview], page_bytes: int) -> list[int]:
+    """Of data that begins at a page; it may lie in several pieces of memory."""
+    found: list[int] = []
+    begun, room = xxhash.xxh3_64(), page_bytes
+    for view in views:
+        at = 0
+        while at < len(view):
+            part = view[at : at + room]
+            at += len(part)
+            if len(part) == page_bytes:
+                found.append(checksum(part))
+                continue
+            begun.update(part)
+            room -= len(part)
+            if room == 0:
+                found.append(begun.intdigest())
+                begun, room = xxhash.xxh3_64(), page_bytes
+    if room < page_bytes:
+        found.append(begun.intdigest())
+    return found
 
 
 def footer_of(checksums: Checksums) -> bytes:
@@ -40,16 +59,18 @@ def checksums_of(footer: bytes) -> Checksums:
     return np.frombuffer(footer, dtype="<u8").astype(np.uint64)
 
 
-def first_bad_page(data: memoryview, first: int, expected: Checksums, page_bytes: int) -> int | None:
+def first_bad_page(
+    views: Iterable[memoryview], first: int, expected: Checksums, page_bytes: int
+) -> int | None:
     """The first page that is not what was written.
 
     Args:
-        data: whole pages from page `first` on.
+        views: whole pages from page `first` on, in pieces of memory.
         first: see there.
         expected: checksums of the file.
         page_bytes: bytes of a page.
     """
-    for number, found in enumerate(page_checksums(data, page_bytes), first):
+    for number, found in enumerate(page_checksums(views, page_bytes), first):
         if found != expected[number]:
             return number
     return None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import PurePosixPath
 from typing import Any
 
 from .errors import CheckpointError, CorruptError
+from .vectors import clip
 
 
 class RemoteDirectory:
@@ -107,10 +108,11 @@ class RemoteSink:
         self._path = path
         self._file = system.open(inner, "wb")
 
-    def write_at(self, offset: int, data: memoryview) -> None:
+    def write_at(self, offset: int, views: Sequence[memoryview]) -> None:
         """See `Sink`."""
         with _remote(self._path):
-            self._file.write(bytes(data))
+            for view in views:
+                self._file.write(bytes(view))
 
     def finish(self, nbytes: int) -> None:
         """See `Sink`."""
@@ -135,7 +137,7 @@ class RemoteSource:
         self._path = path
         self._lock = threading.Lock()
 
-    def read_into(self, offset: int, out: memoryview, need: int) -> None:
+    def read_into(self, offset: int, views: Sequence[memoryview], need: int) -> None:
         """See `Source`."""
         with self._lock:
             self._file.seek(offset)
@@ -144,7 +146,10 @@ class RemoteSource:
             raise CorruptError(
                 f"{self._path}: ends at byte {offset + len(data)}, before byte {offset + need}"
             )
-        out[:need] = data
+        done = 0
+        for view in clip(list(views), need):
+            view[:] = data[done : done + len(view)]
+            done += len(view)
 
     def close(self) -> None:
         """See `Source`."""

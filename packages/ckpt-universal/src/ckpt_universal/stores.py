@@ -6,7 +6,7 @@ the page cache where the file system allows; `remote_store` goes through fsspec;
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 ALIGN = 4096
@@ -17,15 +17,15 @@ class Sink(Protocol):
     """A new file.
 
     Attributes:
-        align: lengths of writes are rounded up to it; `finish` cuts the file to its size.
+        align: what addresses, offsets and lengths of writes are multiples of; `finish` cuts the file to its size.
         num_writers: threads that may write at once; 1 means: in order.
     """
 
     align: int
     num_writers: int
 
-    def write_at(self, offset: int, data: memoryview) -> None:
-        """Write all of `data`."""
+    def write_at(self, offset: int, views: Sequence[memoryview]) -> None:
+        """Write pieces of memory, one after another."""
 
     def finish(self, nbytes: int) -> None:
         """Make the file `nbytes` long and durable, and close it."""
@@ -39,8 +39,8 @@ class Source(Protocol):
 
     align: int
 
-    def read_into(self, offset: int, out: memoryview, need: int) -> None:
-        """Read from `offset` on; `need` bytes of `out` count, more may be written."""
+    def read_into(self, offset: int, views: Sequence[memoryview], need: int) -> None:
+        """Fill pieces of memory from `offset` on; the first `need` bytes count, more may be written."""
 
     def close(self) -> None:
         """Close."""

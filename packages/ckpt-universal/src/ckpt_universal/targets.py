@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from .errors import MismatchError
 from .index import TensorRecord
-from .tree import Part, PerRank, Stateful, is_tensor_leaf, join, part_of
+from .tree import Part, PerRank, Stateful, is_stateful, is_tensor_leaf, join, part_of
 from .values import DTYPES, PerRankValues, TensorRef
 
 Path = tuple[str, ...]
@@ -81,7 +81,7 @@ def _visit(targets: Targets, node: Any, saved: Any, path: Path, *, own: bool) ->
         return lambda: node
     if isinstance(node, PerRank):
         return _per_rank(targets, node, saved, path)
-    if isinstance(node, Stateful):
+    if is_stateful(node):
         return _stateful(targets, node, saved, path)
     if isinstance(node, Mapping):
         return _mapping(targets, node, saved, path, own=own)

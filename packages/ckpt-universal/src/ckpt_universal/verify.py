@@ -94,7 +94,7 @@ def _check_file(
             with BufferPool(1, step_bytes + ALIGN).lent() as buffer:
                 for start in range(0, record.data_bytes, step_bytes):
                     need = min(step_bytes, record.data_bytes - start)
-                    source.read_into(start, buffer[: -(-need // source.align) * source.align], need)
+                    source.read_into(start, [buffer[: -(-need // source.align) * source.align]], need)
                     problems += _bad_pages(buffer[:need], start, sums, index, number, where)
                     if progress is not None:
                         progress(need)
@@ -110,7 +110,7 @@ def _bad_pages(
 ) -> Iterator[str]:
     page, at = index.page_bytes, 0
     while at < len(data):
-        bad = first_bad_page(data[at:], (start + at) // page, sums, page)
+        bad = first_bad_page([data[at:]], (start + at) // page, sums, page)
         if bad is None:
             return
         names = names_in(index, number, bad * page, (bad + 1) * page)

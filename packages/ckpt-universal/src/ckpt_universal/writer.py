@@ -1,7 +1,8 @@
 """One rank's data file: chunks in, blocks of the file out, each filled, summed and written by a thread of its own.
 
-In: tensors' parts, as they lie in memory. Out: a durable file and its records. What is held at once is the pool's
-buffers and, of tensors on a device, compressed or not contiguous, the chunks that fill them.
+In: tensors' parts, as they lie in memory. Out: a durable file and its records. Large chunks lie in the file as in
+memory, as far as the disk can tell, and are written from where they are; small ones and the ends of large ones pass
+through the pool's buffers. Of tensors on a device, compressed or not contiguous, the chunks on their way are held, too.
 """
 
 from __future__ import annotations
@@ -21,11 +22,14 @@ from .codecs import Compression
 from .index import FileRecord
 from .pages import PAGE_BYTES, Checksums, checksum, footer_of, num_pages, page_checksums
 from .stores import Directory, Sink
+from .vectors import address_of, lay_out
 
 BLOCK_BYTES = 4 << 20
 CHUNK_ALIGN = 64
 """Chunks begin at multiples of it, so that any dtype may be read where it lies."""
 NUM_BUFFERS = 8
+IN_PLACE_BYTES = 1 << 20
+"""Chunks from this size on are written from their own memory; for it, up to a page is skipped in the file."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +85,7 @@ def write_file(
             blocks.threads = threads
             places = []
             for codec, data in _encoded(pieces, compression, threads):
-                places.append((blocks.position, len(data), codec))
-                blocks.add(data)
+                places.append((blocks.add(data), len(data), codec))
             checksums = blocks.finish()
         footer = footer_of(checksums)
         data_bytes = blocks.position
@@ -139,25 +142,32 @@ class _Blocks:
     position: int = 0
     threads: ThreadPoolExecutor = field(init=False)
     _pool: BufferPool = field(default_factory=lambda: BufferPool(NUM_BUFFERS, BLOCK_BYTES))
-    _parts: list[tuple[int, memoryview | bytes]] = field(default_factory=list)
+    _parts: list[tuple[int, memoryview]] = field(default_factory=list)
     _jobs: deque[Future[None]] = field(default_factory=deque)
     _sums: dict[int, list[int]] = field(default_factory=dict)
     _tail: tuple[int, bytes] = (0, b"")
 
-    def add(self, data: memoryview | bytes) -> None:
-        """Append, and go to the next multiple of `CHUNK_ALIGN`."""
-        view, at = memoryview(data), self.position
+    def add(self, data: memoryview | bytes) -> int:
+        """Append, and go to the next multiple of `CHUNK_ALIGN`; where the chunk begins."""
+        view = memoryview(data)
+        if len(view) >= IN_PLACE_BYTES:
+            shift = (address_of(view) - self.position) % self.sink.align
+            self._move(self.position + shift * (shift % CHUNK_ALIGN == 0))
+        begin = self.position
         while view:
-            room = BLOCK_BYTES - at % BLOCK_BYTES
-            self._parts.append((at % BLOCK_BYTES, view[:room]))
-            at += min(room, len(view))
+            room = BLOCK_BYTES - self.position % BLOCK_BYTES
+            self._parts.append((self.position % BLOCK_BYTES, view[:room]))
+            self._move(self.position + min(room, len(view)))
             view = view[room:]
-            if at % BLOCK_BYTES == 0:
-                self._send(at - BLOCK_BYTES, BLOCK_BYTES)
-        end = _aligned(at)
-        if end // BLOCK_BYTES > at // BLOCK_BYTES:  # zeros end the block
-            self._send(at // BLOCK_BYTES * BLOCK_BYTES, BLOCK_BYTES)
-        self.position = end
+        self._move(_aligned(self.position))
+        return begin
+
+    def _move(self, position: int) -> None:
+        """What lies between is zero; a block that is passed is sent."""
+        block = self.position // BLOCK_BYTES
+        self.position = position
+        if position // BLOCK_BYTES > block:
+            self._send(block * BLOCK_BYTES, BLOCK_BYTES)
 
     def finish(self) -> Checksums:
         """Write what is left; the checksums of all pages."""
@@ -177,7 +187,7 @@ class _Blocks:
         buffer = mmap.mmap(-1, max(len(padded), 1))
         view = memoryview(buffer)
         view[: len(padded)] = padded
-        self.sink.write_at(start, view[: len(padded)])
+        self.sink.write_at(start, [view[: len(padded)]])
 
     def _send(self, start: int, nbytes: int, *, last: bool = False) -> None:
         while self._jobs and self._jobs[0].done():
@@ -194,23 +204,23 @@ class _Blocks:
         start: int,
         nbytes: int,
         buffer: memoryview,
-        parts: list[tuple[int, memoryview | bytes]],
+        parts: list[tuple[int, memoryview]],
         last: bool,
     ) -> None:
         try:
-            block = np.frombuffer(buffer, np.uint8)
+            block, vector = np.frombuffer(buffer, np.uint8), lay_out(buffer, nbytes, parts, self.sink.align)
             end = 0
             for at, data in parts:
                 block[end:at] = 0
                 end = at + len(data)
-                np.copyto(block[at:end], np.frombuffer(data, np.uint8))
             block[end:nbytes] = 0
-            view = buffer[:nbytes]
-            self._sums[start] = page_checksums(view, PAGE_BYTES)
+            for at, data in vector.bounced:
+                np.copyto(block[at : at + len(data)], np.frombuffer(data, np.uint8))
+            self._sums[start] = page_checksums(vector.views, PAGE_BYTES)
             if last:
-                self._tail = (start, bytes(view))
+                self._tail = (start, b"".join(vector.views))
             else:
-                self.sink.write_at(start, view)
+                self.sink.write_at(start, vector.views)
             if self.progress is not None:
                 self.progress(nbytes)
         finally:

@@ -75,7 +75,7 @@ def write_source(
     Returns:
         The path of the step.
 
-    Memory: 64 MiB and 32 MiB of buffers, whatever the sizes.
+    Memory: 64 MiB and 48 MiB of buffers, whatever the sizes.
     """
     root = open_directory(path)
     directory = root.child(step_name(step))

@@ -9,6 +9,7 @@ all of them.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -151,14 +152,25 @@ def deepspeed_stage(model: GPT, job: Job, *, stage: int) -> Step:
     return step
 
 
-def zero_stage(model: GPT, job: Job, *, stage: int, shared_memory: bool = True) -> Step:
-    """zero-core; bfloat16 keeps a float32 master copy."""
+def zero_stage(model: GPT, job: Job, *, stage: int, shared_memory: bool = True, slow: bool = False) -> Step:
+    """zero-core; bfloat16 keeps a float32 master copy.
+
+    With `slow` as one would set it where a network is: two blocks are gathered ahead of use (stage 3), and updated
+    parameters are published beside the next forward (stages 1 and 2).
+    """
     import zero_core as zero
 
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("dp",))
     precision = zero.Precision() if job.dtype == torch.float32 else zero.Precision(compute=job.dtype)
     collectives = None if shared_memory else partial(zero.PlainCollectives, shared_memory=False)
-    sharded = zero.shard(model, mesh, stage=stage, precision=precision, collectives=collectives)
+    overlap = zero.Overlap()
+    if slow:
+        block = max(sum(p.numel() for p in m.parameters()) for m in model.modules() if isinstance(m, Block))
+        ahead_bytes = int(2.1 * block * job.dtype.itemsize)  # with the padding of units
+        overlap = zero.Overlap(publish_late=True, prefetch_bytes=ahead_bytes)
+    sharded = zero.shard(
+        model, mesh, stage=stage, precision=precision, collectives=collectives, overlap=overlap
+    )
     if job.recompute:
         zero.checkpoint_modules(sharded, Block, zero.CheckpointPolicy())
     optimizer = zero.ShardedOptimizer(sharded, torch_adamw(sharded.parameters()))
@@ -225,6 +237,13 @@ def _plain_step(
     return step
 
 
+def settle(model: GPT) -> None:
+    """Wait for parameters that zero-core has left on their way to this rank; others leave none."""
+    if "zero_core" in sys.modules:
+        for unit in sys.modules["zero_core"].sharded(model).units:
+            unit.settle()
+
+
 ENGINES: dict[str, Build] = {
     "ddp": ddp,
     "ddp-autocast": ddp_autocast,
@@ -234,6 +253,10 @@ ENGINES: dict[str, Build] = {
     **{f"zero-core-{stage}": partial(zero_stage, stage=stage) for stage in (0, 1, 2, 3)},
     **{
         f"zero-core-{stage}-messages": partial(zero_stage, stage=stage, shared_memory=False)
+        for stage in (1, 2, 3)
+    },
+    **{
+        f"zero-core-{stage}-network": partial(zero_stage, stage=stage, shared_memory=False, slow=True)
         for stage in (1, 2, 3)
     },
 }

@@ -75,7 +75,8 @@ class Worker:
         self.resident_before = _measure.resident_bytes()
         _measure.restart_peak()
         torch.manual_seed(0)
-        self.step = _engines.ENGINES[engine](GPT(config), job)
+        self.model = GPT(config)
+        self.step = _engines.ENGINES[engine](self.model, job)
 
     def describe(self) -> dict[str, Any]:
         """What runs here."""
@@ -93,6 +94,8 @@ class Worker:
             batches = self.batches[first : first + self.accumulate]
             wall, processor = time.perf_counter(), time.process_time()
             losses.append(self.step(batches))
+            if len(losses) == steps:
+                _engines.settle(self.model)
             seconds.append(time.perf_counter() - wall)
             processor_seconds.append(time.process_time() - processor)
             self.done += 1

@@ -25,7 +25,10 @@ from _lab import Lab, LabError, lab
 from _processes import DTYPES, HERE, RANKS, Engine, missing, say
 from gpt import GPT, PRESETS, num_parameters
 
-ENGINES = ("ddp", "fsdp2", "deepspeed-3", "zero-core-2-messages", "zero-core-3-messages")
+ENGINES = (
+    "ddp", "fsdp2", "deepspeed-3", "zero-core-2-messages", "zero-core-2-network",
+    "zero-core-3-messages", "zero-core-3-network",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,8 @@ def page(rows: Sequence[Row], options: argparse.Namespace) -> str:
     legend = """
 Fast link: the same two namespaces without a rate. Sent: bytes a rank puts on the link in a step, headers included;
 communication: what they take at the link's rate. Hidden: 100 % would be a step that takes as long as over the fast
-link (or, where communication takes longer than compute, no longer than communication)."""
+link (or, where communication takes longer than compute, no longer than communication). `-network`: two blocks are
+gathered ahead (stage 3), and updated parameters are published beside the next forward (stage 2); `-messages`: neither."""
     return "\n".join([*lines, legend, ""])
 
 

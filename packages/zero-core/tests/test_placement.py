@@ -107,3 +107,35 @@ def test_sizes_are_checked() -> None:
         zero.ZeroConfigError, match=r"Placement\(whole_bytes=...\): expected a number of bytes"
     ):
         zero.Placement(whole_bytes=-1)
+
+
+def reload(rank: int, world_size: int) -> None:
+    """What stays whole is loaded like everything else."""
+    placement = zero.Placement(whole_bytes=8000)
+    model = zero.shard(seeded(Untied), dp_mesh(world_size), stage=3, placement=placement)
+    opt = zero.ShardedOptimizer(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
+    first, second = batches(rank, 2)
+    states = []
+    for ids in (first, second):
+        loss_of(model, ids).backward()
+        opt.step()
+        opt.zero_grad()
+        states.append(
+            (
+                zero.full_state_dict(model),
+                {n: s.local.clone() for n, s in zero.sharded_state(model, opt).items()},
+            )
+        )
+    zero.load_sharded_state(model, opt, states[0][1])
+    assert relative_error(zero.full_state_dict(model), states[0][0]) == 0.0
+    loss_of(model, second).backward()
+    opt.step()
+    assert relative_error(zero.full_state_dict(model), states[1][0]) <= 1e-6
+    name = "head.weight"
+    zero.set_full(model, name, torch.full_like(zero.get_full(model, name), 0.5))
+    assert bool((zero.get_full(model, name) == 0.5).all())
+    assert bool(loss_of(model, second).isfinite())
+
+
+def test_a_state_is_loaded_into_what_stays_whole() -> None:
+    run_ranks(reload, 2, 2)

@@ -53,8 +53,11 @@ def ddp(rank, make):
     return losses
 
 
+ASKED = ("whole_tensors", "placement", "mesh_device", "publish_late")
+
+
 def engine(stage, make=None, **more):
-    asked = {name: more.pop(name) for name in ("whole_tensors", "placement", "mesh_device") if name in more}
+    asked = {name: more.pop(name) for name in ASKED if name in more}
     raw = config(stage, **more)
     if make is not None:
         del raw["optimizer"]
@@ -93,6 +96,7 @@ def replicas_rank(rank, root):
     assert train(engine(3, mesh_device=named), rank) == pytest.approx(expected, rel=1e-5)
     stays = zero.Placement(whole_modules=torch.nn.Embedding)
     assert train(engine(3, placement=stays), rank) == expected
+    assert train(engine(2, publish_late=True), rank) == train(engine(2), rank)
 
     apart.save_checkpoint(root)
     together = engine(1)

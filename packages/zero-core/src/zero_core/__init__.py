@@ -5,6 +5,7 @@ The modules, in the order in which data flows:
 - `config`, `errors`, `api`: what a user meets.
 - `layout`, `units`, `flat_unit`, `fill`, `sharded_init`: parameters -> units -> flat buffers -> shards.
 - `tiles`, `tiling`: layers too large to be whole, in parts that are units.
+- `stores`: where shards rest, if not on the device.
 - `params`, `gather` -> `turns`, `gather_plan`: stage 3: parameters whole around their use, in one order on all ranks.
 - `hooks` -> `buckets` -> `collectives`, `exchange`, `shared_memory` -> `accumulate` -> `precision`, `norms` ->
   `claims`, `optimizer`, `steppers` -> `publish`: a gradient's way.
@@ -38,7 +39,8 @@ from .optimizer import ShardedOptimizer, clip_grad_norm, grad_norm
 from .precision import LossScaler, OverflowReport
 from .sharded_init import sharded_init
 from .state import Shard, load_optimizer_scalars, load_sharded_state, optimizer_scalars, sharded_state
-from .steppers import ShardOptimizer
+from .steppers import ShardOptimizer, ShardSlot, UnitStep
+from .stores import ShardStore, Stores
 from .tiling import tile_linear
 from .tracing import trace
 from .version import __version__
@@ -61,8 +63,12 @@ __all__ = [
     "ReleasedParameterError",
     "Shard",
     "ShardOptimizer",
+    "ShardSlot",
+    "ShardStore",
     "Sharded",
     "ShardedOptimizer",
+    "Stores",
+    "UnitStep",
     "ZeroConfigError",
     "ZeroError",
     "ZeroStateError",

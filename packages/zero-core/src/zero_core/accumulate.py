@@ -1,7 +1,7 @@
 """What happens to a reduced gradient: it becomes this rank's gradient shard, or is added to it.
 
 In: the mean over ranks of a unit's gradient, this rank's slice (stage 0: all of it). Out: `GradShard.value`, which
-`norms` measures and `optimizer` consumes.
+`norms` measures and `optimizer` consumes. `StoredGradShard` keeps it in a store.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 
 from .buckets import BufferPool
 from .flat_unit import FlatUnit
+from .stores import ShardStore
 
 
 class GradShard:
@@ -39,7 +40,7 @@ class GradShard:
         if not self.filled:
             return self._own()
         start, stop = self.unit.local
-        return self._pool.take(stop - start, self.dtype, self.unit.full.device)
+        return self._pool.take(stop - start, self.dtype, self.unit.device)
 
     def accept(self, reduced: torch.Tensor) -> None:
         """Take a reduced gradient over."""
@@ -73,5 +74,49 @@ class GradShard:
     def _own(self) -> torch.Tensor:
         if self._buffer is None:
             start, stop = self.unit.local
-            self._buffer = torch.empty(stop - start, dtype=self.dtype, device=self.unit.full.device)
+            self._buffer = torch.empty(stop - start, dtype=self.dtype, device=self.unit.device)
         return self._buffer
+
+
+class StoredGradShard(GradShard):
+    """The same in a store: handed over as soon as it is reduced, and read back where another one is added to it.
+
+    Attributes:
+        name: what it is called there.
+    """
+
+    def __init__(self, unit: FlatUnit, dtype: torch.dtype, store: ShardStore, pool: BufferPool) -> None:
+        super().__init__(unit, dtype, in_place=False, pool=pool)
+        self.store = store
+        self.name = unit.key("grad")
+
+    @property
+    def value(self) -> torch.Tensor | None:
+        """See `GradShard.value`; a view of the store, on the CPU."""
+        return self.store.view(self.name) if self.filled else None
+
+    def landing(self) -> torch.Tensor:
+        """A borrowed buffer."""
+        start, stop = self.unit.local
+        return self._pool.take(stop - start, self.dtype, self.unit.device)
+
+    def accept(self, reduced: torch.Tensor) -> None:
+        """Take a reduced gradient over, with its buffer."""
+        if self.filled:
+            before = torch.empty_like(reduced)
+            self.store.fetch(self.name, before).wait()
+            reduced.add_(before)
+        self.store.put(self.name, reduced)
+        self.filled = True
+
+    def zero(self, *, free: bool) -> None:
+        """Forget the gradient; its place stays."""
+        self.filled = False
+
+    def zero_slots(self, slots: Iterable[int]) -> None:
+        """See `GradShard.zero_slots`."""
+        wanted, value = set(slots), self.value
+        for part in self.unit.local_slots if value is not None else ():
+            if part.index in wanted:
+                assert value is not None
+                value[part.start : part.stop].zero_()

@@ -11,7 +11,7 @@ import logging
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import torch
@@ -27,7 +27,9 @@ from .fill import fill_buffers, fill_units
 from .flat_unit import FlatUnit
 from .gather import Gatherer
 from .hooks import Entrance, Reducer
+from .late import LateArrivals
 from .params import Residency, release_class
+from .stores import ShardStore, Stores
 from .units import UnitChoice, UnitSpec, find_units
 from .wires import connect
 
@@ -47,6 +49,7 @@ class Sharded:
         units: every unit, in order of definition.
         reducer: takes gradients in and reduces them.
         gatherer: stage 3: makes parameters whole around their use.
+        late: waits for parameters that `step` left on their way, where that is wanted.
         wire: collectives for parameters and verdicts, among the ranks that share one set of shards.
         everyone: the wire of these and of their replicas.
         meter: what `diagnostics` counts with, once it was called.
@@ -61,6 +64,7 @@ class Sharded:
     everyone: Wire
     reducer: Reducer
     gatherer: Gatherer | None
+    late: LateArrivals | None = None
     meter: Meter | None = None
     _removers: list[RemovableHandle] = field(default_factory=list)
 
@@ -90,6 +94,8 @@ class Sharded:
         self.reducer.unhook()
         if self.gatherer is not None:
             self.gatherer.close()
+        if self.late is not None:
+            self.late.close()
         for module in self.model.modules():
             module.__dict__.pop(_HANDLE, None)
         for name in ("zero_grad", "generate"):
@@ -116,6 +122,7 @@ def shard(
     collectives: Collectives | Callable[[dist.ProcessGroup], Collectives] | None = None,
     overlap: Overlap | None = None,
     placement: Placement | None = None,
+    store: ShardStore | Stores | None = None,
     init_module: Callable[[nn.Module], None] | None = None,
 ) -> ModuleT:
     """Shard a model's training state over a mesh; returns the same object, to be used as before.
@@ -135,6 +142,8 @@ def shard(
             process group (stage 3 has two of them); None sends them as they are.
         overlap: bytes in flight and the deadline of collectives.
         placement: stage 3: what stays whole between uses.
+        store: where shards rest: a store for all that a stage shards, or `Stores` for each kind; None: on the device.
+            A store of optimizer state needs an optimizer that steps there (`zero_offload_nvme.OffloadedOptimizer`).
         init_module: fills the parameters and buffers of one module of a meta model; None calls its
             `reset_parameters`.
 
@@ -162,6 +171,7 @@ def shard(
         raise ZeroConfigError(
             f"placement: at stage {stage} everything stays whole; leave it out, or use stage 3"
         )
+    stores = Stores.of(store, stage)
     groups = resolve_groups(mesh)
     device = _device_of(mesh, groups.shard)
     specs = find_units(model, units, placement.whole_modules)
@@ -170,16 +180,26 @@ def shard(
     dtypes = list(dict.fromkeys(param.dtype for spec in specs for _, param in spec.params))
     rank, size = groups.shard.rank(), groups.shard.size()
     num_replicas = 1 if groups.replicate is None else groups.replicate.size()
+    salt = wires.everyone.broadcast_text("name of the model", secrets.token_hex(4))
+    for wire in wires.all:
+        wire.salt = salt
+    stores = replace(stores, prefix=f"{stores.prefix}{salt}.")
+    sizes = [sum(param.numel() for _, param in spec.params) * spec.trainable for spec in specs]
     flat_units = [
-        FlatUnit(spec, index, rank, size, _stage_of(spec, stage, placement, precision), num_replicas)
-        for index, spec in enumerate(specs)
+        FlatUnit(
+            spec,
+            index,
+            rank,
+            size,
+            _stage_of(spec, stage, placement, precision),
+            num_replicas,
+            unit_stores,
+        )
+        for index, (spec, unit_stores) in enumerate(zip(specs, stores.of_units(sizes), strict=True))
     ]
     released = release_class(_explain(flat_units))
     fill_units(model, flat_units, precision, wires.everyone, wires.replicas, init_module)
     fill_buffers(model, wires.everyone)
-    salt = wires.everyone.broadcast_text("name of the model", secrets.token_hex(4))
-    for wire in wires.all:
-        wire.salt = salt
     if wires.everyone.group.rank() == 0:
         _announce(len(flat_units), dtypes, stage, precision, size, num_replicas)
     reducer = Reducer(flat_units, wires.grads, wires.everyone, precision, overlap)
@@ -190,8 +210,9 @@ def shard(
                 unit.enter(Residency.SHARDED, released)
         gatherer = Gatherer(model, flat_units, wires.params, wires.council, overlap, released, reducer)
         reducer.council = wires.council_of_all
+    late = LateArrivals(flat_units) if overlap.publish_late else None
     Sharded(
-        model, stage, precision, overlap, flat_units, wires.params, wires.everyone, reducer, gatherer
+        model, stage, precision, overlap, flat_units, wires.params, wires.everyone, reducer, gatherer, late
     ).install()
     return model
 

@@ -144,7 +144,7 @@ class GradBucket:
 
     def _open(self) -> torch.Tensor:
         if self.flat is None:
-            layout, device = self.unit.layout, self.unit.full.device
+            layout, device = self.unit.layout, self.unit.device
             if self.unit.stage >= 2:
                 self.flat = self._pool.take(layout.numel, self.dtype, device)
             else:

@@ -139,7 +139,7 @@ def take_over(
             continue
         claim = Claim(unit, index, group, optimizer.state.pop(param, None))
         taken.claims.append(claim)
-        flat = unit.ensure_master(precision.master_dtype(unit.full.dtype))
+        flat = unit.ensure_master(precision.master_dtype(unit.dtype))
         place = next((part for part in unit.local_slots if part.index == index), None)
         if place is None:  # the parameter lies wholly in other ranks' shards
             continue

@@ -128,6 +128,11 @@ class Overlap:
             way to it; at the limit the oldest is waited for. `None`: one largest unit. At stage 3 on the CPU a rank
             waits for no other here, whatever limit or `enabled` say, since others may need its shards.
         prefetch_bytes: stage 3: full parameters gathered ahead of use, per rank. `None`: one largest unit.
+        publish_late: stages 1 and 2 (and what stays whole at stage 3): `step` returns while updated parameters are on
+            their way to the other ranks; the forward of their unit waits for them, and so does whatever else touches
+            a parameter. Worth having on an accelerator and on a network, not between CPU ranks of one machine. What
+            took a parameter's memory before the step (`param.data`, `param.detach()`) must not be read after it
+            until the next forward is over.
         timeout_s: seconds after which a collective that has not finished is an error (where the back end of
             the process group lets a wait end). Raise it where one rank works alone for longer.
     """
@@ -135,6 +140,7 @@ class Overlap:
     enabled: bool = True
     reduce_bytes: int | None = None
     prefetch_bytes: int | None = None
+    publish_late: bool = False
     timeout_s: float = 30.0
 
     def __post_init__(self) -> None:
@@ -144,5 +150,11 @@ class Overlap:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise ZeroConfigError(f"Overlap({field}=...): expected a number of bytes >= 0, got {value!r}")
+        if not isinstance(self.publish_late, bool):
+            raise ZeroConfigError(f"Overlap(publish_late=...): expected a bool, got {self.publish_late!r}")
+        if not self.enabled and self.publish_late:
+            raise ZeroConfigError(
+                "Overlap(enabled=False) waits for every collective where it is launched; leave publish_late out"
+            )
         if not (isinstance(self.timeout_s, (int, float)) and 0 < self.timeout_s < math.inf):
             raise ZeroConfigError(f"Overlap(timeout_s=...): expected seconds > 0, got {self.timeout_s!r}")

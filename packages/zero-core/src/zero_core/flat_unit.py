@@ -7,13 +7,22 @@ between the buffers held here: `gather` fills `full`, `buckets` fills `grad_full
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 
 import torch
-from torch import nn
 
+from .errors import ZeroStateError
 from .layout import LocalSlot, UnitLayout, plan_layout
-from .params import ReleasedParameter, Residency, allocate_storage, check_transition, free_storage
+from .params import (
+    ArrivingParameter,
+    ReleasedParameter,
+    Residency,
+    allocate_storage,
+    check_transition,
+    free_storage,
+)
+from .stores import ON_DEVICE, Resting, Stores
 from .units import UnitSpec
 
 # Note [Storage identity]
@@ -23,24 +32,34 @@ from .units import UnitSpec
 
 # Note [One resting copy]
 # At stage 3 a separate master says all that the shard would: the shard is dropped, and a gather casts the master into
-# this rank's slice of `full`. Saves 2P/N bytes of bf16 parameters for 2P/N more bytes read a gather.
+# this rank's slice of `full`. Saves 2P/N bytes of bf16 parameters for 2P/N more bytes read a gather. Not where one of
+# the two rests in a store: gathers should not read a drive for the further digits.
 
 
 class FlatUnit:
     """The one data structure of ZeRO: a unit's flat buffer, cut into one shard per rank.
 
     Attributes:
-        full: all elements, [numel], in the parameters' dtype. Stage 3: memory only while gathered.
+        full: all elements, [numel], in the parameters' dtype. Stage 3: memory only while gathered. Stages 1, 2: waits
+            for values that were published late.
         shard: what this rank holds of it, [local numel]. Stages 1, 2: a view of `full`; stage 0: all of `full`.
             Stage 3: None beside a separate master, see Note [One resting copy].
         master: what the optimizer updates, [local numel]; is `shard` where the dtypes agree; made on demand.
         local: the range of `full` that `shard` covers.
         local_slots: the parts of the parameters inside `local`.
+        resting: stage 3: the shard in the store of parameters; `shard` is its view then.
         sparse: it is an embedding's weight, whose gradient is sparse by rows.
     """
 
     def __init__(
-        self, spec: UnitSpec, index: int, rank: int, world_size: int, stage: int, replicas: int = 1
+        self,
+        spec: UnitSpec,
+        index: int,
+        rank: int,
+        world_size: int,
+        stage: int,
+        replicas: int = 1,
+        stores: Stores = ON_DEVICE,
     ) -> None:
         self.name = spec.name
         self.index = index
@@ -58,22 +77,41 @@ class FlatUnit:
         self.local = (0, self.layout.numel) if stage == 0 else self.slice
         self.local_slots: list[LocalSlot] = self.layout.local_slots(*self.local)
         self.residency = Residency.GATHERED
-        self.full: torch.Tensor
+        self._full: torch.Tensor
+        self._arrival: Callable[[], None] | None = None
         self.shard: torch.Tensor | None
         self.master: torch.Tensor | None = None
+        self.stores = stores
+        self.resting: Resting | None = None
         self._versions: list[int] = []
+
+    @property
+    def full(self) -> torch.Tensor:
+        """See the class."""
+        self.settle()
+        return self._full
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The parameters' dtype."""
+        return self._full.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the unit lives."""
+        return self._full.device
 
     @property
     def full_bytes(self) -> int:
         """Bytes of the unit when whole, padding included."""
-        return self.layout.numel * self.full.element_size()
+        return self.layout.numel * self.dtype.itemsize
 
     def allocate(self, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
         """Make the flat buffer; returns a view of it for each parameter, still to be filled."""
-        self.full = torch.empty(self.layout.numel, dtype=dtype, device=device)
+        self._full = torch.empty(self.layout.numel, dtype=dtype, device=device)
         for lo, hi in self.layout.gaps:
-            self.full[lo:hi].zero_()
-        return self.views_of(self.full)
+            self._full[lo:hi].zero_()
+        return self.views_of(self._full)
 
     def views_of(self, flat: torch.Tensor) -> list[torch.Tensor]:
         """Each parameter's shape over a flat buffer of this layout."""
@@ -82,7 +120,11 @@ class FlatUnit:
     def cut(self) -> None:
         """Take this rank's shard of a filled `full`; stage 3 then releases the rest."""
         local = self.full[slice(*self.local)]
-        self.shard = local.clone() if self.stage == 3 else local
+        if self.stage == 3 and self.stores.params is not None:
+            self.resting = Resting.of(self.stores.params, self.key("param"), local)
+            self.shard = self.resting.view()
+        else:
+            self.shard = local.clone() if self.stage == 3 else local
 
     def own_slice(self) -> torch.Tensor:
         """This rank's slice of `full`, which must have its memory."""
@@ -90,10 +132,27 @@ class FlatUnit:
 
     def to_gather(self) -> torch.Tensor:
         """This rank's slice, for an all-gather into `full`, which must have its memory."""
+        if self.resting is not None:
+            self.resting.store.fetch(self.resting.name, self.own_slice()).wait()
+            return self.own_slice()
         if self.shard is not None:
             return self.shard
         assert self.master is not None
         return self.own_slice().copy_(self.master)
+
+    def prefetch(self) -> None:
+        """Stage 3: `to_gather` will be asked for soon."""
+        if self.resting is not None:
+            self.resting.store.prefetch(self.resting.name)
+
+    def forget_prefetched(self) -> None:
+        """Or not."""
+        if self.resting is not None:
+            self.resting.store.forget(self.resting.name)
+
+    def key(self, what: str) -> str:
+        """A name for one of its tensors in a store."""
+        return f"{self.stores.prefix}{self.name or 'root'}.{what}"
 
     def ensure_master(self, dtype: torch.dtype) -> torch.Tensor:
         """The values that the optimizer updates, in `dtype`; the shard itself where it has that dtype."""
@@ -101,21 +160,23 @@ class FlatUnit:
             assert self.shard is not None
             self.master = self.shard.to(dtype)
             self._versions = [param._version for param in self.params]
-            if self.stage == 3 and self.has_separate_master:
+            if self.has_separate_master and self.stores.optimizer is not None:
+                self.master = Resting.of(self.stores.optimizer, self.key("master"), self.master).view()
+            elif self.stage == 3 and self.has_separate_master and self.stores.params is None:
                 self.shard = None
         return self.master
 
     @property
     def has_separate_master(self) -> bool:
         """Whether the optimizer updates a copy in a dtype of its own."""
-        return self.master is not None and self.master.dtype != self.full.dtype
+        return self.master is not None and self.master.dtype != self.dtype
 
     def values(self) -> torch.Tensor:
         """This rank's part in the parameters' dtype, [local numel]: the shard, or a copy of what the master says."""
         if self.shard is not None:
             return self.shard
         assert self.master is not None
-        return self.master.to(self.full.dtype)
+        return self.master.to(self.dtype)
 
     def set_values(self, values: torch.Tensor, *, keep_unchanged: bool = False) -> None:
         """Something else than the optimizer wrote the parameters: shard and master take the values over.
@@ -124,6 +185,7 @@ class FlatUnit:
             values: [local numel] in the parameters' dtype; may be the shard itself.
             keep_unchanged: leave the master alone where it rounds to the value, instead of losing its further digits.
         """
+        self.settle()
         if self.shard is not None and self.shard.data_ptr() != values.data_ptr():
             self.shard.copy_(values)
         if self.has_separate_master:
@@ -142,26 +204,50 @@ class FlatUnit:
         if self.stage < 3 and self._versions != [param._version for param in self.params]:
             self.set_values(self.values(), keep_unchanged=True)
 
-    def detached(self) -> str | None:
-        """Below stage 3: the name of a parameter that no longer lies in the flat buffer."""
-        start, size = self.full.data_ptr(), self.full.element_size()
+    def check_attached(self) -> None:
+        """Below stage 3: raise where a parameter no longer lies in the flat buffer."""
+        if self.is_arriving:  # whoever waits looks then
+            return
+        start, size = self.full.data_ptr(), self.dtype.itemsize
         for slot, param in zip(self.layout.slots, self.params, strict=True):
             if slot.numel and param.data_ptr() != start + slot.offset * size:
-                return slot.name
-        return None
+                raise ZeroStateError(
+                    f"parameter '{slot.name}' no longer lies in its unit's buffer: something has replaced its data "
+                    "(such as model.to(), .half(), .double() or load_state_dict(assign=True)) and no step would reach "
+                    "it; do that before shard(), or use zero_core.load_full_state_dict"
+                )
+
+    @property
+    def is_arriving(self) -> bool:
+        """Whether updated values are on their way."""
+        return self._arrival is not None
+
+    def arrive_late(self, arrival: Callable[[], None], cls: type[ArrivingParameter]) -> None:
+        """The full values are on their way: parameters take `cls`, until `settle` has called `arrival`."""
+        self._arrival = arrival
+        for param in self.params:
+            param.__class__ = cls
+
+    def settle(self) -> None:
+        """Wait for values that are on their way (`arrive_late`), if there are any."""
+        if self._arrival is not None:
+            self._arrival()
+            self._arrival = None
+            for param, cls in zip(self.params, self.classes, strict=True):
+                param.__class__ = cls
 
     def enter(self, then: Residency, released: type[ReleasedParameter]) -> None:
         """Change state: allocate before a gather, show the parameters after it, free them on release."""
         check_transition(self.name, self.residency, then)
         if then is Residency.GATHERING:
-            allocate_storage(self.full)
+            allocate_storage(self._full)
         elif then is Residency.GATHERED:
             for param, cls in zip(self.params, self.classes, strict=True):
                 param.__class__ = cls
         else:
             for param in self.params:
                 param.__class__ = released
-            free_storage(self.full)
+            free_storage(self._full)
         self.residency = then
 
     @cached_property
@@ -170,8 +256,3 @@ class FlatUnit:
         names = [slot.name for slot in self.layout.slots]
         shown = ", ".join(names[:3]) + (f", ... {len(names)} in all" if len(names) > 3 else "")
         return f"unit '{self.name}' ({shown})"
-
-
-def is_released(param: nn.Parameter) -> bool:
-    """Whether the parameter's values rest as shards just now."""
-    return isinstance(param, ReleasedParameter)

@@ -112,7 +112,7 @@ def _held(request: Request) -> Shard | None:
     unit, slot, part = request.unit, request.slot, request.part
     if request.what == "param":
         if unit.stage < 3:
-            return Shard(slot.shape, unit.full.dtype, (0,), unit.full[slot.offset : slot.stop])
+            return Shard(slot.shape, unit.dtype, (0,), unit.full[slot.offset : slot.stop])
         flat = unit.master if unit.shard is None else unit.shard
     elif request.what == "grad":
         request.state.reducer.finish()
@@ -126,7 +126,7 @@ def _held(request: Request) -> Shard | None:
         return None
     local = flat[:0] if part is None else flat[part.start : part.stop]
     if request.what == "param":
-        local = local.to(unit.full.dtype)
+        local = local.to(unit.dtype)
     return Shard(slot.shape, local.dtype, (0 if part is None else part.param_start,), local)
 
 

@@ -239,7 +239,7 @@ class Gatherer:
 
     def refresh(self, unit: FlatUnit) -> None:
         """The shard has new values: free what was gathered of the old ones, or gather again what is held."""
-        if unit.residency is not Residency.SHARDED:
+        if unit.stage == 3 and unit.residency is not Residency.SHARDED:
             self.turns.arrive(unit)
             self.turns.free(unit)
             if self._pins[unit.index] > 0:

@@ -201,6 +201,10 @@ class GatherPlan:
             ahead.append(candidate)
         return passed, ahead
 
+    def coming(self, count: int) -> list[int]:
+        """The units whose gathers follow those sent for, as far as is known."""
+        return self._left()[:count]
+
     def was_whole(self, unit: int) -> None:
         """A unit that `use` sent for needs no gather on this rank; its use will not count as one's need."""
         self._ahead.pop(unit, None)

@@ -20,7 +20,7 @@ from torch.autograd import Variable
 from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
-from .accumulate import GradShard
+from .accumulate import GradShard, StoredGradShard
 from .buckets import BufferPool, GradBucket, ReduceOrder
 from .collectives import Pending, Wire
 from .config import Overlap, Precision
@@ -52,7 +52,7 @@ class Lane:
     @property
     def shows_grad(self) -> bool:
         """Whether `param.grad` is the averaged gradient, as under DDP: stage 0 keeps it whole."""
-        return self.unit.stage == 0 and self.shard.in_place and self.bucket.dtype == self.unit.full.dtype
+        return self.unit.stage == 0 and self.shard.in_place and self.bucket.dtype == self.unit.dtype
 
 
 class Entrance:
@@ -99,13 +99,7 @@ class Entrance:
 
     def _check_parameters(self) -> None:
         for unit in self.resident:
-            name = unit.detached()
-            if name is not None:
-                raise ZeroStateError(
-                    f"parameter '{name}' no longer lies in its unit's buffer: something has replaced its data (such as "
-                    "model.to(), .half(), .double() or load_state_dict(assign=True)) and no step would reach it; do "
-                    "that before shard(), or use zero_core.load_full_state_dict"
-                )
+            unit.check_attached()
         self.reducer.adopt_unfrozen()
 
 
@@ -176,11 +170,13 @@ class Reducer:
 
     def _adopt(self, unit: FlatUnit) -> None:
         unit.trainable = True
-        position, param = len(self.lanes), unit.full.dtype
+        position, param = len(self.lanes), unit.dtype
         reduce, accumulate = self._precision.reduce_dtype(param), self._precision.accumulate_dtype(param)
         bucket = (RowBucket if unit.sparse else GradBucket)(unit, reduce, self.pool)
         in_place = unit.stage <= 1 and reduce == accumulate and not unit.sparse
         shard = GradShard(unit, accumulate, in_place=in_place, pool=self.pool)
+        if unit.stores.grads is not None:
+            shard = StoredGradShard(unit, accumulate, unit.stores.grads, self.pool)
         self.lanes.append(Lane(unit, bucket, shard))
         self._position[unit.index] = position
         self._order.add(position)

@@ -111,6 +111,7 @@ class ShardedOptimizer(Optimizer):
             self._sharded.wire,
             gatherer.refresh if gatherer else None,
             limit_bytes=self._sharded.reducer.limit_bytes if self._sharded.overlap.enabled else 0,
+            late=self._sharded.late,
         )
         if scaler is not None:
             scaler.bind(self)
@@ -133,6 +134,11 @@ class ShardedOptimizer(Optimizer):
         for unit, slots in taken.slots.items():
             self.slots[unit] = sorted([*self.slots.get(unit, []), *slots], key=lambda slot: slot.place.start)
         self._lanes = [lane for lane in state.reducer.lanes if lane.unit.index in self._claimed]
+        if (whole or self._chooses_stepper) and any(lane.unit.stores.optimizer for lane in self._lanes):
+            raise ZeroConfigError(
+                "ShardedOptimizer: this model's optimizer state is to rest in a store, and this one would keep it "
+                "on the device; use zero_offload_nvme.OffloadedOptimizer (for elementwise optimizers), or no store"
+            )
         if isinstance(self._stepper, WholeStepper):
             self._stepper.add(taken.claims)
         elif self._chooses_stepper:  # state lies with the slots, and the new one finds it there
@@ -166,6 +172,7 @@ class ShardedOptimizer(Optimizer):
         self.last_step_skipped = self.scaler is not None and self.overflow_report is not None
         if not self.last_step_skipped:
             for lane in self._lanes:
+                lane.unit.settle()
                 lane.unit.take_edits()
             work = [self._unit_step(lane, used) for lane in self._lanes if lane.shard.value is not None]
             for item in self._stepper.step(work, self._factor()):
@@ -284,6 +291,7 @@ class ShardedOptimizer(Optimizer):
         for unit in [unit for unit in self._sharded.units if unit.index in self._claimed]:
             if unit.name in held:
                 assert unit.master is not None
+                unit.settle()
                 unit.master.copy_(saved[unit.name])
             self._publisher.publish(unit, cast=True)
         self._publisher.finish()

@@ -1,8 +1,9 @@
-"""A stage 3 parameter between uses: what it shows, what it refuses, and which changes of state are legal.
+"""A parameter whose values are not here: what it shows, what it refuses, and which changes of state are legal.
 
 A released parameter keeps its identity, shape, dtype, device and `requires_grad`; its storage is empty. Python
 code that touches the values meets `ReleasedParameter.__torch_function__`, which raises with the call that cures it
-(inside `sharded_init` it gathers instead, so that initialisers work).
+(inside `sharded_init` it gathers instead, so that initialisers work). One whose values are on their way waits for them
+(`ArrivingParameter`).
 """
 
 from __future__ import annotations
@@ -65,6 +66,47 @@ _METADATA = {
     torch.is_floating_point, torch.is_complex, torch.numel,
     torch.empty_like, torch.zeros_like, torch.ones_like, torch.full_like, torch.rand_like, torch.randn_like,
 }  # fmt: skip
+
+
+class ArrivingParameter(nn.Parameter):
+    """The class of a parameter whose updated values are on their way; whatever needs them waits."""
+
+    settle: ClassVar[Callable[..., None]]
+    """Wait for the values, and make the parameter an ordinary one again."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Answer questions about shape and the like; wait before anything else."""
+        kwargs = kwargs or {}
+        if func in _METADATA and func is not torch.Tensor.untyped_storage:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        for tensor in tensors_in((args, kwargs)):
+            if isinstance(tensor, ArrivingParameter):
+                tensor.settle(tensor)
+        return func(*args, **kwargs)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # as torch defines it
+        """As of an ordinary parameter."""
+        self.settle(self)
+        return repr(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Wait, then copy."""
+        self.settle(self)
+        return copy.deepcopy(self, memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Wait, then be pickled."""
+        self.settle(self)
+        return self.__reduce_ex__(protocol)
+
+
+def arriving_class(settle: Callable[[nn.Parameter], None]) -> type[ArrivingParameter]:
+    """An `ArrivingParameter` for one owner."""
+    return type("ArrivingParameter", (ArrivingParameter,), {"settle": staticmethod(settle)})
 
 
 class ReleasedParameter(nn.Parameter):

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from .collectives import Pending, Wire
 from .flat_unit import FlatUnit
+from .late import LateArrivals
 
 
 class Publisher:
@@ -20,12 +21,21 @@ class Publisher:
         wire: the collectives for parameters.
         refresh: stage 3's word to the gatherer that a shard has new values.
         limit_bytes: of units being gathered at once; a larger one goes alone. 0 waits for each.
+        late: takes over gathers that `finish` is not to wait for; no limit holds for them.
     """
 
-    def __init__(self, wire: Wire, refresh: Callable[[FlatUnit], None] | None, *, limit_bytes: int) -> None:
+    def __init__(
+        self,
+        wire: Wire,
+        refresh: Callable[[FlatUnit], None] | None,
+        *,
+        limit_bytes: int,
+        late: LateArrivals | None = None,
+    ) -> None:
         self.wire = wire
         self.refresh = refresh
         self.limit_bytes = limit_bytes
+        self.late = late
         self._gathers: deque[tuple[Pending, int]] = deque()
         self._others: list[Pending] = []
 
@@ -42,6 +52,8 @@ class Publisher:
         if unit.stage == 3:
             assert self.refresh is not None
             self.refresh(unit)
+        elif unit.stage > 0 and self.late is not None:
+            self.late.expect(unit, self.wire.gather(unit.label, unit.to_gather(), unit.full))
         elif unit.stage > 0:
             nbytes = unit.full_bytes
             while self._gathers and nbytes + sum(size for _, size in self._gathers) > self.limit_bytes:
@@ -55,7 +67,7 @@ class Publisher:
         self._others.append(pending)
 
     def finish(self) -> None:
-        """Return when every parameter published may be used."""
+        """Return when every parameter published may be used, or waits for its values itself."""
         while self._gathers:
             self._gathers.popleft()[0].wait()
         while self._others:

@@ -34,7 +34,7 @@ class RowBucket(GradBucket):
         """Row numbers [n] int64, ascending, and their gradients [n, width]; the bucket is empty then."""
         grad, self._grad = self._grad, None
         if grad is None:
-            device, width = self.unit.full.device, self.unit.layout.slots[0].shape[1]
+            device, width = self.unit.device, self.unit.layout.slots[0].shape[1]
             return torch.zeros(0, dtype=torch.int64, device=device), torch.zeros(
                 0, width, dtype=self.dtype, device=device
             )

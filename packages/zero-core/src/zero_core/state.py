@@ -90,6 +90,8 @@ def load_sharded_state(
             on this rank.
     """
     state = sharded(model)
+    for unit in state.units:
+        unit.settle()
     values = [unit.values() for unit in state.units]
     described = _describe(model, optimizer, values)
     known = {f"optimizer.{holder.name}.": holder for holder in state_holders(optimizer)}
@@ -116,7 +118,8 @@ def load_sharded_state(
         unit.set_values(flat, keep_unchanged=not strict)
     _copy_in(described, tensors, of_optimizer)  # last, since masters say more than the parameters
     for unit in state.units:
-        if state.gatherer is not None:
+        if unit.stage == 3:
+            assert state.gatherer is not None
             state.gatherer.refresh(unit)
         elif unit.stage > 0:
             state.wire.gather(unit.label, unit.to_gather(), unit.full).wait()

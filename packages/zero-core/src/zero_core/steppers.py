@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import accel_kernels as ak
 import torch
@@ -102,13 +102,36 @@ class TorchStepper:
 
 
 @dataclass(frozen=True)
-class _Rule:
+class FusedRule:
     """How one torch optimizer maps to a fused kernel: its state tensors, and a slot's segment."""
 
     states: Callable[[dict[str, Any]], tuple[str, ...]]
     segment: Callable[[int, int, dict[str, Any], int], Any]
     kernel: Callable[..., None]
     initial: Callable[[dict[str, Any]], float] = lambda group: 0.0
+
+    def advance(self, inner: Optimizer, slot: ShardSlot) -> Any:
+        """Count the step of one slot; returns its segment."""
+        state = inner.state[slot.master]
+        if "step" not in state:  # torch's SGD counts no steps, but its buffer says that there was one
+            state["step"] = torch.tensor(1.0 if "momentum_buffer" in state else 0.0)
+        state["step"] += 1
+        return self.segment(slot.place.start, slot.place.stop, slot.group, int(state["step"]))
+
+    def run(
+        self,
+        master: torch.Tensor,
+        grad: torch.Tensor,
+        states: Sequence[torch.Tensor],
+        segments: Sequence[Any],
+        scale: torch.Tensor | float,
+        low: torch.Tensor | None,
+    ) -> None:
+        """Step flat tensors of one size."""
+        if self.kernel is ak.sgd_step and not states:
+            self.kernel(master, grad, None, segments, grad_scale=scale, low_precision=low)  # no momentum
+        else:
+            self.kernel(master, grad, *states, segments, grad_scale=scale, low_precision=low)
 
 
 def _adam_segment(
@@ -135,25 +158,62 @@ def _sgd_segment(start: int, stop: int, group: dict[str, Any], step: int) -> ak.
     )  # fmt: skip
 
 
-_RULES: dict[type[Optimizer], _Rule] = {
-    AdamW: _Rule(
+RULES: dict[type[Optimizer], FusedRule] = {
+    AdamW: FusedRule(
         lambda group: ("exp_avg", "exp_avg_sq"),
         lambda *a: _adam_segment(*a, decoupled=True),
         ak.adam_step,
     ),
-    Adam: _Rule(
+    Adam: FusedRule(
         lambda group: ("exp_avg", "exp_avg_sq"),
         lambda *a: _adam_segment(*a, decoupled=bool(a[2].get("decoupled_weight_decay", False))),
         ak.adam_step,
     ),
-    Adagrad: _Rule(
+    Adagrad: FusedRule(
         lambda group: ("sum",),
         _adagrad_segment,
         ak.adagrad_step,
         lambda group: group["initial_accumulator_value"],
     ),
-    SGD: _Rule(lambda group: ("momentum_buffer",) if group["momentum"] else (), _sgd_segment, ak.sgd_step),
+    SGD: FusedRule(
+        lambda group: ("momentum_buffer",) if group["momentum"] else (), _sgd_segment, ak.sgd_step
+    ),
 }
+
+
+Options: TypeAlias = "list[tuple[tuple[bool, ...], bool]]"
+
+
+def asked_for(inner: Optimizer) -> Options:
+    """For each group: the options that no kernel has, and whether there is momentum."""
+    unusual = ("amsgrad", "maximize", "differentiable", "capturable")
+    return [
+        (tuple(bool(group.get(option)) for option in unusual), bool(group.get("momentum")))
+        for group in inner.param_groups
+    ]
+
+
+def has_kernel(inner: Optimizer) -> bool:
+    """Whether a kernel does what `inner` does to fp32 masters, with the options of its groups."""
+    options = asked_for(inner)
+    hooked = (
+        inner._optimizer_step_pre_hooks or inner._optimizer_step_post_hooks
+    )  # only its own step calls those
+    return (
+        type(inner) in RULES
+        and not hooked
+        and not any(any(unusual) for unusual, _ in options)
+        and len({momentum for _, momentum in options}) == 1
+    )
+
+
+def check_options(inner: Optimizer, before: Options) -> None:
+    """Refuse groups that ask for something else than when the stepper was built."""
+    if asked_for(inner) != before:
+        raise ZeroStateError(
+            "the optimizer's groups now ask for other options (amsgrad, maximize, differentiable, capturable, or "
+            "momentum where there was none) than when ShardedOptimizer was built; build a new one"
+        )
 
 
 class FusedStepper:
@@ -167,8 +227,8 @@ class FusedStepper:
 
     def __init__(self, inner: Optimizer) -> None:
         self.inner = inner
-        self._rule = _RULES[type(inner)]
-        self._options = self._asked_for(inner)
+        self._rule = RULES[type(inner)]
+        self._options = asked_for(inner)
         self._flat: dict[int, tuple[torch.Tensor, ...]] = {}
 
     @staticmethod
@@ -177,54 +237,23 @@ class FusedStepper:
         dtypes = {
             (lane.unit.master.dtype, lane.shard.dtype) for lane in lanes if lane.unit.master is not None
         }
-        return (
-            type(inner) in _RULES
-            and not (
-                inner._optimizer_step_pre_hooks or inner._optimizer_step_post_hooks
-            )  # only its own step calls
-            and all(master == torch.float32 and grad != torch.float64 for master, grad in dtypes)
-            and not any(any(unusual) for unusual, _ in FusedStepper._asked_for(inner))
-            and len({momentum for _, momentum in FusedStepper._asked_for(inner)}) == 1
+        return has_kernel(inner) and all(
+            master == torch.float32 and grad != torch.float64 for master, grad in dtypes
         )
-
-    @staticmethod
-    def _asked_for(inner: Optimizer) -> list[tuple[tuple[bool, ...], bool]]:
-        """For each group: the options that no kernel has, and whether there is momentum."""
-        unusual = ("amsgrad", "maximize", "differentiable", "capturable")
-        return [
-            (tuple(bool(group.get(option)) for option in unusual), bool(group.get("momentum")))
-            for group in inner.param_groups
-        ]
 
     def step(self, work: Sequence[UnitStep], scale: torch.Tensor | float) -> Iterator[UnitStep]:
         """See `ShardOptimizer.step`."""
-        if self._asked_for(self.inner) != self._options:
-            raise ZeroStateError(
-                "the optimizer's groups now ask for other options (amsgrad, maximize, differentiable, capturable, or "
-                "momentum where there was none) than when ShardedOptimizer was built; build a new one"
-            )
+        check_options(self.inner, self._options)
         self.inner._opt_called = True  # type: ignore[attr-defined]  # or torch's schedulers warn of a missing step
         for item in work:
             unit = item.unit
             assert unit.master is not None
-            segments = [self._advance(slot) for slot in item.slots]
+            segments = [self._rule.advance(self.inner, slot) for slot in item.slots]
             if segments:
                 low = unit.shard if unit.has_separate_master else None
                 states = self._flat_state(item)
-                if self._rule.kernel is ak.sgd_step and not states:
-                    states = (None,)  # type: ignore[assignment]  # plain SGD has no momentum
-                self._rule.kernel(
-                    unit.master, item.grad, *states, _merge(segments), grad_scale=scale, low_precision=low
-                )
+                self._rule.run(unit.master, item.grad, states, merge(segments), scale, low)
             yield item
-
-    def _advance(self, slot: ShardSlot) -> Any:
-        """Count the step of one slot; returns its segment."""
-        state = self.inner.state[slot.master]
-        if "step" not in state:  # torch's SGD counts no steps, but its buffer says that there was one
-            state["step"] = torch.tensor(1.0 if "momentum_buffer" in state else 0.0)
-        state["step"] += 1
-        return self._rule.segment(slot.place.start, slot.place.stop, slot.group, int(state["step"]))
 
     def _flat_state(self, item: UnitStep) -> tuple[torch.Tensor, ...]:
         """The unit's flat state tensors; per-slot entries of `inner.state` that are not views of them are moved in."""
@@ -245,7 +274,7 @@ class FusedStepper:
         return self._flat[unit.index]
 
 
-def _merge(segments: list[Any]) -> list[Any]:
+def merge(segments: list[Any]) -> list[Any]:
     """Neighbours that differ only in their range, as one segment; the zeros of the alignment between may move along."""
     merged = [segments[0]]
     for segment in segments[1:]:

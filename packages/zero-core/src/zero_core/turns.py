@@ -19,6 +19,9 @@ from .flat_unit import FlatUnit
 from .gather_plan import GatherPlan, Kind, Word, decide
 from .params import ReleasedParameter, Residency
 
+NUM_PREFETCHED = 2
+"""Shards beyond those that are gathered ahead, which a store may bring near: one on its way, one there."""
+
 
 class Turns:
     """Whose turn it is to be gathered; see Note [One order of gathers].
@@ -56,6 +59,7 @@ class Turns:
         budget = max(sizes, default=0) if overlap.prefetch_bytes is None else overlap.prefetch_bytes
         self._plan = GatherPlan(sizes, budget if overlap.enabled else 0)
         self._on_the_way: dict[int, Pending] = {}
+        self._prefetched: set[int] = set()
 
     # -- this rank --------------------------------------------------------------------------------------------
 
@@ -76,6 +80,9 @@ class Turns:
             else:
                 self._plan.was_whole(index)
                 self._hand_out(self.units[index])
+        for index in self._plan.coming(NUM_PREFETCHED):
+            self.units[index].prefetch()
+            self._prefetched.add(index)
         self.arrive(unit)
 
     def is_used_next(self, unit: FlatUnit) -> bool:
@@ -86,6 +93,7 @@ class Turns:
     def launch(self, unit: FlatUnit) -> None:
         """Start the gather of a unit that rests as shards."""
         if unit.residency is Residency.SHARDED:
+            self._prefetched.discard(unit.index)
             unit.enter(Residency.GATHERING, self.released)
             with self._back_to_shards_on_failure(unit):
                 self._on_the_way[unit.index] = self.wire.gather(unit.label, unit.to_gather(), unit.full)
@@ -119,6 +127,8 @@ class Turns:
         """
         index = -1 if first is None else first.index
         self._pass_over(self._plan.rest())
+        while self._prefetched:  # the shards may change before they are gathered
+            self.units[self._prefetched.pop()].forget_prefetched()
         while True:
             words = self._hear(Word(kind, first=index, needed=frozenset(self._plan.needed)))
             decision = decide(words)

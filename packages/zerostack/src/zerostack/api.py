@@ -54,6 +54,7 @@ def initialize(
     *,
     whole_tensors: bool | None = None,
     placement: zero.Placement | None = None,
+    publish_late: bool = False,
 ) -> tuple[Engine, zero.ShardedOptimizer, EpochLoader | DataLoader[Any] | None, LRScheduler | None]:
     """Shard a model and its optimizer over the data-parallel ranks; all ranks call it.
 
@@ -76,6 +77,8 @@ def initialize(
         whole_tensors: True for an optimizer from elsewhere that looks at whole parameters, such as LAMB; torch's own
             (Adafactor, Muon) are known.
         placement: Stage 3: what stays whole between uses.
+        publish_late: Stages 1 and 2: `step` returns while updated parameters are on their way; their use waits for
+            them. For slow networks and accelerators; see `zero_core.Overlap`.
 
     Returns:
         (engine, optimizer, loader, schedule).
@@ -106,6 +109,7 @@ def initialize(
     mesh = with_replicas(
         mesh, settings.config.zero_optimization.mics_shard_size, given=mesh_device is not None
     )
+    overlap = policies.overlap(settings.config, publish_late=publish_late)
     made = _optimizer(settings, model, optimizer, model_parameters)
     zero.steps_whole_tensors(made, whole_tensors)  # refuses what cannot be stepped before the model changes
     policies.check_rates(settings.config, made)
@@ -120,7 +124,7 @@ def initialize(
         mesh,
         stage=settings.config.zero_optimization.stage,
         precision=policies.precision(settings.config),
-        overlap=policies.overlap(settings.config),
+        overlap=overlap,
         placement=placement,
     )
     sharded = zero.ShardedOptimizer(model, made, scaler=scaler, whole_tensors=whole_tensors)

@@ -46,7 +46,7 @@ def precision(config: Config) -> zero.Precision:
     return zero.Precision(**common)
 
 
-def overlap(config: Config) -> zero.Overlap:
+def overlap(config: Config, *, publish_late: bool = False) -> zero.Overlap:
     """How many bytes travel while compute goes on; sizes that are not given are zero-core's own."""
     policy = precision(config)
     param = policy.param_dtype(torch.float32)
@@ -58,7 +58,11 @@ def overlap(config: Config) -> zero.Overlap:
     if config.zero_optimization.stage3_prefetch_bucket_size is not None:
         sizes["prefetch_bytes"] = config.zero_optimization.stage3_prefetch_bucket_size * param.itemsize
     wanted = config.zero_optimization.overlap_comm
-    return zero.Overlap(enabled=True if wanted is None else wanted, **sizes)
+    if publish_late and wanted is False:
+        raise ConfigError(
+            "publish_late=True leaves gathers under way, and overlap_comm is false; leave one out"
+        )
+    return zero.Overlap(enabled=True if wanted is None else wanted, publish_late=publish_late, **sizes)
 
 
 def loss_scaler(config: Config) -> zero.LossScaler | None:

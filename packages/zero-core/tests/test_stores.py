@@ -1,0 +1,138 @@
+"""Shards that rest in a store: the same bits at every stage, and nothing fetched that was not put there before."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import zero_core as zero
+from zero_core.steppers import FusedStepper
+from zero_core.testing import run_ranks
+from zero_core_models import Net, batches, dp_mesh, loss_of, relative_error, seeded
+
+
+class Done:
+    def wait(self) -> None: ...
+
+    def is_done(self) -> bool:
+        return True
+
+
+class Shelf:
+    """The simplest store; values come back on the wait only, and what is prefetched may grow stale."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, torch.Tensor] = {}
+        self.near: dict[str, torch.Tensor] = {}
+        self.counts = {"put": 0, "fetch": 0, "hit": 0}
+
+    def put(self, name: str, values: torch.Tensor, start: int = 0) -> Done:
+        self.counts["put"] += 1
+        self.near.pop(name, None)
+        if name not in self.kept:
+            self.kept[name] = torch.empty_like(values)
+        self.kept[name][start : start + values.numel()] = values
+        return Done()
+
+    def fetch(self, name: str, out: torch.Tensor, start: int = 0):
+        self.counts["fetch"] += 1
+        source = self.near.pop(name, None)
+        self.counts["hit"] += source is not None
+        values = self.kept[name] if source is None else source
+        out.fill_(float("nan"))
+
+        class Later(Done):
+            def wait(self) -> None:
+                out.copy_(values[start : start + out.numel()])
+
+        return Later()
+
+    def prefetch(self, name: str) -> None:
+        self.near[name] = self.kept[name].clone()
+
+    def forget(self, name: str) -> None:
+        self.near.pop(name, None)
+
+    def view(self, name: str) -> torch.Tensor:
+        return self.kept[name]
+
+    def release(self, name: str) -> None:
+        del self.kept[name]
+
+
+def train(rank: int, stage: int, what: str, dtype: torch.dtype, accumulate: int):
+    shelf = Shelf()
+    store = {"none": None, "all": shelf}.get(what)
+    if what in ("params", "grads", "optimizer"):
+        store = zero.Stores(**{what: shelf})
+    model = zero.shard(
+        seeded(Net), dp_mesh(2), stage=stage, precision=zero.Precision(compute=dtype), store=store
+    )
+    inner = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    opt = zero.ShardedOptimizer(model, inner, stepper=FusedStepper(inner))
+    for step, ids in enumerate(batches(rank, 4 * accumulate)):
+        loss_of(model, ids).backward()
+        if step % accumulate == accumulate - 1:
+            loss_of(model, ids).backward()  # a second one before the step
+            zero.clip_grad_norm(opt, 0.5)
+            opt.step()
+            opt.zero_grad()
+            with torch.no_grad():
+                loss_of(model, ids)
+    zero.set_full(model, "norm.bias", torch.linspace(0, 1, 19))
+    loss_of(model, ids).backward()
+    opt.step()
+    masters = {n: s.local.clone() for n, s in zero.sharded_state(model, opt).items() if "master" in n}
+    return zero.full_state_dict(model), masters, shelf.counts, set(shelf.kept)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize(
+    ("stage", "whats"),
+    [(1, ["optimizer", "all"]), (2, ["grads", "all"]), (3, ["params", "grads", "optimizer", "all"])],
+)
+def test_the_same_bits(stage: int, whats: list[str], accumulate: int, dtype: torch.dtype) -> None:
+    plain, masters, counts, _ = run_ranks(train, 2, stage, "none", dtype, accumulate)[0]
+    assert counts["put"] == 0
+    for what in whats:
+        found, own, counts, kept = run_ranks(train, 2, stage, what, dtype, accumulate)[0]
+        assert relative_error(found, plain) == 0.0, what
+        assert relative_error(own, masters) == 0.0, what
+        assert bool(kept) == (dtype != torch.float32 or ((stage, what) != (1, "all") and what != "optimizer"))
+        if what == "params":
+            assert counts["hit"] > 0, "nothing was ever prefetched"
+
+
+def refused(rank: int) -> None:
+    for stage, kind in ((0, "optimizer"), (1, "grads"), (2, "params")):
+        with pytest.raises(zero.ZeroConfigError, match=f"{kind}=.*at stage {stage}"):
+            zero.shard(seeded(Net), dp_mesh(1), stage=stage, store=zero.Stores(**{kind: Shelf()}))
+    with pytest.raises(zero.ZeroConfigError, match="optimizer_ratio"):
+        zero.Stores(optimizer_ratio=1.5)
+    model = zero.shard(seeded(Net), dp_mesh(1), stage=1, store=Shelf())
+    with pytest.raises(zero.ZeroConfigError, match="OffloadedOptimizer"):
+        zero.ShardedOptimizer(model, torch.optim.AdamW(model.parameters()))
+
+
+def test_what_has_no_effect_is_refused() -> None:
+    run_ranks(refused, 1)
+
+
+def ratios(rank: int) -> list[int]:
+    found = []
+    for ratio in (0.0, 0.3, 0.6, 1.0):
+        shelf = Shelf()
+        stores = zero.Stores(optimizer=shelf, optimizer_ratio=ratio)
+        precision = zero.Precision(compute=torch.bfloat16)
+        model = zero.shard(seeded(Net), dp_mesh(1), stage=1, store=stores, precision=precision)
+        inner = torch.optim.AdamW(model.parameters())
+        zero.ShardedOptimizer(model, inner, stepper=FusedStepper(inner))
+        found.append(sum(tensor.numel() for tensor in shelf.kept.values()))
+    return [100 * each // found[-1] for each in found]
+
+
+def test_a_ratio_of_the_optimizer_state() -> None:
+    shares = run_ranks(ratios, 1)[0]
+    assert shares[0] == 0
+    assert 0 < shares[1] <= 30
+    assert shares[1] < shares[2] <= 60

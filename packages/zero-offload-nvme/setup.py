@@ -1,7 +1,7 @@
 """Dependencies as requirements.txt says; in a clone of the repository, siblings come from beside this package.
 
-So `pip install packages/zero-offload-nvme` needs nothing that is not in the clone or on the index. A source distribution,
-and a wheel built from one, ask the index for every dependency, by version.
+So `pip install packages/zero-offload-nvme` needs nothing that is not in the clone or on the index. A source
+distribution, and a wheel built from one, ask the index for every dependency, by version.
 """
 
 import re

@@ -14,7 +14,11 @@ Make = Callable[..., torch.optim.Optimizer]
 # Ours, torch's, and the options of both.
 PAIRS: dict[str, tuple[Make, Make, dict[str, Any]]] = {
     "adamw": (off.CPUAdamW, torch.optim.AdamW, {"lr": 1e-2, "weight_decay": 0.1}),
-    "adamw, no decay": (off.CPUAdamW, torch.optim.AdamW, {"betas": (0.8, 0.95), "weight_decay": 0.0, "eps": 1e-6}),
+    "adamw, no decay": (
+        off.CPUAdamW,
+        torch.optim.AdamW,
+        {"betas": (0.8, 0.95), "weight_decay": 0.0, "eps": 1e-6},
+    ),
     "adam": (off.CPUAdam, torch.optim.Adam, {"lr": 1e-2}),
     "adam, L2": (off.CPUAdam, torch.optim.Adam, {"weight_decay": 0.1}),
     "adam, decoupled": (off.CPUAdam, torch.optim.Adam, {"weight_decay": 0.1, "decoupled_weight_decay": True}),
@@ -54,15 +58,3 @@ def train(*pairs: tuple[torch.optim.Optimizer, Sequence[Tensor]], steps: int, se
         give_grads(*(params for _, params in pairs), seed=1000 * seed + step)
         for optimizer, _ in pairs:
             optimizer.step()
-
-
-def ulps(got: Tensor, expected: Tensor) -> int:
-    """The largest distance in representable fp32 numbers."""
-    if not got.numel():
-        return 0
-
-    def ordered(tensor: Tensor) -> Tensor:
-        bits = tensor.detach().contiguous().view(torch.int32).to(torch.int64)
-        return torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
-
-    return int((ordered(got) - ordered(expected)).abs().max())

@@ -73,9 +73,7 @@ class Late:
         self.owner.log.append(f"waited {self.way} {self.number}")
 
 
-def run_as_a_device(
-    optimizer: off.CPUAdam, params: list[Any], stepper: DeviceStepper
-) -> None:
+def run_as_a_device(optimizer: off.CPUAdam, params: list[Any], stepper: DeviceStepper) -> None:
     from zero_offload_nvme.steppers import Work
 
     with torch.no_grad():

@@ -9,7 +9,10 @@ from offload_models import PAIRS, copies_of, give_grads, make_params
 from torch import nn
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
-CASES = {**{name: (ours, options) for name, (ours, _, options) in PAIRS.items()}, "lion": (off.CPULion, {"lr": 1e-3})}
+CASES = {
+    **{name: (ours, options) for name, (ours, _, options) in PAIRS.items()},
+    "lion": (off.CPULion, {"lr": 1e-3}),
+}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

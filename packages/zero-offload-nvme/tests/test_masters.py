@@ -10,7 +10,10 @@ from hypothesis import strategies as st
 from offload_models import PAIRS, give_grads, make_params, train
 from torch import nn
 
-CASES = {**{name: (ours, options) for name, (ours, _, options) in PAIRS.items()}, "lion": (off.CPULion, {"lr": 1e-3})}
+CASES = {
+    **{name: (ours, options) for name, (ours, _, options) in PAIRS.items()},
+    "lion": (off.CPULion, {"lr": 1e-3}),
+}
 
 
 @settings(max_examples=40, deadline=None)
@@ -20,7 +23,9 @@ CASES = {**{name: (ours, options) for name, (ours, _, options) in PAIRS.items()}
     shapes=st.lists(st.lists(st.integers(0, 30), max_size=3), min_size=1, max_size=5),
     seed=st.integers(0, 1000),
 )
-def test_equals_fp32_arithmetic_rounded(case: str, dtype: torch.dtype, shapes: list[list[int]], seed: int) -> None:
+def test_equals_fp32_arithmetic_rounded(
+    case: str, dtype: torch.dtype, shapes: list[list[int]], seed: int
+) -> None:
     make, options = CASES[case]
     params = make_params(shapes, dtype, seed)
     masters = [nn.Parameter(param.detach().float()) for param in params]

@@ -85,14 +85,18 @@ def test_a_sparse_gradient_is_refused_by_name() -> None:
     model = nn.Embedding(10, 4, sparse=True)
     optimizer = off.CPUAdagrad(model.named_parameters())
     model(torch.tensor([1, 2])).sum().backward()
-    with pytest.raises(RuntimeError, match=r"parameter 0 of group 0 \('weight'\), .*torch.sparse_coo; build the emb"):
+    with pytest.raises(
+        RuntimeError, match=r"parameter 0 of group 0 \('weight'\), .*torch.sparse_coo; build the emb"
+    ):
         optimizer.step()
     assert optimizer.state[model.weight]["step"] == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex64])
 def test_dtypes_that_are_refused(dtype: torch.dtype) -> None:
-    with pytest.raises(ValueError, match=r"CPUAdamW: parameter 0 of group 0.*expected a dense float32, bfloat16 or"):
+    with pytest.raises(
+        ValueError, match=r"CPUAdamW: parameter 0 of group 0.*expected a dense float32, bfloat16 or"
+    ):
         off.CPUAdamW([nn.Parameter(torch.ones(2, dtype=dtype))])
 
 

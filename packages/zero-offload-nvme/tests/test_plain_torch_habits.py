@@ -46,7 +46,10 @@ def test_schedulers(tensor_lr: bool) -> None:
 def test_groups_of_their_own_options_and_later_ones() -> None:
     params, later = make_params(), make_params(seed=5)
     others, also = copies_of(params), copies_of(later)
-    groups = [{"params": params[:4], "lr": 0.1}, {"params": params[4:], "weight_decay": 0.0, "betas": (0.5, 0.9)}]
+    groups = [
+        {"params": params[:4], "lr": 0.1},
+        {"params": params[4:], "weight_decay": 0.0, "betas": (0.5, 0.9)},
+    ]
     same = [{**groups[0], "params": others[:4]}, {**groups[1], "params": others[4:]}]
     one, other = off.CPUAdamW(groups), torch.optim.AdamW(same, fused=True)
     train((one, params), (other, others), steps=3)

@@ -152,7 +152,9 @@ def test_what_does_not_fit_changes_nothing() -> None:
     before = copy.deepcopy(optimizer.state_dict())
     other = copy.deepcopy(before)
     other["state"][1]["exp_avg"] = torch.zeros(6)
-    with pytest.raises(RuntimeError, match=r"parameter 1 of group 0, shape \(5,\): state 'exp_avg' has shape \(6,\)"):
+    with pytest.raises(
+        RuntimeError, match=r"parameter 1 of group 0, shape \(5,\): state 'exp_avg' has shape \(6,\)"
+    ):
         optimizer.load_state_dict(other)
     other = copy.deepcopy(before)
     other["param_groups"][0]["amsgrad"] = True

@@ -23,7 +23,9 @@ def machines(draw: st.DrawFn) -> tuple[Node, ...]:
     total = sum(sizes)
     cpus_of_node, first = {}, 0
     for number, size in enumerate(sizes):
-        cpus_of_node[number] = [core + total * k for core in range(first, first + size) for k in range(threads)]
+        cpus_of_node[number] = [
+            core + total * k for core in range(first, first + size) for k in range(threads)
+        ]
         first += size
     siblings = {cpu: [cpu % total + total * k for k in range(threads)] for cpu in range(total * threads)}
     allowed = draw(st.sets(st.sampled_from(sorted(siblings)), min_size=1))
@@ -69,9 +71,18 @@ def test_a_common_machine() -> None:
         {cpu: (cpu % 8, cpu % 8 + 8) for cpu in range(16)},
         range(16),
     )
-    assert [cores.cpus for cores in assign(nodes, 4)] == [(0, 1, 8, 9), (2, 3, 10, 11), (4, 5, 12, 13), (6, 7, 14, 15)]
+    assert [cores.cpus for cores in assign(nodes, 4)] == [
+        (0, 1, 8, 9),
+        (2, 3, 10, 11),
+        (4, 5, 12, 13),
+        (6, 7, 14, 15),
+    ]
     assert [cores.num_cores for cores in assign(nodes, 1)] == [8]
-    assert [cores.cpus for cores in assign(nodes, 3)] == [(0, 1, 8, 9), (2, 3, 10, 11), (4, 5, 6, 7, 12, 13, 14, 15)]
+    assert [cores.cpus for cores in assign(nodes, 3)] == [
+        (0, 1, 8, 9),
+        (2, 3, 10, 11),
+        (4, 5, 6, 7, 12, 13, 14, 15),
+    ]
 
 
 @pytest.mark.parametrize(

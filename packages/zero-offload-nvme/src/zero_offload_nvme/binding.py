@@ -6,6 +6,7 @@ threads as it has physical cores; memory that is touched first from now on lies 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Callable, Collection
@@ -109,7 +110,5 @@ def _threads() -> list[int]:
 
 def _bind_threads(cpus_of: Callable[[int], set[int]]) -> None:
     for thread in _threads():
-        try:
+        with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
             os.sched_setaffinity(thread, cpus_of(thread))
-        except ProcessLookupError:  # it ended meanwhile
-            continue

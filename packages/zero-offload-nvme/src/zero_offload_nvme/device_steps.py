@@ -62,7 +62,9 @@ class DeviceStepper(Stepper):
     def _prepare(self) -> None:
         numels = [row.param.numel() for row in self._rows]
         plan = plan_chunks(numels, self._chunk_elements)
-        elements = max((piece.offset + piece.stop - piece.start for pieces in plan for piece in pieces), default=0)
+        elements = max(
+            (piece.offset + piece.stop - piece.start for pieces in plan for piece in pieces), default=0
+        )
         halves = any(row.param.dtype != torch.float32 for row in self._rows)
         size = 4 if any(row.param.dtype == torch.float32 for row in self._rows) else 2
         self._down = [self._copies.buffer(elements * size) for _ in plan[:2]]
@@ -80,7 +82,10 @@ class DeviceStepper(Stepper):
             lows.append(low)
             sources.append(masters[-1] if low is None else low)
         states = [
-            [_elements(row.held[k])[piece.start : piece.stop] for piece, row in zip(pieces, rows, strict=True)]
+            [
+                _elements(row.held[k])[piece.start : piece.stop]
+                for piece, row in zip(pieces, rows, strict=True)
+            ]
             for k in range(len(self._rule.states))
         ]
         table = ak.StepTable(self._rule.kind, masters, states, low_precision=lows)

@@ -28,7 +28,9 @@ class HostStepper(Stepper):
             if not row.dense
         }
         # Rows whose gradient may lie in another order of memory than the row.
-        self._unusual = [k for k, row in enumerate(self._rows) if not (row.dense and row.param.is_contiguous())]
+        self._unusual = [
+            k for k, row in enumerate(self._rows) if not (row.dense and row.param.is_contiguous())
+        ]
         params = [self._updated(place, row) for place, row in enumerate(self._rows)]
         states = [[flat(row.held[k]) for row in self._rows] for k in range(len(self._rule.states))]
         lows = [

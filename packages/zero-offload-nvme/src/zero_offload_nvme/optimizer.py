@@ -21,7 +21,7 @@ from .errors import OffloadStateError
 from .host_steps import HostStepper
 from .rows import check_param, make_row
 from .rules import Group, Rule, check_group
-from .steppers import Stepper, Work
+from .steppers import Stepper, Work, same
 
 
 class HostOptimizer(Optimizer):
@@ -30,7 +30,7 @@ class HostOptimizer(Optimizer):
     rule: ClassVar[Rule]
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
-        self._steppers: dict[torch.device, Stepper] = {}
+        self._forget()
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: Group) -> None:
@@ -69,17 +69,30 @@ class HostOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         with torch.no_grad():
-            host: list[Work] = []
+            work = [item for item in self._work() if item.param.grad is not None]
+            host = [item for item in work if item.param.is_cpu]
             devices: dict[torch.device, list[Work]] = defaultdict(list)
-            for number, group in enumerate(self.param_groups):
-                for place, param in enumerate(group["params"]):
-                    if param.grad is not None:
-                        (host if param.is_cpu else devices[param.device]).append(Work(param, number, place))
+            if len(host) < len(work):
+                for item in work:
+                    if not item.param.is_cpu:
+                        devices[item.param.device].append(item)
             for device, items in devices.items():
                 self._stepper(device).step(items, self.param_groups)
             if host:
                 self._stepper(torch.device("cpu")).step(host, self.param_groups)
         return loss
+
+    def _work(self) -> list[Work]:
+        """Every parameter with its place; the same objects as long as the groups hold the same parameters."""
+        lists = [group["params"] for group in self.param_groups]
+        sizes = [len(params) for params in lists]
+        known_sizes, known = self._known_work
+        if sizes != known_sizes or not same(
+            [p for params in lists for p in params], [item.param for item in known]
+        ):
+            known = [item for number in range(len(lists)) for item in self._work_of(number)]
+            self._known_work = (sizes, known)
+        return known
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a state dict of this class, or of torch's class of the same name.
@@ -121,7 +134,12 @@ class HostOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._steppers = {}
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drop what is kept from step to step; the next one makes it anew."""
+        self._steppers: dict[torch.device, Stepper] = {}
+        self._known_work: tuple[list[int], list[Work]] = ([], [])
 
     def _stepper(self, device: torch.device) -> Stepper:
         if device not in self._steppers:

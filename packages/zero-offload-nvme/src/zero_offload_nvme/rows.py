@@ -49,9 +49,9 @@ class Row:
         """`given` in this row's order of memory: itself, or a copy."""
         if given.stride() == self.strides or given.numel() <= 1:
             return given
-        return torch.empty_strided(
-            given.shape, self.strides, dtype=given.dtype, device=given.device
-        ).copy_(given)
+        return torch.empty_strided(given.shape, self.strides, dtype=given.dtype, device=given.device).copy_(
+            given
+        )
 
     def follow(self) -> None:
         """Take over what was written into the parameter since the last step; Note [the parameter is right]."""
@@ -73,9 +73,7 @@ def make_row(param: Tensor, state: dict[str, Any], rule: Rule, group: Group, nam
     dense = is_dense(param.shape, param.stride())
     strides = param.stride() if dense else torch.empty_like(param, device="meta").stride()
     row = Row(param, state, (), None, dense, strides, -1)
-    row.held = tuple(
-        _state_tensor(row, key, name, lambda: float(rule.initial(group))) for key in rule.states
-    )
+    row.held = tuple(_state_tensor(row, key, name, lambda: float(rule.initial(group))) for key in rule.states)
     if param.is_cpu and param.dtype == torch.float32:
         state.pop(MASTER, None)  # of a time when the parameter had another dtype
     else:
@@ -94,7 +92,9 @@ def _state_tensor(row: Row, key: str, name: str, initial: Any) -> Tensor:
         value = initial()
         given.copy_(value) if isinstance(value, Tensor) else given.fill_(value)
     elif given.shape != shape:
-        raise OffloadStateError(f"{name}: state {key!r}: expected shape {tuple(shape)}, got {tuple(given.shape)}")
+        raise OffloadStateError(
+            f"{name}: state {key!r}: expected shape {tuple(shape)}, got {tuple(given.shape)}"
+        )
     elif given.dtype != torch.float32 or not given.is_cpu or row.like(given) is not given:
         given = row.like(given.detach().to("cpu", torch.float32))
     # A device copies from the master while the host goes on.

@@ -35,6 +35,11 @@ class Work(NamedTuple):
         return f"{called}, shape {tuple(self.param.shape)}"
 
 
+def same(one: Sequence[object], other: Sequence[object]) -> bool:
+    """Whether two lists hold the same objects."""
+    return len(one) == len(other) and all(map(is_, one, other))
+
+
 class Stepper(ABC):
     """Steps the parameters of one device.
 
@@ -53,40 +58,62 @@ class Stepper(ABC):
         self._mastered: list[Row] = []
         self._versions: list[int] = []
         self._entries: list[dict[str, Any]] = []
+        self._all_entries: list[dict[str, Any]] = []
+        self._last: list[Work] = []
+        self._last_places: list[int] = []
         self._known: dict[str, list[Any]] = {}
         self._counts = torch.zeros(0)
         self._count_views: list[Tensor] = []
 
     def step(self, work: Sequence[Work], groups: Sequence[Group]) -> None:
         """Update every parameter of `work`, all of one device, each with a gradient."""
-        places = [self._places.get(item.param, -1) for item in work]
-        if -1 in places or not self._is_current():
-            self._keep(work, groups)
-            places = [self._places[item.param] for item in work]
+        current = self._is_current()
+        if not (current and same(work, self._last)):
+            if not current or any(item.param not in self._places for item in work):
+                self._keep(work, groups)
+            self._last = list(work)
+            self._last_places = [self._places[item.param] for item in work]
         if [row.param._version for row in self._mastered] != self._versions:
             for row in self._mastered:
                 row.follow()
-        counts = [int(count) + 1 for count in self._counts.tolist()] if self._rule.counts else [1] * len(self._rows)
-        which = [0] * len(self._rows)
+        places = self._last_places
+        given = [item.param.grad for item in work]
+        if [grad.layout for grad in given if grad is not None].count(torch.strided) != len(given):
+            self._refuse(work, groups)
+        counts = (
+            [int(count) + 1 for count in self._counts.tolist()]
+            if self._rule.counts
+            else [1] * len(self._rows)
+        )
         distinct: dict[tuple[int, int], int] = {}
-        grads: list[Any] = [None] * len(self._rows)
-        for place, item in zip(places, work, strict=True):
-            which[place] = distinct.setdefault((item.group, counts[place]), len(distinct))
-            grads[place] = item.param.grad
-            if grads[place].layout is not torch.strided:
-                raise OffloadStateError(
-                    f"{item.name(groups)}: expected a dense gradient, got {grads[place].layout}; "
-                    "build the embedding with sparse=False, or leave it to torch.optim.SparseAdam"
-                )
+        hyper = [
+            distinct.setdefault((item.group, counts[place]), len(distinct))
+            for item, place in zip(work, places, strict=True)
+        ]
+        grads: list[Tensor | None] = [None] * len(self._rows)
+        which = [0] * len(self._rows)
+        for place, grad, number in zip(places, given, hyper, strict=True):
+            grads[place], which[place] = grad, number
         segments = [self._rule.segment(groups[group], count) for group, count in distinct]
         self._run(grads, segments, which)
         if len(places) == len(self._rows):
             self._counts += 1
         else:
             self._counts[places] += 1
-        self._versions = [row.param._version for row in self._mastered]  # who writes from now on is somebody else
+        self._versions = [
+            row.param._version for row in self._mastered
+        ]  # who writes from now on is somebody else
         for row, version in zip(self._mastered, self._versions, strict=True):
             row.version = version
+
+    def _refuse(self, work: Sequence[Work], groups: Sequence[Group]) -> None:
+        """Name the gradient that is not dense."""
+        for item in work:
+            if item.param.grad is not None and item.param.grad.layout is not torch.strided:
+                raise OffloadStateError(
+                    f"{item.name(groups)}: expected a dense gradient, got {item.param.grad.layout}; "
+                    "build the embedding with sparse=False, or leave it to torch.optim.SparseAdam"
+                )
 
     @abstractmethod
     def _run(self, grads: Sequence[Tensor | None], segments: Sequence[Any], which: Sequence[int]) -> None:
@@ -100,8 +127,9 @@ class Stepper(ABC):
         """Whether parameters and states are still those that the rows were made from."""
         if [param.data_ptr() for param in self._places] != self._addresses:
             return False
-        states = [self._states.get(param) for param in self._places]
-        if not all(map(is_, states, self._entries)):
+        if not same(
+            list(self._states.values()), self._all_entries
+        ):  # by order, for a tensor's hash costs more
             return False
         return all(
             all(map(is_, [state.get(key) for state in self._entries], known))
@@ -128,5 +156,8 @@ class Stepper(ABC):
         for row, view in zip(self._rows, self._count_views, strict=False):
             row.state["step"] = view
         self._entries = [row.state for row in self._rows]
-        self._known = {key: [state.get(key) for state in self._entries] for key in (*self._rule.states, "step", MASTER)}
+        self._all_entries = list(self._states.values())
+        self._known = {
+            key: [state.get(key) for state in self._entries] for key in (*self._rule.states, "step", MASTER)
+        }
         self._prepare()

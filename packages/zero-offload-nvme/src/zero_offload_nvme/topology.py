@@ -86,7 +86,9 @@ def assign(nodes: Sequence[Node], num_ranks: int) -> tuple[CoreSet, ...]:
         OffloadConfigError: no cores, or no ranks.
     """
     if num_ranks < 1 or not nodes:
-        raise OffloadConfigError(f"assign: expected ranks and cores, got {num_ranks} ranks and {len(nodes)} nodes")
+        raise OffloadConfigError(
+            f"assign: expected ranks and cores, got {num_ranks} ranks and {len(nodes)} nodes"
+        )
     if num_ranks < len(nodes):
         return tuple(
             _core_set([(node.number, core) for node in nodes[start:stop] for core in node.cores])
@@ -111,7 +113,9 @@ def _within(node: Node, ranks: int) -> list[CoreSet]:
     units = list(node.cores)
     if ranks > len(units):
         # First thread of every core, then the second ones: two ranks meet on a core as late as can be.
-        units = sorted(((cpu,) for core in units for cpu in core), key=lambda unit: (_turn(node, unit[0]), unit))
+        units = sorted(
+            ((cpu,) for core in units for cpu in core), key=lambda unit: (_turn(node, unit[0]), unit)
+        )
     if ranks > len(units):
         return [_core_set([(node.number, units[rank % len(units)])]) for rank in range(ranks)]
     return [_core_set([(node.number, unit) for unit in units[a:b]]) for a, b in _cuts(len(units), ranks)]

@@ -48,9 +48,11 @@ def with_masters(optimizer: torch.optim.Optimizer, low: Sequence[torch.Tensor]) 
     """A step of fp32 masters beside bf16 parameters."""
     masters = optimizer.param_groups[0]["params"]
 
+    grads = [param.grad for param in low if param.grad is not None]
+
     @torch.no_grad()
     def step() -> None:
-        torch._foreach_copy_([master.grad for master in masters], [param.grad for param in low])
+        torch._foreach_copy_([master.grad for master in masters], grads)
         optimizer.step()
         torch._foreach_copy_(list(low), masters)
 

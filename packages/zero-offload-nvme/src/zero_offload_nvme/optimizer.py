@@ -28,6 +28,8 @@ class HostOptimizer(Optimizer):
     """Base of the optimizers of this package; a subclass names its rule and its options."""
 
     rule: ClassVar[Rule]
+    _steppers: dict[torch.device, Stepper]
+    _known_work: tuple[list[int], list[Work]]
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         self._forget()
@@ -133,13 +135,13 @@ class HostOptimizer(Optimizer):
             first.remove()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        super().__setstate__(state)
         self._forget()
 
     def _forget(self) -> None:
         """Drop what is kept from step to step; the next one makes it anew."""
-        self._steppers: dict[torch.device, Stepper] = {}
-        self._known_work: tuple[list[int], list[Work]] = ([], [])
+        self._steppers = {}
+        self._known_work = ([], [])
 
     def _stepper(self, device: torch.device) -> Stepper:
         if device not in self._steppers:

@@ -139,7 +139,12 @@ class Stepper(ABC):
     def _keep(self, work: Sequence[Work], groups: Sequence[Group]) -> None:
         """Make rows anew, for what was there before and for what is new."""
         now = {item.param: item for item in work}
-        kept = [now.pop(item.param, item) for item in self._work if item.param in self._states]
+        device = work[0].param.device  # a model that moved is another stepper's
+        kept = [
+            now.pop(item.param, item)
+            for item in self._work
+            if item.param in self._states and item.param.device == device
+        ]
         self._work = [*kept, *now.values()]
         self._rows = [
             make_row(item.param, self._states[item.param], self._rule, groups[item.group], item.name(groups))

@@ -19,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +37,26 @@ import json, sys, time
 import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 import deepspeed
-n, threads = int(sys.argv[1]), int(sys.argv[2])
+sizes, threads, halves = json.loads(sys.argv[1]), int(sys.argv[2]), bool(int(sys.argv[3]))
 torch.set_num_threads(threads)
-param = torch.nn.Parameter(torch.rand(n))
-param.grad = torch.rand(n) + 0.5
-optimizer = DeepSpeedCPUAdam([param], lr=1e-3, weight_decay=0.01, adamw_mode=True)
-optimizer.step()
+params = [torch.nn.Parameter(torch.rand(n)) for n in sizes]
+for param in params:
+    param.grad = torch.rand_like(param) + 0.5
+if halves:
+    low, low_grads = ([t.bfloat16() for t in tensors] for tensors in (params, [p.grad for p in params]))
+optimizer = DeepSpeedCPUAdam(params, lr=1e-3, weight_decay=0.01, adamw_mode=True)
+@torch.no_grad()
+def step():
+    if halves:
+        torch._foreach_copy_([p.grad for p in params], low_grads)
+    optimizer.step()
+    if halves:
+        torch._foreach_copy_(low, params)
+step()
 print("READY", json.dumps({"deepspeed": deepspeed.__version__, "torch": torch.__version__}), flush=True)
 for _ in sys.stdin:
     start = time.perf_counter()
-    optimizer.step()
+    step()
     print("TIME", time.perf_counter() - start, flush=True)
 """
 
@@ -116,11 +126,14 @@ class Arrays:
 
 
 class DeepSpeedPeer:
-    """DeepSpeed's CPU Adam in another interpreter; one line in, one time out."""
+    """DeepSpeed's CPU Adam in another interpreter; one line in, one time out.
 
-    def __init__(self, python: Path, numel: int, threads: int) -> None:
+    Parameters of these sizes; with `halves` in bf16, with fp32 masters that gradients and values are copied to and fro.
+    """
+
+    def __init__(self, python: Path, sizes: Sequence[int], threads: int, *, halves: bool = False) -> None:
         self.process = subprocess.Popen(
-            [str(python), "-c", PEER, str(numel), str(threads)],
+            [str(python), "-c", PEER, json.dumps(list(sizes)), str(threads), str(int(halves))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -189,7 +202,7 @@ def measure(
         "stream, non-temporal": timed(lambda: arrays.stream(True)),
         "torch AdamW(fused)": timed(arrays.torch_fused),
     }
-    peer = None if peer_python is None else DeepSpeedPeer(peer_python, numel, threads)
+    peer = None if peer_python is None else DeepSpeedPeer(peer_python, [numel], threads)
     if peer is not None:
         step["DeepSpeed CPUAdam"] = peer
         versions.update({f"peer {name}": version for name, version in peer.versions.items()})

@@ -98,6 +98,29 @@ void run_step(const Kernels& kernels, Optimizer optimizer, const StepArgs& args,
     });
 }
 
+void run_table(const Kernels& kernels, Optimizer optimizer, const TableRow* rows, std::int64_t num_rows,
+               const Segment* segments, float grad_scale, int num_threads) {
+    std::int64_t covered = 0;
+    for (std::int64_t k = 0; k < num_rows; ++k) covered += rows[k].numel;
+    parallel(covered, num_threads, [&](std::int64_t begin, std::int64_t end) {
+        std::int64_t before = 0;  // elements of the rows already passed
+        for (std::int64_t k = 0; k < num_rows && before < end; before += rows[k++].numel) {
+            const TableRow& row = rows[k];
+            const std::int64_t from = std::max<std::int64_t>(begin - before, 0);
+            const std::int64_t to = std::min<std::int64_t>(end - before, row.numel);
+            if (from >= to) continue;
+            Segment segment = segments[row.segment];
+            segment.start = 0;
+            segment.stop = row.numel;
+            const auto at = [](std::uint64_t address) { return reinterpret_cast<void*>(std::uintptr_t(address)); };
+            const StepArgs args{static_cast<float*>(at(row.param)),  at(row.grad), DType(row.grad_dtype),
+                                static_cast<float*>(at(row.state0)), static_cast<float*>(at(row.state1)),
+                                at(row.low), DType(row.low_dtype), grad_scale, &segment, 1};
+            kernels.step[optimizer](args, from, to);
+        }
+    });
+}
+
 void run_cast(const Kernels& kernels, CastArgs args, std::int64_t numel, int num_threads) {
     // What is too large to stay in the caches anyway is better written around them.
     constexpr std::int64_t kStreamBytes = std::int64_t(8) << 20;

@@ -19,6 +19,9 @@ bool has_openmp();
 constexpr std::int64_t kSerialElements = 1 << 15;
 
 void run_step(const Kernels&, Optimizer, const StepArgs&, int num_threads);
+// Many tensors as one: threads share out the elements of all rows, whatever tensors they lie in.
+void run_table(const Kernels&, Optimizer, const TableRow* rows, std::int64_t num_rows, const Segment* segments,
+               float grad_scale, int num_threads);
 void run_cast(const Kernels&, CastArgs, std::int64_t numel, int num_threads);
 NormPartial run_norm(const Kernels&, const void* grad, DType, std::int64_t numel, int num_threads);
 void run_stream(const Kernels&, float* p, const float* g, float* m, float* v, std::int64_t numel, bool non_temporal,

@@ -27,22 +27,41 @@ T* pointer(std::uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
+template <class Record>
+std::vector<Record> unpack(std::string_view bytes, const char* what) {  // copied: the bytes need not be aligned
+    if (bytes.size() % sizeof(Record) != 0) throw std::invalid_argument(std::string(what) + " have the wrong size");
+    std::vector<Record> records(bytes.size() / sizeof(Record));
+    if (!records.empty()) std::memcpy(records.data(), bytes.data(), bytes.size());
+    return records;
+}
+
 void step(int optimizer, std::uintptr_t param, std::uintptr_t grad, int grad_dtype, std::uintptr_t state0,
           std::uintptr_t state1, std::uintptr_t low, int low_dtype, std::string_view segments, double grad_scale,
           int num_threads, const std::string& isa) {
     if (optimizer < 0 || optimizer >= kNumOptimizers) throw std::invalid_argument("unknown optimizer code");
-    if (segments.size() % sizeof(Segment) != 0) throw std::invalid_argument("segment records have the wrong size");
-    const std::vector<Segment> table = [&] {  // copied: the bytes need not be aligned
-        std::vector<Segment> t(segments.size() / sizeof(Segment));
-        if (!t.empty()) std::memcpy(t.data(), segments.data(), segments.size());
-        return t;
-    }();
+    const std::vector<Segment> table = unpack<Segment>(segments, "segment records");
     const StepArgs args{pointer<float>(param),  pointer<void>(grad), DType(grad_dtype),  pointer<float>(state0),
                         pointer<float>(state1), pointer<void>(low),  DType(low_dtype),   float(grad_scale),
                         table.data(),           std::int64_t(table.size())};
     const Kernels& kernels = kernels_for(isa);
     py::gil_scoped_release release;
     run_step(kernels, Optimizer(optimizer), args, num_threads);
+}
+
+void step_table(int optimizer, std::string_view rows, std::string_view segments, double grad_scale, int num_threads,
+                const std::string& isa) {
+    if (optimizer < 0 || optimizer >= kNumOptimizers) throw std::invalid_argument("unknown optimizer code");
+    const std::vector<TableRow> tensors = unpack<TableRow>(rows, "table rows");
+    const std::vector<Segment> table = unpack<Segment>(segments, "segment records");
+    for (const TableRow& row : tensors) {
+        if (row.segment < 0 || std::size_t(row.segment) >= table.size() || row.numel < 0) {
+            throw std::invalid_argument("a table row names no segment");
+        }
+    }
+    const Kernels& kernels = kernels_for(isa);
+    py::gil_scoped_release release;
+    run_table(kernels, Optimizer(optimizer), tensors.data(), std::int64_t(tensors.size()), table.data(),
+              float(grad_scale), num_threads);
 }
 
 void cast_copy(std::uintptr_t src, int src_dtype, std::uintptr_t dst, int dst_dtype, std::int64_t numel, double scale,
@@ -102,8 +121,10 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("has_openmp", &has_openmp);
     m.def("is_writable", &is_writable);
     m.def("step", &step);
+    m.def("step_table", &step_table);
     m.def("cast_copy", &cast_copy);
     m.def("norm", &norm);
     m.def("stream_4r3w", &stream_4r3w);
     m.attr("SEGMENT_BYTES") = sizeof(Segment);
+    m.attr("TABLE_ROW_BYTES") = sizeof(TableRow);
 }

@@ -16,6 +16,15 @@ struct Segment {
 };
 static_assert(sizeof(Segment) == 56, "segments.py packs 56 bytes");
 
+// One tensor of a table, as Python packs it (tables.py: ROW); 0 where there is no second state or no copy.
+struct TableRow {
+    std::uint64_t param, grad, state0, state1, low;
+    std::int64_t numel;
+    std::int32_t segment;  // which segment's coefficients; its range is not looked at
+    std::uint8_t grad_dtype, low_dtype, reserved[2];
+};
+static_assert(sizeof(TableRow) == 56, "tables.py packs 56 bytes");
+
 // Segment::flags
 constexpr std::uint32_t kFlagL2 = 1;        // weight decay is added to the gradient, as decay * param
 constexpr std::uint32_t kFlagMomentum = 2;  // SGD: a momentum buffer is read and written

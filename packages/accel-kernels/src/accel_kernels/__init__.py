@@ -5,6 +5,7 @@ Modules, in the order in which a call passes through them:
 - ``segments``: the hyper-parameters of runs of elements (``AdamSegment`` and its siblings) and how they are
   packed.
 - ``ops``: the public functions, one file an op.
+- ``tables``: a list of tensors, whatever their sizes, stepped by one call.
 - ``checks``: what is demanded of tensors, before anything is written.
 - ``dispatch``: which back end runs a call; ``isa`` and ``report`` let a person steer and see it.
 - ``backends``: ``cpu`` (C++ extension), ``cuda`` (NVRTC through CuPy), ``portable`` (numba or plain torch).
@@ -25,6 +26,7 @@ from .ops.norm import grad_norm_scale
 from .ops.sgd import sgd_step
 from .report import Report, report
 from .segments import AdagradSegment, AdamSegment, LionSegment, SgdSegment
+from .tables import StepTable
 from .version import __version__
 
 __all__ = [
@@ -37,6 +39,7 @@ __all__ = [
     "LionSegment",
     "Report",
     "SgdSegment",
+    "StepTable",
     "__version__",
     "adagrad_step",
     "adam_step",

@@ -1,4 +1,5 @@
 SEGMENT_BYTES: int
+TABLE_ROW_BYTES: int
 
 def isas() -> list[str]: ...
 def has_openmp() -> bool: ...
@@ -16,6 +17,9 @@ def step(
     grad_scale: float,
     num_threads: int,
     isa: str,
+) -> None: ...
+def step_table(
+    optimizer: int, rows: bytes, segments: bytes, grad_scale: float, num_threads: int, isa: str
 ) -> None: ...
 def cast_copy(
     src: int,

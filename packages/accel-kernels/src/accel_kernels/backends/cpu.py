@@ -46,6 +46,11 @@ def step(
     )
 
 
+def step_table(optimizer: Optimizer, rows: bytes, segments: Sequence[Segment], grad_scale: float) -> None:
+    """One call for the rows that ``tables`` packed."""
+    _cpu.step_table(optimizer, rows, pack(segments), grad_scale, torch.get_num_threads(), chosen_cpu_isa())
+
+
 def add_norm(grad: Tensor, scale: float, out: Tensor) -> None:
     """See ``dispatch.Backend``."""
     _cpu.norm(

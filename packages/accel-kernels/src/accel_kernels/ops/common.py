@@ -42,6 +42,5 @@ def optimizer_step(
 
 def mark_written(*tensors: Tensor | None) -> None:
     """Bump the tensors' versions, so that a backward pass that saved one before this call fails loudly."""
-    for tensor in tensors:
-        if tensor is not None and not tensor.is_inference():
-            torch.autograd.graph.increment_version(tensor)
+    written = [tensor for tensor in tensors if tensor is not None and not tensor.is_inference()]
+    torch.autograd.graph.increment_version(written)

@@ -1,4 +1,5 @@
 """Fused kernels for flat tensors: optimizer steps, gradient norm, casts; on CPU and CUDA, one function an op.
+Beside them a transfer engine, which moves bytes between files and memory.
 
 Modules, in the order in which a call passes through them:
 
@@ -9,13 +10,20 @@ Modules, in the order in which a call passes through them:
 - ``dispatch``: which back end runs a call; ``isa`` and ``report`` let a person steer and see it.
 - ``backends``: ``cpu`` (C++ extension), ``cuda`` (NVRTC through CuPy), ``portable`` (numba or plain torch).
 - ``reference``: what each op means, in plain torch; every back end is held against it.
+- ``transfers``: files to memory and back, with many requests in flight.
 - ``errors``, ``version``.
 
 ``csrc`` holds the CUDA sources that are compiled at first use.
 """
 
 from . import reference
-from .errors import AccelKernelsError, AccelTypeError, AccelValueError, BackendUnavailableError
+from .errors import (
+    AccelKernelsError,
+    AccelTypeError,
+    AccelValueError,
+    BackendUnavailableError,
+    TransferError,
+)
 from .isa import available_cpu_isas, set_cpu_isa
 from .ops.adagrad import adagrad_step
 from .ops.adam import adam_step
@@ -25,6 +33,15 @@ from .ops.norm import grad_norm_scale
 from .ops.sgd import sgd_step
 from .report import Report, report
 from .segments import AdagradSegment, AdamSegment, LionSegment, SgdSegment
+from .transfers import (
+    StripedFile,
+    Transfer,
+    TransferEngine,
+    TransferFile,
+    TransferSettings,
+    aligned_empty,
+    tune,
+)
 from .version import __version__
 
 __all__ = [
@@ -37,9 +54,16 @@ __all__ = [
     "LionSegment",
     "Report",
     "SgdSegment",
+    "StripedFile",
+    "Transfer",
+    "TransferEngine",
+    "TransferError",
+    "TransferFile",
+    "TransferSettings",
     "__version__",
     "adagrad_step",
     "adam_step",
+    "aligned_empty",
     "available_cpu_isas",
     "cast_copy",
     "grad_norm_scale",
@@ -48,4 +72,5 @@ __all__ = [
     "report",
     "set_cpu_isa",
     "sgd_step",
+    "tune",
 ]

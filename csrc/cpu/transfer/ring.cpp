@@ -67,11 +67,16 @@ io_uring_sqe* Ring::push() {
     return sqe;
 }
 
-int Ring::enter() {
+int Ring::enter(unsigned at_once) {
     // Published here and not in push(): by now the entries are whole.
     __atomic_store_n(sq_tail_, *sq_tail_ + num_fresh_, __ATOMIC_RELEASE);
     num_left_ += num_fresh_;
     num_fresh_ = 0;
+    while (num_left_ > at_once) {
+        const long took = ::syscall(__NR_io_uring_enter, fd_, at_once, 0, 0, nullptr, 0);
+        if (took <= 0) break;  // the call below meets what is in the way
+        num_left_ -= unsigned(took);
+    }
     const long took = ::syscall(__NR_io_uring_enter, fd_, num_left_, 1, IORING_ENTER_GETEVENTS, nullptr, 0);
     if (took >= 0) {
         num_left_ -= unsigned(took);

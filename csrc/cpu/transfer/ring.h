@@ -40,8 +40,9 @@ class Ring {
     // An entry to fill in, zeroed. The caller keeps count: never more under way than were opened.
     io_uring_sqe* push();
 
-    // Hands entries to the kernel and sleeps until a completion is there; 0 or -errno. May return early: call again.
-    int enter();
+    // Hands entries to the kernel, so many a call, and sleeps until a completion is there; 0 or -errno. May return
+    // early: call again.
+    int enter(unsigned at_once);
 
     // Calls take(user_data, result) for each completion that is there.
     template <class Take>

@@ -25,6 +25,12 @@ namespace accel::transfer {
 
 namespace {
 
+// The kernel holds back a batch of more than two entries and merges neighbours in it, up to the largest request that
+// the device takes. For large blocks that undoes what the caller chose, and fewer requests are under way: 8 % of a
+// disk's speed in a virtual machine. Small ones gain by it.
+constexpr unsigned kFewAtOnce = 2;
+constexpr std::int64_t kLargeBlock = std::int64_t(128) << 10;
+
 constexpr std::uint64_t kBell = ~std::uint64_t(0);  // the bell's completion, among those of ops
 
 // Which bytes the kernel has at hand, by the slot of its table. Its slots hold at most 1 GiB each.
@@ -165,11 +171,12 @@ class UringEngine : public Engine {
         table.flags = IORING_RSRC_REGISTER_SPARSE;
         table_error_ = ring.register_with(IORING_REGISTER_BUFFERS2, &table, sizeof table);
         for (int k = settings_.queue_depth; k-- > 0;) free_.push_back(k);
+        const unsigned at_once = settings_.block_bytes < kLargeBlock ? ~0U : kFewAtOnce;
         listen();
         while (take()) {
             for (const int k : taken_) push(k);
             taken_.clear();
-            const int failed = ring.enter();
+            const int failed = ring.enter(at_once);
             ring.reap([this](std::uint64_t who, int result) { completed(who, result); });
             if (failed != 0) give_up(failed);
             settle();

@@ -139,7 +139,11 @@ class DeepSpeedAio:
         numbers = (job.nbytes, job.block_bytes, job.queue_depth, num_threads)
         self.process = subprocess.Popen(
             [str(Path(peers["bin"], "python")), "-c", DEEPSPEED, str(job.path), *map(str, numbers)],
-            env={**os.environ, **peers["environ"], "PATH": f"{peers['bin']}:{os.environ.get('PATH', os.defpath)}"},
+            env={
+                **os.environ,
+                **peers["environ"],
+                "PATH": f"{peers['bin']}:{os.environ.get('PATH', os.defpath)}",
+            },
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

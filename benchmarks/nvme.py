@@ -90,7 +90,9 @@ def peers(job: Job, stack: ExitStack, versions: dict[str, str]) -> dict[str, Con
         try:
             handle = DeepSpeedAio(job, threads, PEERS)
         except (OSError, RuntimeError) as error:
-            print(f"DeepSpeed's aio_handle is left out: {error} (apt-get install libaio-dev, tools/dev.py peers)")
+            print(
+                f"DeepSpeed's aio_handle is left out: {error} (apt-get install libaio-dev, tools/dev.py peers)"
+            )
             break
         stack.callback(handle.close)
         versions["deepspeed"] = handle.version
@@ -178,7 +180,10 @@ def main(arguments: Sequence[str]) -> int:
         "python": platform.python_version(),
         "linux": platform.release().split("-")[0],
     }
-    with tempfile.TemporaryDirectory(dir=options.folder, prefix="nvme-bench-") as folder, ExitStack() as stack:
+    with (
+        tempfile.TemporaryDirectory(dir=options.folder, prefix="nvme-bench-") as folder,
+        ExitStack() as stack,
+    ):
         job = Job(Path(folder, "file"), int(options.gib * 1024) * MIB, options.block_kib << 10, options.depth)
         with ak.TransferEngine() as engine, engine.open(job.path, nbytes=job.nbytes) as file:
             direct = file.direct

@@ -32,7 +32,13 @@ def test_short_file(engine: str, size: int, tmp_path: Path) -> None:
     path = tmp_path / "short"
     path.write_bytes(b"x" * size)
     with ak.TransferEngine(engine=engine, block_bytes=4096) as moves, moves.open(path) as file:
-        for offset, nbytes in ((0, size + 1), (0, 20 * 4096), (size, 1), (max(0, size - 1), 4096), (10**12, 4096)):
+        for offset, nbytes in (
+            (0, size + 1),
+            (0, 20 * 4096),
+            (size, 1),
+            (max(0, size - 1), 4096),
+            (10**12, 4096),
+        ):
             with pytest.raises(ak.TransferError) as caught:
                 moves.read(file, offset, ak.aligned_empty(nbytes)).wait()
             said = str(caught.value)
@@ -84,12 +90,16 @@ def test_read_only(engine: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("engine", ENGINES)
 def test_full_disk(engine: str, tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", 2) as disk, ak.TransferEngine(engine=engine) as moves:
-        with pytest.raises(ak.TransferError, match=r"room for 4194304 bytes.*No space left.*\d+ bytes are free"):
+        with pytest.raises(
+            ak.TransferError, match=r"room for 4194304 bytes.*No space left.*\d+ bytes are free"
+        ):
             moves.open(disk / "reserved", nbytes=4 * MIB)
         assert list(disk.iterdir()) == []
         with moves.open(disk / "growing", nbytes=1) as file:
             transfer = moves.write(file, 0, noise(4 * MIB))
-            with pytest.raises(ak.TransferError, match=r"growing: writing 4194304 bytes.*\d+ bytes are free") as caught:
+            with pytest.raises(
+                ak.TransferError, match=r"growing: writing 4194304 bytes.*\d+ bytes are free"
+            ) as caught:
                 transfer.wait()
             assert caught.value.errno == errno.ENOSPC
             os.truncate(disk / "growing", 0)
@@ -107,13 +117,15 @@ def test_errors_of_the_device(engine: str, tmp_path: Path) -> None:
     with ak.TransferEngine(engine=engine, block_bytes=4096) as moves:
         with (
             moves.open("/proc/self/mem", write=False) as file,
-            pytest.raises(ak.TransferError, match="mem: reading 100000 bytes at offset 0.*0 done.*error") as caught,
+            pytest.raises(
+                ak.TransferError, match=r"mem: reading 100000 bytes at offset 0.*0 done.*error"
+            ) as caught,
         ):
             moves.read(file, 0, bytearray(100_000)).wait()
         assert caught.value.errno == errno.EIO
         with (
             moves.open("/dev/full") as file,
-            pytest.raises(ak.TransferError, match="/dev/full: writing 100000 bytes.*0 done.*No space"),
+            pytest.raises(ak.TransferError, match=r"/dev/full: writing 100000 bytes.*0 done.*No space"),
         ):
             moves.write(file, 0, bytearray(100_000)).wait()
         still_works(moves, tmp_path)
@@ -130,14 +142,16 @@ def test_a_disk_with_a_bad_region(engine: str, tmp_path: Path) -> None:
     try:
         command("dmsetup", "create", name, "--table", f"0 1024 linear {loop} 0\n1024 1024 error")
         try:
-            with ak.TransferEngine(engine=engine, block_bytes=64 << 10) as moves:
-                with moves.open(f"/dev/mapper/{name}") as file:
-                    assert file.direct
-                    with pytest.raises(ak.TransferError, match="Input/output error"):
-                        moves.read(file, 0, ak.aligned_empty(MIB)).wait()
-                    out = ak.aligned_empty(MIB // 2)
-                    moves.read(file, 0, out).wait()
-                    assert torch.equal(out, noise(MIB)[: MIB // 2])
+            with (
+                ak.TransferEngine(engine=engine, block_bytes=64 << 10) as moves,
+                moves.open(f"/dev/mapper/{name}") as file,
+            ):
+                assert file.direct
+                with pytest.raises(ak.TransferError, match="Input/output error"):
+                    moves.read(file, 0, ak.aligned_empty(MIB)).wait()
+                out = ak.aligned_empty(MIB // 2)
+                moves.read(file, 0, out).wait()
+                assert torch.equal(out, noise(MIB)[: MIB // 2])
         finally:
             command("dmsetup", "remove", name)
     finally:
@@ -213,14 +227,18 @@ def test_wrong_arguments(tmp_path: Path) -> None:
             ak.TransferEngine(**arguments)
     with pytest.raises(ak.AccelValueError, match="nbytes"):
         ak.aligned_empty(-1)
-    with ak.TransferEngine() as moves, ak.TransferEngine() as others, moves.open(tmp_path / "f", nbytes=10) as file:
+    with (
+        ak.TransferEngine() as moves,
+        ak.TransferEngine() as others,
+        moves.open(tmp_path / "f", nbytes=10) as file,
+    ):
         with pytest.raises(ak.AccelValueError, match="offset"):
             moves.read(file, -1, bytearray(10))
         with pytest.raises(ak.AccelValueError, match="another engine"):
             others.read(file, 0, bytearray(10))
         with pytest.raises(ak.AccelTypeError, match="file: expected a file"):
             moves.read(tmp_path / "f", 0, bytearray(10))
-        with pytest.raises(ak.AccelTypeError, match="out: expected a torch.Tensor or a buffer, got list"):
+        with pytest.raises(ak.AccelTypeError, match=r"out: expected a torch\.Tensor or a buffer, got list"):
             moves.read(file, 0, [1, 2])
         with pytest.raises(ak.AccelValueError, match="read-only"):
             moves.read(file, 0, b"constant")

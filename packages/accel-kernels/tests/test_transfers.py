@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import random
 import threading
 import time
@@ -28,7 +29,9 @@ QUICK = settings(
 )  # each example makes files and memory of its own out of the fixture's folder
 
 near_pages = st.builds(
-    lambda pages, more: max(0, pages * PAGE + more), st.integers(0, 12), st.sampled_from([-1, 0, 0, 1, 511, 512])
+    lambda pages, more: max(0, pages * PAGE + more),
+    st.integers(0, 12),
+    st.sampled_from([-1, 0, 0, 1, 511, 512]),
 )
 
 
@@ -60,7 +63,8 @@ def test_any_offset_size_and_address(
         frame = torch.full((nbytes + shift + 64,), 7, dtype=torch.uint8)
         moves.read(file, offset, frame[shift : shift + nbytes]).wait()
         assert torch.equal(frame[shift : shift + nbytes], data)
-        assert bool((frame[:shift] == 7).all()) and bool((frame[shift + nbytes :] == 7).all())
+        assert bool((frame[:shift] == 7).all())
+        assert bool((frame[shift + nbytes :] == 7).all())
 
 
 @given(
@@ -103,10 +107,14 @@ def test_tensors_and_buffers(engine: str, tmp_path: Path) -> None:
     kinds = [floats, floats.bfloat16(), floats.numpy(), bytearray(b"abc"), memoryview(bytearray(5000))]
     with ak.TransferEngine(engine=engine) as moves, moves.open(tmp_path / "file", nbytes=1) as file:
         for data in kinds:
-            out = torch.zeros_like(data) if isinstance(data, torch.Tensor) else np.zeros_like(np.asarray(data))
+            out = (
+                torch.zeros_like(data) if isinstance(data, torch.Tensor) else np.zeros_like(np.asarray(data))
+            )
             moves.write(file, 3, data).wait()
             moves.read(file, 3, out).wait()
-            assert bytes(memoryview(out.view(torch.uint8).numpy() if isinstance(out, torch.Tensor) else out)) == (
+            assert bytes(
+                memoryview(out.view(torch.uint8).numpy() if isinstance(out, torch.Tensor) else out)
+            ) == (
                 bytes(memoryview(data.view(torch.uint8).numpy() if isinstance(data, torch.Tensor) else data))
             )
         moves.write(file, 0, b"read-only data may be written").wait()
@@ -119,7 +127,7 @@ def test_neighbours_on_one_page_from_several_threads(engine: str, tmp_path: Path
     data = noise(3_000_000)
     random_numbers = random.Random(0)
     edges = sorted({0, data.numel(), *(random_numbers.randrange(data.numel()) for _ in range(300))})
-    ranges = list(zip(edges, edges[1:], strict=False))
+    ranges = list(itertools.pairwise(edges))
     random_numbers.shuffle(ranges)
     with (
         ak.TransferEngine(engine=engine, block_bytes=8192, queue_depth=16) as moves,
@@ -311,7 +319,10 @@ def test_no_descriptor_and_no_thread_is_left(engine: str, tmp_path: Path) -> Non
 
 def test_direct_where_the_file_system_can(tmp_path: Path) -> None:
     with ak.TransferEngine() as moves, moves.open(tmp_path / "file", nbytes=8192) as file:
-        if native.cpu is not None and command("stat", "-f", "-c", "%T", str(tmp_path)) in ("ext2/ext3", "xfs"):
+        if native.cpu is not None and command("stat", "-f", "-c", "%T", str(tmp_path)) in (
+            "ext2/ext3",
+            "xfs",
+        ):
             assert file.direct
         assert file.nbytes == 8192
         file.sync()

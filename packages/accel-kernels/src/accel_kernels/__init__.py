@@ -1,4 +1,5 @@
 """Fused kernels for flat tensors: optimizer steps, gradient norm, casts; on CPU and CUDA, one function an op.
+
 Beside them a transfer engine, which moves bytes between files and memory.
 
 Modules, in the order in which a call passes through them:

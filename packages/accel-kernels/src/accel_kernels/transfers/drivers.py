@@ -77,9 +77,7 @@ def preferred() -> tuple[str, str]:
     return ("portable" if native.cpu is None else "threads"), reason
 
 
-def make(
-    name: str | None, queue_depth: int, block_bytes: int, num_threads: int
-) -> tuple[str, str, Driver]:
+def make(name: str | None, queue_depth: int, block_bytes: int, num_threads: int) -> tuple[str, str, Driver]:
     """A driver: its name, why it is that one, and itself.
 
     Raises:
@@ -91,7 +89,9 @@ def make(
             raise AccelValueError(f"TransferEngine: engine: expected None or one of {DRIVERS}, got {name!r}")
         reason = why_not(name)
         if reason is not None:
-            raise BackendUnavailableError(f"TransferEngine: engine {name!r}: {reason}; None takes the best one")
+            raise BackendUnavailableError(
+                f"TransferEngine: engine {name!r}: {reason}; None takes the best one"
+            )
         return name, "asked for", _start(name, queue_depth, block_bytes, num_threads)
     name, why = preferred()
     try:

@@ -67,7 +67,9 @@ class TransferEngine:
         self._abandoned: Abandoned = deque()
         self._stop = weakref.finalize(self, _stop, self._driver, self._pid)
 
-    def open(self, path: str | os.PathLike[str], *, nbytes: int | None = None, write: bool = True) -> TransferFile:
+    def open(
+        self, path: str | os.PathLike[str], *, nbytes: int | None = None, write: bool = True
+    ) -> TransferFile:
         """Open a file, past the page cache where its file system can (``file.direct``).
 
         Args:
@@ -111,7 +113,9 @@ class TransferEngine:
         if not paths or len({os.path.realpath(path) for path in paths}) != len(paths):
             raise AccelValueError(f"open_striped: paths: expected different files, got {[*map(str, paths)]}")
         if stripe_bytes <= 0 or stripe_bytes % 4096:
-            raise AccelValueError(f"open_striped: stripe_bytes: expected a multiple of 4096, got {stripe_bytes}")
+            raise AccelValueError(
+                f"open_striped: stripe_bytes: expected a multiple of 4096, got {stripe_bytes}"
+            )
         share = None if nbytes is None else share_bytes(nbytes, len(paths), stripe_bytes)
         files: list[TransferFile] = []
         try:
@@ -144,7 +148,9 @@ class TransferEngine:
 
         Done means that readers of the file get the new bytes; ``file.sync()`` makes them survive a power cut.
         """
-        return self._start(file, offset, span_of("TransferEngine.write: data", data, written=False), writes=True)
+        return self._start(
+            file, offset, span_of("TransferEngine.write: data", data, written=False), writes=True
+        )
 
     def close(self) -> None:
         """Wait for transfers under way, close the engine's files, end its threads; more calls do nothing."""
@@ -199,7 +205,9 @@ class TransferEngine:
         if writes and not file.writable:
             raise AccelValueError(f"TransferEngine.write: {file.path}: was opened with write=False")
         if not 0 <= offset <= (1 << 63) - 1 - span.nbytes:
-            raise AccelValueError(f"TransferEngine.{doing}: {file.path}: offset: expected 0 or more, got {offset}")
+            raise AccelValueError(
+                f"TransferEngine.{doing}: {file.path}: offset: expected 0 or more, got {offset}"
+            )
         try:
             handle = self._driver.submit(file.pieces(offset, span.address, span.nbytes), writes)
         except RuntimeError as error:  # another thread was quicker

@@ -6,6 +6,7 @@ In: a tensor or anything with a buffer. Out: a ``Span``. Next: ``engine`` hands 
 from __future__ import annotations
 
 import mmap
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -56,10 +57,8 @@ def aligned_empty(nbytes: int, *, register: TransferEngine | None = None) -> tor
         raise AccelValueError("aligned_empty: needs a POSIX system")
     pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if nbytes >= HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
-        try:
+        with suppress(OSError):  # a kernel without them
             pages.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:  # a kernel without them
-            pass
     tensor = torch.frombuffer(pages, dtype=torch.uint8)
     if register is not None:
         register.adopt_buffer(pages, tensor.data_ptr(), nbytes)
@@ -107,7 +106,9 @@ def _span_of_tensor(what: str, tensor: torch.Tensor, written: bool) -> Span:
         )
     if written and tensor.requires_grad and tensor.grad_fn is not None:
         raise AccelValueError(f"{what}: is the result of a recorded operation; detach it first")
-    storage = tensor.untyped_storage()  # the tensor itself may be given other memory (`x.data = ...`) meanwhile
+    storage = (
+        tensor.untyped_storage()
+    )  # the tensor itself may be given other memory (`x.data = ...`) meanwhile
     address, nbytes = tensor.data_ptr(), tensor.numel() * tensor.element_size()
     # Memory that torch did not allocate may be a file mapped for reading, where writing ends the process.
     if written and nbytes and not storage.resizable() and not is_writable(address, nbytes):

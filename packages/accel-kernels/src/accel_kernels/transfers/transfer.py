@@ -100,6 +100,7 @@ class Transfer:
 
 
 def log_failure(handle: Handle, ask: Ask) -> None:
+    """Tell the log what nobody else has been told; the transfer is done."""
     error = ask.error(handle)
     if error is not None:
         log.error("a transfer that nobody waited for has failed: %s", error)

@@ -115,9 +115,12 @@ def _prepare(
 def _measure(name: str, path: str, memory: torch.Tensor, point: tuple[int, int]) -> TransferSettings:
     block_bytes, depth = point
     threads = 4 if name == "io_uring" else depth
-    with TransferEngine(
-        engine=name, block_bytes=block_bytes, queue_depth=depth, num_threads=threads
-    ) as engine, engine.open(path) as file:
+    with (
+        TransferEngine(
+            engine=name, block_bytes=block_bytes, queue_depth=depth, num_threads=threads
+        ) as engine,
+        engine.open(path) as file,
+    ):
         speeds = []
         for start in (engine.write, engine.read):
             began = time.perf_counter()

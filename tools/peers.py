@@ -19,7 +19,7 @@ import platform
 import shutil
 from pathlib import Path
 
-from _setup import REPO, SetupError, Venv, locked, say, shown
+from _setup import REPO, SetupError, Steps, Venv, locked, say, shown
 
 FOLDER = REPO / ".venv-peers"
 PINS = REPO / "tools" / "peers-constraints.txt"

@@ -21,7 +21,7 @@ namespace accel::transfer {
 namespace {
 
 // How long a wait goes before it looks whether Python has a signal (Ctrl-C) to handle.
-constexpr std::chrono::milliseconds kPatience(200);
+constexpr std::chrono::milliseconds kPatience(50);
 
 template <class Wait>
 void wait_interruptibly(Wait wait) {

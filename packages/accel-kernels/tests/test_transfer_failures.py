@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import mmap
 import os
 import threading
 import traceback
@@ -251,12 +252,11 @@ def test_wrong_arguments(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not ak.available_cpu_isas(), reason="the C++ back end is not built")
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable")
 def test_memory_mapped_for_reading(tmp_path: Path) -> None:
     (tmp_path / "weights").write_bytes(bytes(8192))
     (tmp_path / "source").write_bytes(bytes(8192))
     mapped = torch.from_file(str(tmp_path / "weights"), shared=False, size=8192, dtype=torch.uint8)
-    import mmap
-
     with (tmp_path / "weights").open("rb") as file:
         pages = mmap.mmap(file.fileno(), 8192, prot=mmap.PROT_READ)
     read_only = torch.frombuffer(pages, dtype=torch.uint8)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
+import os
 import random
+import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from accel_kernels import native
+from accel_kernels.transfers import files
 from accel_kernels.transfers.files import share_bytes, stripes
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -70,16 +73,16 @@ def test_any_offset_size_and_address(
 @given(
     offset=st.integers(0, 10_000_000),
     nbytes=st.integers(0, 3_000_000),
-    files=st.integers(1, 5),
+    num_files=st.integers(1, 5),
     stripe=st.sampled_from([4096, 65_536, 1 << 20]),
 )
-def test_stripes_cover_every_byte_once(offset: int, nbytes: int, files: int, stripe: int) -> None:
+def test_stripes_cover_every_byte_once(offset: int, nbytes: int, num_files: int, stripe: int) -> None:
     at = 0
-    for file, where, start, length in stripes(offset, nbytes, files, stripe):
+    for file, where, start, length in stripes(offset, nbytes, num_files, stripe):
         assert (start, 0 < length <= stripe) == (at, True)
         number = (offset + start) // stripe
-        assert (file, where) == (number % files, number // files * stripe + (offset + start) % stripe)
-        assert where + length <= share_bytes(offset + nbytes, files, stripe)
+        assert (file, where) == (number % num_files, number // num_files * stripe + (offset + start) % stripe)
+        assert where + length <= share_bytes(offset + nbytes, num_files, stripe)
         at += length
     assert at == nbytes
 
@@ -285,6 +288,34 @@ def test_other_python_threads_run_during_a_wait(engine: str, tmp_path: Path) -> 
     assert during > 20 * took  # of some 1500 a second
 
 
+@pytest.mark.skipif(
+    threading.current_thread() is not threading.main_thread(), reason="signals are the main thread's"
+)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_wait_can_be_interrupted(engine: str, tmp_path: Path) -> None:
+    class InterruptedWaitError(Exception):
+        pass
+
+    def interrupt(*_: object) -> None:
+        raise InterruptedWaitError
+
+    data = noise(64 << 20)
+    with ak.TransferEngine(engine=engine, block_bytes=4096, queue_depth=1, num_threads=1) as moves:
+        file = moves.open(tmp_path / "file", nbytes=data.numel())
+        before = signal.signal(signal.SIGALRM, interrupt)
+        try:
+            transfer = moves.write(file, 0, data)
+            signal.setitimer(signal.ITIMER_REAL, 0.02)
+            with pytest.raises(InterruptedWaitError):
+                transfer.wait()
+            assert not transfer.is_done()
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+        transfer.wait()
+    assert (tmp_path / "file").read_bytes() == data.numpy().tobytes()
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_an_idle_engine_sleeps(engine: str) -> None:
     with ak.TransferEngine(engine=engine):
@@ -328,6 +359,39 @@ def test_direct_where_the_file_system_can(tmp_path: Path) -> None:
         file.sync()
     with pytest.raises(ak.AccelValueError, match="is closed"):
         file.sync()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_file_system_without_o_direct(engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "O_DIRECT")
+    with ak.TransferEngine(engine=engine, block_bytes=4096) as moves:
+        file = moves.open(tmp_path / "file", nbytes=100_000)
+        assert not file.direct
+        out = torch.empty(90_000, dtype=torch.uint8)
+        moves.write(file, 7, noise(90_000)).wait()
+        moves.read(file, 7, out).wait()
+        assert torch.equal(out, noise(90_000))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_disk_that_asks_for_more_alignment_than_it_said(
+    engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it refuses goes through the page cache."""
+    opened = files._open_direct
+
+    def too_generous(path: str, write: bool) -> tuple[int, int, int]:
+        descriptor, align, _ = opened(path, write)
+        return descriptor, align, 1
+
+    monkeypatch.setattr(files, "_open_direct", too_generous)
+    data, out = ak.aligned_empty(100_001)[1:], ak.aligned_empty(100_001)[1:]
+    data.copy_(noise(100_000))
+    with ak.TransferEngine(engine=engine, block_bytes=8192) as moves:
+        file = moves.open(tmp_path / "file", nbytes=100_000)
+        moves.write(file, 0, data).wait()
+        moves.read(file, 0, out).wait()
+    assert torch.equal(out, data)
 
 
 def test_grows_and_keeps_what_was_there(tmp_path: Path) -> None:

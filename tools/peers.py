@@ -4,10 +4,14 @@
 which takes minutes; this does it once, into the environment itself, so that no benchmark's clock or time-out
 meets a compiler. `environ.json` holds the variables that a process of this environment needs; it is written
 last, so where it is, the environment is whole.
+
+Peers that are programs (fio) come from the system's packages, where this process may install them; a benchmark says
+what it leaves out.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -15,19 +19,25 @@ import platform
 import shutil
 from pathlib import Path
 
-from _setup import REPO, SetupError, Venv, locked, say, shown
+from _setup import REPO, SetupError, Steps, Venv, locked, say, shown
 
 FOLDER = REPO / ".venv-peers"
 PINS = REPO / "tools" / "peers-constraints.txt"
 # Builder names of DeepSpeed's CPU operators that the benchmarks meet, quickest first.
 OPERATORS = ("ShareMemCommBuilder", "FusedAdamBuilder", "CPUAdamBuilder")
+# Needs a system library; without it the rest is whole.
+OPTIONAL_OPERATORS = ("AsyncIOBuilder",)
+# Debian packages, and what shows that each is there.
+PROGRAMS = {"fio": "fio"}
+HEADERS = {"libaio-dev": "libaio.h"}
 BUILD = "from deepspeed.accelerator import get_accelerator as a; a().create_op_builder({name!r}).load()"
 
 
 def set_up() -> None:
     """Install the peers and build their operators; does nothing when both are there."""
-    key = setup_key()
     with locked("peers"):
+        install_system_packages()
+        key = setup_key()
         if ready(key):
             return
         if not (shutil.which("c++") or shutil.which("g++")):
@@ -50,7 +60,7 @@ def set_up() -> None:
         names = ("torch", "numpy", "setuptools", "ninja")
         steps.run("installing torch", [*pip, "-c", PINS, *names], retry)
         steps.run("installing the peers", [*pip, "--no-build-isolation", "-r", PINS], retry)
-        for name in OPERATORS:
+        for name in operators():
             forget_stale_locks(Path(environ["TORCH_EXTENSIONS_DIR"]))
             title = f"building DeepSpeed's {name.removesuffix('Builder')}"
             steps.run(title, [venv.python, "-c", BUILD.format(name=name)], retry)
@@ -60,9 +70,37 @@ def set_up() -> None:
         )
 
 
+def install_system_packages() -> None:
+    """Install what is missing of the system's packages, where that can be done; says what stays missing."""
+    wanted = missing_packages()
+    if wanted and shutil.which("apt-get") and os.geteuid() == 0:
+        command = ["apt-get", "install", "-y", "--no-install-recommends", *wanted]
+        steps = Steps(REPO / ".build" / "peers-system.log", {"DEBIAN_FRONTEND": "noninteractive"})
+        with contextlib.suppress(SetupError):
+            steps.run(f"installing {', '.join(wanted)}", command, "")
+    for name in missing_packages():
+        say(f"  {name} is not here: benchmarks leave out what needs it (Debian: `apt-get install {name}`)")
+
+
+def missing_packages() -> list[str]:
+    """Those of the system's packages that are not there."""
+    programs = [package for package, program in PROGRAMS.items() if not shutil.which(program)]
+    return programs + [package for package, header in HEADERS.items() if not has_header(header)]
+
+
+def has_header(name: str) -> bool:
+    """Whether a C header is among the system's."""
+    return any(Path(folder, name).exists() for folder in ("/usr/include", "/usr/local/include"))
+
+
+def operators() -> tuple[str, ...]:
+    """DeepSpeed's operators that can be built here."""
+    return OPERATORS + OPTIONAL_OPERATORS * all(map(has_header, HEADERS.values()))
+
+
 def setup_key() -> str:
     """What the installed environment depends on; operators are compiled for this very processor."""
-    text = PINS.read_text() + platform.machine() + processor() + os.fspath(REPO)
+    text = PINS.read_text() + platform.machine() + processor() + os.fspath(REPO) + " ".join(operators())
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

@@ -1,4 +1,5 @@
-// The Python module accel_kernels._cpu: addresses, counts and dtype codes in, kernels run without the GIL.
+// The Python module accel_kernels._cpu: addresses, counts and dtype codes in, kernels run without the GIL; and the
+// transfer engines of transfer/.
 //
 // Nothing is checked here beyond what would corrupt memory by a packing mistake; checks.py has looked at the tensors.
 #include <pybind11/pybind11.h>
@@ -8,6 +9,7 @@
 #include <string_view>
 
 #include "dispatch.h"
+#include "transfer/bind.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -127,4 +129,5 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("stream_4r3w", &stream_4r3w);
     m.attr("SEGMENT_BYTES") = sizeof(Segment);
     m.attr("TABLE_ROW_BYTES") = sizeof(TableRow);
+    transfer::bind(m);
 }

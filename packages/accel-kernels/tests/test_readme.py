@@ -1,4 +1,4 @@
-"""The README's example runs as printed."""
+"""The README's examples run as printed."""
 
 from __future__ import annotations
 
@@ -8,9 +8,17 @@ import sys
 from pathlib import Path
 
 
-def test_example() -> None:
+def run_example(number: int) -> str:
     text = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    code = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)[number]
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    assert "adam_step" in run.stdout
+    return run.stdout
+
+
+def test_kernels() -> None:
+    assert "adam_step" in run_example(0)
+
+
+def test_transfers() -> None:
+    assert any(name in run_example(1) for name in ("io_uring", "threads", "portable"))

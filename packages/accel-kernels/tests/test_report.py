@@ -28,6 +28,13 @@ def test_names_instruction_set_and_threads() -> None:
         assert "baseline" in str(ak.report())
 
 
+def test_says_which_transfer_engine_runs() -> None:
+    report = ak.report()
+    with ak.TransferEngine() as engine:
+        assert (report.transfers.backend, report.transfers.why) == (engine.name, engine.why)
+    assert str(report).splitlines()[-1] == f"transfers  {report.transfers}"
+
+
 def test_says_why_there_is_no_cuda() -> None:
     choice = ak.report()["adam_step"]["cuda"]
     if not torch.cuda.is_available():

@@ -1,5 +1,7 @@
 """Fused kernels for flat tensors: optimizer steps, gradient norm, casts; on CPU and CUDA, one function an op.
 
+Beside them a transfer engine, which moves bytes between files and memory.
+
 Modules, in the order in which a call passes through them:
 
 - ``segments``: the hyper-parameters of runs of elements (``AdamSegment`` and its siblings) and how they are
@@ -10,13 +12,20 @@ Modules, in the order in which a call passes through them:
 - ``dispatch``: which back end runs a call; ``isa`` and ``report`` let a person steer and see it.
 - ``backends``: ``cpu`` (C++ extension), ``cuda`` (NVRTC through CuPy), ``portable`` (numba or plain torch).
 - ``reference``: what each op means, in plain torch; every back end is held against it.
+- ``transfers``: files to memory and back, with many requests in flight.
 - ``errors``, ``version``.
 
 ``csrc`` holds the CUDA sources that are compiled at first use.
 """
 
 from . import reference
-from .errors import AccelKernelsError, AccelTypeError, AccelValueError, BackendUnavailableError
+from .errors import (
+    AccelKernelsError,
+    AccelTypeError,
+    AccelValueError,
+    BackendUnavailableError,
+    TransferError,
+)
 from .isa import available_cpu_isas, set_cpu_isa
 from .ops.adagrad import adagrad_step
 from .ops.adam import adam_step
@@ -27,6 +36,15 @@ from .ops.sgd import sgd_step
 from .report import Report, report
 from .segments import AdagradSegment, AdamSegment, LionSegment, SgdSegment
 from .tables import StepTable
+from .transfers import (
+    StripedFile,
+    Transfer,
+    TransferEngine,
+    TransferFile,
+    TransferSettings,
+    aligned_empty,
+    tune,
+)
 from .version import __version__
 
 __all__ = [
@@ -40,9 +58,16 @@ __all__ = [
     "Report",
     "SgdSegment",
     "StepTable",
+    "StripedFile",
+    "Transfer",
+    "TransferEngine",
+    "TransferError",
+    "TransferFile",
+    "TransferSettings",
     "__version__",
     "adagrad_step",
     "adam_step",
+    "aligned_empty",
     "available_cpu_isas",
     "cast_copy",
     "grad_norm_scale",
@@ -51,4 +76,5 @@ __all__ = [
     "report",
     "set_cpu_isa",
     "sgd_step",
+    "tune",
 ]

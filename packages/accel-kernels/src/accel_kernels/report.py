@@ -10,6 +10,7 @@ import torch
 from . import native
 from .dispatch import has_module, preferred, why_unavailable
 from .isa import available_cpu_isas, chosen_cpu_isa
+from .transfers.drivers import preferred as preferred_driver
 
 _STEPS = ("adam_step", "lion_step", "adagrad_step", "sgd_step")
 OPS = (*_STEPS, "grad_norm_scale", "cast_copy")
@@ -28,10 +29,14 @@ class Choice:
 
 
 class Report(Mapping[str, Mapping[str, Choice]]):
-    """``report()["adam_step"]["cpu"]`` is a ``Choice``; ``print(report())`` shows all of them."""
+    """``report()["adam_step"]["cpu"]`` is a ``Choice``; ``print(report())`` shows all of them.
 
-    def __init__(self, choices: Mapping[str, Mapping[str, Choice]]) -> None:
+    ``report().transfers`` is the choice of the transfer engine.
+    """
+
+    def __init__(self, choices: Mapping[str, Mapping[str, Choice]], transfers: Choice) -> None:
         self._choices = choices
+        self.transfers = transfers
 
     def __getitem__(self, op: str) -> Mapping[str, Choice]:
         return self._choices[op]
@@ -50,6 +55,7 @@ class Report(Mapping[str, Mapping[str, Choice]]):
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows
         ]
         lines.insert(1, "  ".join("-" * width for width in widths))
+        lines.append(f"transfers  {self.transfers}")
         return "\n".join(line.rstrip() for line in lines)
 
 
@@ -58,7 +64,11 @@ def report() -> Report:
 
     Asks torch whether there is a CUDA device, and so may load the CUDA driver; compiles nothing.
     """
-    return Report({op: {"cpu": _cpu(op), "cuda": _cuda(op), "other": _other()} for op in OPS})
+    driver, why = preferred_driver()
+    return Report(
+        {op: {"cpu": _cpu(op), "cuda": _cuda(op), "other": _other()} for op in OPS},
+        Choice(backend=driver, why=why),
+    )
 
 
 def _portable(op: str) -> str:

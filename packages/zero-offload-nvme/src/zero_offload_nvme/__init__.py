@@ -10,13 +10,26 @@ The modules, in the order in which data flows:
 - `steppers` -> `host_steps`: parameters on the CPU, one call for all of them.
 - `steppers`, `chunks` (pure), `copies` -> `device_steps`: parameters on a device, chunk by chunk.
 - `topology` (pure) -> `binding`: a rank's cores.
+- `host_store`, `nvme_store`: where shards of zero-core rest.
+- `blocks` (pure) -> `window` -> `store_stepper` -> `offloaded`: the step of an optimizer whose state rests there.
 """
 
 from .adagrad import CPUAdagrad
 from .adam import CPUAdam, CPUAdamW
 from .binding import BoundCores, bind_rank
-from .errors import BindingError, OffloadConfigError, OffloadError, OffloadStateError
+from .errors import (
+    BindingError,
+    OffloadConfigError,
+    OffloadDiskError,
+    OffloadError,
+    OffloadMemoryError,
+    OffloadStateError,
+)
+from .host_store import HostStore
 from .lion import CPULion
+from .nvme_store import NvmeStore
+from .offloaded import OffloadedOptimizer
+from .store_stepper import StoreStepper
 from .topology import CoreSet
 from .version import __version__
 
@@ -28,9 +41,15 @@ __all__ = [
     "CPUAdamW",
     "CPULion",
     "CoreSet",
+    "HostStore",
+    "NvmeStore",
     "OffloadConfigError",
+    "OffloadDiskError",
     "OffloadError",
+    "OffloadMemoryError",
     "OffloadStateError",
+    "OffloadedOptimizer",
+    "StoreStepper",
     "__version__",
     "bind_rank",
 ]

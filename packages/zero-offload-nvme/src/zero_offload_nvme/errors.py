@@ -15,3 +15,11 @@ class OffloadStateError(OffloadError, RuntimeError):
 
 class BindingError(OffloadError, RuntimeError):
     """Cores that cannot be had, or a system that binds none."""
+
+
+class OffloadMemoryError(OffloadError, MemoryError):
+    """Host memory, or what may be used of it, is full."""
+
+
+class OffloadDiskError(OffloadError, OSError):
+    """A drive cannot be used, or is full."""

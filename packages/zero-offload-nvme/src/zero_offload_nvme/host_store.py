@@ -1,0 +1,146 @@
+"""Host memory as a store: what rests there is computed on where it lies.
+
+In: flat tensors of any device under names. Out: the same, as CPU tensors (pinned beside a device). Memory that one
+name gives back serves the next of its size.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+
+from .errors import OffloadMemoryError, OffloadStateError
+
+
+class Done:
+    """What was asked for is there."""
+
+    def wait(self) -> None:
+        """Nothing to wait for."""
+
+    def is_done(self) -> bool:
+        """Always."""
+        return True
+
+
+DONE = Done()
+
+
+class _Event:
+    """A copy between host and device that the current stream makes."""
+
+    def __init__(self, device: torch.device, keep: torch.Tensor) -> None:
+        self._event = torch.Event(device)
+        self._event.record()
+        self._keep: torch.Tensor | None = keep
+
+    def wait(self) -> None:
+        self._event.synchronize()
+        self._keep = None
+
+    def is_done(self) -> bool:
+        return bool(self._event.query())
+
+
+class HostStore:
+    """Keeps flat tensors in host memory; a `zero_core.ShardStore`.
+
+    Args:
+        limit_bytes: more than that is refused; None: what the system gives.
+        pin: lock the pages, so that copies from and to a device run beside compute; None: where there is a device.
+
+    Raises:
+        OffloadMemoryError: from `put`: the limit, or the system's memory, is used up; nothing has changed then.
+    """
+
+    in_memory = True
+
+    def __init__(self, *, limit_bytes: int | None = None, pin: bool | None = None) -> None:
+        self.limit_bytes = limit_bytes
+        self.pin = torch.accelerator.is_available() if pin is None else pin
+        self.used_bytes = 0
+        self._tensors: dict[str, torch.Tensor] = {}
+        self._free: defaultdict[int, list[torch.Tensor]] = defaultdict(list)
+
+    def reserve(self, name: str, numel: int, dtype: torch.dtype) -> None:
+        """Make a tensor of zeros."""
+        self._make(name, numel, dtype).zero_()
+
+    def put(self, name: str, values: torch.Tensor, start: int = 0) -> Done | _Event:
+        """See `zero_core.ShardStore.put`."""
+        kept = self._tensors.get(name)
+        if kept is None:
+            kept = self._make(name, values.numel(), values.dtype)
+        return copy_later(kept[start : start + values.numel()], values.detach())
+
+    def fetch(self, name: str, out: torch.Tensor, start: int = 0) -> Done | _Event:
+        """See `zero_core.ShardStore.fetch`."""
+        return copy_later(out, self.view(name)[start : start + out.numel()])
+
+    def prefetch(self, name: str) -> None:
+        """It is here."""
+
+    def forget(self, name: str) -> None:
+        """It stays here."""
+
+    def view(self, name: str) -> torch.Tensor:
+        """The tensor itself."""
+        if name not in self._tensors:
+            raise OffloadStateError(f"HostStore: nothing is kept under {name!r}")
+        return self._tensors[name]
+
+    def release(self, name: str) -> None:
+        """Keep it no longer; its memory serves the next one of its size."""
+        tensor = self._tensors.pop(name, None)
+        if tensor is not None:
+            raw = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+            self.used_bytes -= raw.numel()
+            self._free[raw.numel()].append(raw)
+
+    def flush(self) -> None:
+        """Nothing is on its way that a `view` would miss."""
+        if self.pin:
+            torch.accelerator.synchronize()
+
+    def close(self) -> None:
+        """Let go of everything; views stay what they are."""
+        self._tensors.clear()
+        self._free.clear()
+        self.used_bytes = 0
+
+    def __enter__(self) -> HostStore:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _make(self, name: str, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        if name in self._tensors:
+            raise OffloadStateError(f"HostStore: {name!r} is there already; release it first")
+        nbytes = numel * dtype.itemsize
+        if self.limit_bytes is not None and self.used_bytes + nbytes > self.limit_bytes:
+            raise OffloadMemoryError(
+                f"HostStore: {name!r} needs {nbytes} bytes of host memory, and {self.limit_bytes - self.used_bytes} of "
+                f"{self.limit_bytes} are free; raise limit_bytes, or use NvmeStore"
+            )
+        found = self._free[nbytes]
+        raw = found.pop() if found else self._allocate(name, nbytes)
+        self.used_bytes += nbytes
+        self._tensors[name] = raw.view(dtype)
+        return self._tensors[name]
+
+    def _allocate(self, name: str, nbytes: int) -> torch.Tensor:
+        try:
+            return torch.empty(nbytes, dtype=torch.uint8, pin_memory=self.pin)
+        except RuntimeError as error:
+            raise OffloadMemoryError(
+                f"HostStore: {name!r}: the system gives no {nbytes} bytes of host memory: {error}"
+            ) from error
+
+
+def copy_later(to: torch.Tensor, source: torch.Tensor) -> Done | _Event:
+    """Copy; between host and device beside what the host does."""
+    to.copy_(source, non_blocking=True)
+    device = source.device if source.device.type != "cpu" else to.device
+    return DONE if device.type == "cpu" else _Event(device, source)

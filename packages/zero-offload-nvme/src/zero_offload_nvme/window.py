@@ -1,0 +1,160 @@
+"""A bounded window of host memory through which blocks of tensors pass: read k + 1, step k, write k - 1.
+
+In: `Operand`s, tensors that a kernel reads or writes, each in host memory, on a device or in a store. Out: for one
+block after another CPU tensors to compute on, read ahead and written behind. Next: `store_stepper` runs the kernel.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import accel_kernels as ak
+import torch
+from zero_core import Handle
+
+from .blocks import Block
+from .host_store import copy_later
+
+
+class Place(Protocol):
+    """Where ranges of a flat tensor can be had and put."""
+
+    def fetch(self, out: torch.Tensor, start: int) -> Handle:
+        """Fill `out` with elements from `start` on."""
+
+    def put(self, values: torch.Tensor, start: int) -> Handle:
+        """Keep values from element `start` on."""
+
+
+@dataclass(frozen=True)
+class InStore:
+    """A tensor that a store keeps."""
+
+    store: Any
+    name: str
+
+    def fetch(self, out: torch.Tensor, start: int) -> Handle:
+        """See `Place`."""
+        return self.store.fetch(self.name, out, start)  # type: ignore[no-any-return]
+
+    def put(self, values: torch.Tensor, start: int) -> Handle:
+        """See `Place`."""
+        return self.store.put(self.name, values, start)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class OnDevice:
+    """A tensor on a device."""
+
+    tensor: torch.Tensor
+
+    def fetch(self, out: torch.Tensor, start: int) -> Handle:
+        """See `Place`."""
+        return copy_later(out, self.tensor[start : start + out.numel()])
+
+    def put(self, values: torch.Tensor, start: int) -> Handle:
+        """See `Place`."""
+        return copy_later(self.tensor[start : start + values.numel()], values)
+
+
+@dataclass(frozen=True)
+class Operand:
+    """One tensor of a step.
+
+    Attributes:
+        at: in host memory, or where its ranges are.
+        dtype: of its elements.
+        read, written: what the step does with it; what it does not write in a block must be read all the same.
+    """
+
+    at: torch.Tensor | Place
+    dtype: torch.dtype
+    read: bool = True
+    written: bool = True
+
+
+class _Room:
+    """Memory for one block of a few tensors, and the writes that still come from it."""
+
+    def __init__(self, block_bytes: int, *, pin: bool) -> None:
+        self._block_bytes = block_bytes
+        self._pin = pin
+        self._buffers: list[torch.Tensor] = []
+        self.writes: list[Handle] = []
+
+    def buffer(self, number: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        while len(self._buffers) <= number:
+            made = (
+                torch.empty(self._block_bytes, dtype=torch.uint8, pin_memory=True)
+                if self._pin
+                else ak.aligned_empty(self._block_bytes)
+            )
+            self._buffers.append(made)
+        return self._buffers[number][: numel * dtype.itemsize].view(dtype)
+
+    def wait(self) -> None:
+        while self.writes:
+            self.writes.pop().wait()
+
+
+class Window:
+    """Room for `depth` blocks.
+
+    Args:
+        block_elements: of a block, at most; of 8 bytes at most.
+        depth: blocks being read, stepped and written at once.
+        pin: memory that a device copies to and from.
+    """
+
+    def __init__(self, block_elements: int, *, depth: int = 3, pin: bool = False) -> None:
+        self.block_elements = block_elements
+        self.depth = depth
+        self._rooms = [_Room(block_elements * 4, pin=pin) for _ in range(depth)]
+
+    def through(
+        self, blocks: Iterable[Block], operands: Sequence[Sequence[Operand]]
+    ) -> Iterator[tuple[Block, list[torch.Tensor]]]:
+        """Each block with its tensors on the CPU; what was written to them by the next turn is kept.
+
+        Args:
+            blocks: in order.
+            operands: for each unit.
+
+        When the iteration ends, everything has been kept.
+        """
+        coming, todo = deque[tuple[Block, _Room, list[torch.Tensor], list[Handle]]](), deque(blocks)
+        free = deque(self._rooms)
+        try:
+            while todo or coming:
+                while todo and free and len(coming) < self.depth - 1:
+                    block, room = todo.popleft(), free.popleft()
+                    coming.append((block, room, *_read(block, room, operands[block.unit])))
+                block, room, tensors, reads = coming.popleft()
+                for read in reads:
+                    read.wait()
+                yield block, tensors
+                for tensor, operand in zip(tensors, operands[block.unit], strict=True):
+                    if operand.written and not isinstance(operand.at, torch.Tensor):
+                        room.writes.append(operand.at.put(tensor, block.start))
+                free.append(room)
+        finally:
+            for room in self._rooms:
+                room.wait()
+
+
+def _read(block: Block, room: _Room, operands: Sequence[Operand]) -> tuple[list[torch.Tensor], list[Handle]]:
+    """Begin to read a block; its tensors, and what is to be waited for."""
+    room.wait()
+    tensors: list[torch.Tensor] = []
+    reads: list[Handle] = []
+    for number, operand in enumerate(operands):
+        if isinstance(operand.at, torch.Tensor):
+            tensors.append(operand.at[block.start : block.stop])
+            continue
+        tensors.append(room.buffer(number, block.stop - block.start, operand.dtype))
+        if operand.read or not block.is_covered:
+            reads.append(operand.at.fetch(tensors[-1], block.start))
+    return tensors, reads

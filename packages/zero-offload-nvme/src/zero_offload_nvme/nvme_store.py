@@ -11,6 +11,7 @@ import mmap
 import os
 import secrets
 import shutil
+from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -104,7 +105,7 @@ class NvmeStore:
         self._own_engine = engine is None
         self.engine = engine or ak.TransferEngine()
         self._places: dict[str, _Place] = {}
-        self._writes: dict[str, list[ak.Transfer]] = {}
+        self._writes: dict[str, deque[ak.Transfer]] = {}
         self._cache: dict[str, tuple[ak.Transfer, torch.Tensor]] = {}
         self._drives: list[_Drive] = []
         try:
@@ -135,8 +136,10 @@ class NvmeStore:
             return DONE
         offset = place.offset + start * place.dtype.itemsize
         transfer = self.engine.write(place.drive.file, offset, values.detach().cpu().contiguous())
-        pending = [each for each in self._writes.get(name, ()) if not each.is_done() or each.wait()]
-        self._writes[name] = [*pending, transfer]
+        under_way = self._writes.setdefault(name, deque())
+        while under_way and under_way[0].is_done():
+            under_way.popleft().wait()
+        under_way.append(transfer)
         return transfer
 
     def fetch(self, name: str, out: torch.Tensor, start: int = 0) -> _Reading | Done:

@@ -38,7 +38,7 @@ def test_many_steps(case: str, fused: bool) -> None:
 def test_one_step_is_within_the_stated_units(
     shape: list[int], steps: int, spread: float, seed: int, case: str
 ) -> None:
-    """From equal states, in units of the larger of what is added up: moments within 3, parameters within 16 (Adagrad: 8)."""
+    """In units of the larger of what is added up: moments within 3, parameters within 16 (Adagrad: 8)."""
     ours, theirs, options = PAIRS[case]
     params = make_params([shape], seed=seed)
     others = copies_of(params)

@@ -251,11 +251,11 @@ class FusedStepper:
             segments = [self._rule.advance(self.inner, slot) for slot in item.slots]
             if segments:
                 low = unit.shard if unit.has_separate_master else None
-                states = self._flat_state(item)
+                states = self.flat_state(item)
                 self._rule.run(unit.master, item.grad, states, merge(segments), scale, low)
             yield item
 
-    def _flat_state(self, item: UnitStep) -> tuple[torch.Tensor, ...]:
+    def flat_state(self, item: UnitStep) -> tuple[torch.Tensor, ...]:
         """The unit's flat state tensors; per-slot entries of `inner.state` that are not views of them are moved in."""
         unit, group = item.unit, self.inner.param_groups[0]
         assert unit.master is not None

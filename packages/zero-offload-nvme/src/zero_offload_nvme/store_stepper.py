@@ -58,7 +58,7 @@ class StoreStepper:
         """
         check_options(self.inner, self._options)
         self.inner._opt_called = True  # type: ignore[attr-defined]  # or torch's schedulers warn of a missing step
-        stored = [item for item in work if item.unit.stores.optimizer is not None]
+        stored = [item for item in work if _is_stored(item)]
         factor = float(scale)
         segments = [[self._rule.advance(self.inner, slot) for slot in item.slots] for item in stored]
         operands = [self._operands(item) for item in stored]
@@ -83,7 +83,7 @@ class StoreStepper:
         """Units in the order of all ranks: those before `last` that are not in the store are stepped here."""
         while left:
             item = left.popleft()
-            if item.unit.stores.optimizer is None:
+            if not _is_stored(item):
                 yield from self._resident.step([item], scale)
             else:
                 yield item
@@ -102,9 +102,9 @@ class StoreStepper:
         unit = item.unit
         store = unit.stores.optimizer
         assert unit.master is not None
-        if unit.has_separate_master:
+        if unit.has_separate_master and store is not None:
             master = _in(store, unit.key("master"), unit.master)
-        elif unit.resting is not None:
+        elif unit.resting is not None and not unit.has_separate_master:
             master = _in(unit.resting.store, unit.resting.name, unit.master)
         else:
             master = Operand(_near(unit.master), unit.master.dtype)
@@ -113,7 +113,11 @@ class StoreStepper:
             grad = _in(grads, unit.key("grad"), item.grad, written=False)
         else:
             grad = Operand(_near(item.grad), item.grad.dtype, written=False)
-        found = [master, grad, *(_in(store, unit.key(name), state) for name, state in self._placed(item))]
+        if store is None:
+            states = [Operand(_near(state), state.dtype) for state in self._resident.flat_state(item)]
+        else:
+            states = [_in(store, unit.key(name), state) for name, state in self._placed(item)]
+        found = [master, grad, *states]
         if unit.has_separate_master:
             if unit.resting is not None:
                 assert unit.shard is not None
@@ -150,6 +154,10 @@ class StoreStepper:
         elif initial or not fresh:  # a fresh one is zero, and need not be touched
             view.fill_(initial)
         state[name] = view
+
+
+def _is_stored(item: UnitStep) -> bool:
+    return item.unit.stores.optimizer is not None or item.unit.resting is not None
 
 
 def _near(tensor: torch.Tensor) -> torch.Tensor | OnDevice:

@@ -241,8 +241,6 @@ def _part_of_dtensor(leaf: DTensor, name: str) -> Part:
 def _box_of(leaf: DTensor) -> Box:
     """Where this rank's part lies: each mesh dim cuts what the ones before it have left, as `torch.chunk` does."""
     mesh, shape = leaf.device_mesh, tuple(leaf.shape)
-    place = mesh.get_coordinate()
-    assert place is not None  # the caller has looked
     if not all(type(each) is Split or each.is_replicate() for each in leaf.placements):
         sizes, offsets = compute_local_shape_and_global_offset(shape, mesh, leaf.placements)
         return Box(tuple(offsets), tuple(sizes))
@@ -251,7 +249,7 @@ def _box_of(leaf: DTensor) -> Box:
         if isinstance(placement, Split):
             dim = placement.dim % len(shape)
             chunk = -(-size[dim] // mesh.size(axis))
-            low = min(size[dim], chunk * place[axis])
+            low = min(size[dim], chunk * mesh.get_local_rank(axis))
             start[dim] += low
             size[dim] = min(size[dim], low + chunk) - low
     return Box(tuple(start), tuple(size))

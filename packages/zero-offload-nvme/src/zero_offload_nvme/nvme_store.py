@@ -11,7 +11,6 @@ import mmap
 import os
 import secrets
 import shutil
-from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -79,7 +78,8 @@ class NvmeStore:
     Args:
         path: a directory, or several on as many drives: tensors go to the one with the least on it.
         limit_bytes: more than that is refused; None: what the file systems have free.
-        cache_bytes: of tensors that `prefetch` may bring to memory ahead of their `fetch`.
+        cache_bytes: of tensors that `prefetch` may bring to memory ahead of their `fetch`, and of values on their way
+            to the drive, for each.
         engine: moves the bytes; None makes one. `accel_kernels.tune(path)` finds what suits a drive.
 
     Raises:
@@ -105,7 +105,7 @@ class NvmeStore:
         self._own_engine = engine is None
         self.engine = engine or ak.TransferEngine()
         self._places: dict[str, _Place] = {}
-        self._writes: dict[str, deque[ak.Transfer]] = {}
+        self._writes: list[tuple[str, ak.Transfer]] = []
         self._cache: dict[str, tuple[ak.Transfer, torch.Tensor]] = {}
         self._drives: list[_Drive] = []
         try:
@@ -136,10 +136,8 @@ class NvmeStore:
             return DONE
         offset = place.offset + start * place.dtype.itemsize
         transfer = self.engine.write(place.drive.file, offset, values.detach().cpu().contiguous())
-        under_way = self._writes.setdefault(name, deque())
-        while under_way and under_way[0].is_done():
-            under_way.popleft().wait()
-        under_way.append(transfer)
+        self._writes.append((name, transfer))
+        self._let_go_of_written()
         return transfer
 
     def fetch(self, name: str, out: torch.Tensor, start: int = 0) -> _Reading | Done:
@@ -196,8 +194,8 @@ class NvmeStore:
         Raises:
             accel_kernels.TransferError: some of it is not.
         """
-        for name in list(self._writes):
-            self._settled(name)
+        while self._writes:
+            self._writes.pop(0)[1].wait()
 
     def close(self) -> None:
         """Let go of files and engine; views stay what they are."""
@@ -222,9 +220,18 @@ class NvmeStore:
         """Where a tensor is, once nothing of it is being written."""
         if name not in self._places:
             raise OffloadStateError(f"NvmeStore: nothing is kept under {name!r}")
-        for transfer in self._writes.pop(name, ()):
-            transfer.wait()
+        for write in [each for each in self._writes if each[0] == name]:
+            self._writes.remove(write)
+            write[1].wait()
         return self._places[name]
+
+    def _let_go_of_written(self) -> None:
+        """A transfer keeps its values until somebody has waited for it; at the limit the oldest is waited for."""
+        for write in [each for each in self._writes if each[1].is_done()]:
+            self._writes.remove(write)
+            write[1].wait()
+        while len(self._writes) > 1 and sum(each.nbytes for _, each in self._writes) > self.cache_bytes:
+            self._writes.pop(0)[1].wait()
 
     def _make(self, name: str, numel: int, dtype: torch.dtype) -> _Place:
         nbytes = _pages(numel * dtype.itemsize)

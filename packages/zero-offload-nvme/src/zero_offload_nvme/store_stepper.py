@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from zero_core import ShardSlot, UnitStep
 from zero_core.steppers import RULES, FusedStepper, asked_for, check_options, has_kernel, merge
 
-from .blocks import cut_blocks
+from .blocks import block_elements, cut_blocks
 from .errors import OffloadConfigError
 from .window import InStore, OnDevice, Operand, Window
 
@@ -92,9 +92,8 @@ class StoreStepper:
 
     def _made_window(self, num_operands: int, device: torch.device) -> Window:
         if self._window is None:
-            depth = 3
-            elements = max(self.window_bytes // (depth * num_operands * 4) // 4096 * 4096, 4096)
-            self._window = Window(elements, depth=depth, pin=device.type != "cpu")
+            elements = block_elements(self.window_bytes, num_operands)
+            self._window = Window(elements, pin=device.type != "cpu")
         return self._window
 
     def _operands(self, item: UnitStep) -> list[Operand]:

@@ -15,7 +15,7 @@ import accel_kernels as ak
 import torch
 from zero_core import Handle
 
-from .blocks import Block
+from .blocks import DEPTH, Block
 from .host_store import copy_later
 
 
@@ -109,7 +109,7 @@ class Window:
         pin: memory that a device copies to and from.
     """
 
-    def __init__(self, block_elements: int, *, depth: int = 3, pin: bool = False) -> None:
+    def __init__(self, block_elements: int, *, depth: int = DEPTH, pin: bool = False) -> None:
         self.block_elements = block_elements
         self.depth = depth
         self._rooms = [_Room(block_elements * 4, pin=pin) for _ in range(depth)]

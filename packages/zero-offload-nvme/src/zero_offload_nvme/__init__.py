@@ -34,7 +34,7 @@ from .nvme_store import NvmeStore
 from .offloaded import OffloadedOptimizer
 from .preflight import Preflight, preflight
 from .store_stepper import StoreStepper
-from .tiers import TierPlan, Tiers, Traffic, plan_tiers
+from .tiers import Tier, TierPlan, Tiers, Traffic, plan_tiers
 from .topology import CoreSet
 from .version import __version__
 
@@ -59,6 +59,7 @@ __all__ = [
     "Preflight",
     "Speeds",
     "StoreStepper",
+    "Tier",
     "TierPlan",
     "Tiers",
     "Traffic",

@@ -38,7 +38,7 @@ class Block:
     @property
     def is_covered(self) -> bool:
         """Whether the segments touch every element."""
-        return sum(segment.stop - segment.start for segment in self.segments) == self.stop - self.start
+        return bool(sum(segment.stop - segment.start for segment in self.segments) == self.stop - self.start)
 
 
 def cut_blocks(units: Sequence[tuple[int, Sequence[Any]]], most: int) -> Iterator[Block]:

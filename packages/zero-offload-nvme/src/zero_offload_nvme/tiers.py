@@ -77,6 +77,7 @@ class Traffic:
         link: between device and host, by an optimizer step.
         memory: read and written by the step's kernels on the host.
         blocks: that the step is cut into.
+        parameters: that the step goes through; 0 where a number of elements is all that is known.
         params_read: from the drive, by one forward and backward.
         grads_written: to the drive, by one backward.
         grads_read: from the drive, by each backward of a step after its first.
@@ -87,6 +88,7 @@ class Traffic:
     link: int = 0
     memory: int = 0
     blocks: int = 0
+    parameters: int = 0
     params_read: int = 0
     grads_written: int = 0
     grads_read: int = 0
@@ -127,6 +129,7 @@ class _Sized:
     numel: int
     params: torch.dtype
     trainable: bool
+    parameters: int = 0
 
 
 @dataclass
@@ -139,8 +142,9 @@ class _Sum:
 
     def hold(self, tier: Tier, kind: Kind, nbytes: int, tensors: int = 1) -> None:
         """So many tensors of one size; on a drive each begins on a page."""
-        each = -(-nbytes // tensors) if tensors else 0
-        self.nbytes[tier][kind] += tensors * (-(-each // PAGE) * PAGE if tier == "nvme" else each)
+        if tier == "nvme" and tensors:
+            nbytes = tensors * (-(-nbytes // (tensors * PAGE)) * PAGE)
+        self.nbytes[tier][kind] += nbytes
 
 
 def plan_tiers(
@@ -184,7 +188,8 @@ def plan_tiers(
         for spec in find_units(model_or_n_params, units):
             shapes = [tuple(param.shape) for _, param in spec.params]
             layout = plan_layout([names for names, _ in spec.params], shapes, world)
-            sized.append(_Sized(layout.numel, precision.param_dtype(spec.params[0][1].dtype), spec.trainable))
+            dtype = precision.param_dtype(spec.params[0][1].dtype)
+            sized.append(_Sized(layout.numel, dtype, spec.trainable, len(spec.params)))
             sizes.append(sum(param.numel() for _, param in spec.params) * spec.trainable)
     else:
         precision = precision or zero.Precision(compute=torch.bfloat16)
@@ -286,9 +291,9 @@ def _traffic(
     on_host = device == "cpu" or stores.optimizer is not None
     drive = [each for each in operands if each.tier == "nvme"]
     near = [each for each in operands if each.tier == "device" and device != "cpu" and on_host]
-    params = numel * unit.params.itemsize if stores.params == "nvme" else 0
+    params = numel * unit.params.itemsize if _tier(stores.params) == "nvme" else 0
     grads = 0
-    if stores.grads == "nvme" and unit.trainable:
+    if _tier(stores.grads) == "nvme" and unit.trainable:
         grads = numel * precision.accumulate_dtype(unit.params).itemsize
     return Traffic(
         drive_read=numel * sum(each.read for each in drive),
@@ -296,6 +301,7 @@ def _traffic(
         link=numel * sum(each.read + each.written for each in near),
         memory=numel * sum(each.read + each.written for each in operands) * on_host,
         blocks=-(-numel // elements) if operands else 0,
+        parameters=-(-unit.parameters // world) * unit.trainable,
         # Gathered for the forward, and for the backward again.
         params_read=2 * params,
         grads_written=grads,
@@ -330,4 +336,5 @@ def _window(
 
 def _tier(store: Any) -> Tier:
     """The tier that stands in a store's place."""
-    return "device" if store is None else store  # type: ignore[no-any-return]
+    tier: Tier = "device" if store is None else store
+    return tier

@@ -186,6 +186,7 @@ class FlatUnit:
             keep_unchanged: leave the master alone where it rounds to the value, instead of losing its further digits.
         """
         self.settle()
+        self.forget_prefetched()
         if self.shard is not None and self.shard.data_ptr() != values.data_ptr():
             self.shard.copy_(values)
         if self.has_separate_master:

@@ -276,15 +276,18 @@ class FusedStepper:
 
 def merge(segments: list[Any]) -> list[Any]:
     """Neighbours that differ only in their range, as one segment; the zeros of the alignment between may move along."""
-    merged = [segments[0]]
+    runs = [[segments[0], segments[0].stop]]
     for segment in segments[1:]:
-        last = merged[-1]
-        adjacent = segment.start - last.stop < ALIGN_ELEMENTS  # a slot left out takes at least that much
-        if adjacent and replace(segment, start=last.start, stop=last.stop) == last:
-            merged[-1] = replace(last, stop=segment.stop)
+        first, stop = runs[-1]
+        adjacent = segment.start - stop < ALIGN_ELEMENTS  # a slot left out takes at least that much
+        if adjacent and vars(segment) | _NOWHERE == vars(first) | _NOWHERE:
+            runs[-1][1] = segment.stop
         else:
-            merged.append(segment)
-    return merged
+            runs.append([segment, segment.stop])
+    return [first if stop == first.stop else replace(first, stop=stop) for first, stop in runs]
+
+
+_NOWHERE = {"start": 0, "stop": 0}
 
 
 def choose_stepper(inner: Optimizer, lanes: Sequence[Lane]) -> ShardOptimizer:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.optim import Optimizer
 from zero_core import ShardSlot, UnitStep
 from zero_core.steppers import RULES, FusedStepper, asked_for, check_options, has_kernel, merge
 
-from .blocks import cut_blocks
+from .blocks import block_elements, cut_blocks
 from .errors import OffloadConfigError
 from .window import InStore, OnDevice, Operand, Window
 
@@ -47,6 +47,7 @@ class StoreStepper:
         self._options = asked_for(inner)
         self._resident = FusedStepper(inner)
         self._states: dict[str, torch.Tensor] = {}
+        self._fresh: set[str] = set()  # zero, and not yet handed out
         self._window: Window | None = None
 
     def step(self, work: Sequence[UnitStep], scale: torch.Tensor | float) -> Iterator[UnitStep]:
@@ -60,6 +61,8 @@ class StoreStepper:
         self.inner._opt_called = True  # type: ignore[attr-defined]  # or torch's schedulers warn of a missing step
         stored = [item for item in work if _is_stored(item)]
         factor = float(scale)
+        for item in stored:
+            self._reserve(item)  # a full drive is met before a step is counted
         segments = [[self._rule.advance(self.inner, slot) for slot in item.slots] for item in stored]
         operands = [self._operands(item) for item in stored]
         runs = [
@@ -92,9 +95,8 @@ class StoreStepper:
 
     def _made_window(self, num_operands: int, device: torch.device) -> Window:
         if self._window is None:
-            depth = 3
-            elements = max(self.window_bytes // (depth * num_operands * 4) // 4096 * 4096, 4096)
-            self._window = Window(elements, depth=depth, pin=device.type != "cpu")
+            elements = block_elements(self.window_bytes, num_operands)
+            self._window = Window(elements, pin=device.type != "cpu")
         return self._window
 
     def _operands(self, item: UnitStep) -> list[Operand]:
@@ -129,19 +131,25 @@ class StoreStepper:
 
     def _placed(self, item: UnitStep) -> list[tuple[str, torch.Tensor]]:
         """The unit's states in the store: name and view; what lies elsewhere in `inner.state` is moved in."""
-        unit, group = item.unit, self.inner.param_groups[0]
-        assert unit.master is not None
         found = []
-        for name in self._rule.states(group):
-            key, fresh = unit.key(name), False
-            if key not in self._states:
-                store: Any = unit.stores.optimizer
-                store.reserve(key, unit.master.numel(), torch.float32)
-                self._states[key], fresh = store.view(key), True
+        for name in self._rule.states(self.inner.param_groups[0]):
+            key = item.unit.key(name)
             for slot in item.slots:
-                self._move_in(slot, name, self._states[key], fresh=fresh)
+                self._move_in(slot, name, self._states[key], fresh=key in self._fresh)
+            self._fresh.discard(key)
             found.append((name, self._states[key]))
         return found
+
+    def _reserve(self, item: UnitStep) -> None:
+        """Have room in the store for the unit's states."""
+        unit, store = item.unit, cast(Any, item.unit.stores.optimizer)
+        assert unit.master is not None
+        for name in self._rule.states(self.inner.param_groups[0]):
+            key = unit.key(name)
+            if key not in self._states:
+                store.reserve(key, unit.master.numel(), torch.float32)
+                self._states[key] = store.view(key)
+                self._fresh.add(key)
 
     def _move_in(self, slot: ShardSlot, name: str, flat: torch.Tensor, *, fresh: bool) -> None:
         state = self.inner.state[slot.master]

@@ -55,6 +55,8 @@ def _describe(
 ) -> dict[str, Shard]:
     """`sharded_state`, with each unit's part of the parameters in `values`."""
     state = sharded(model)
+    if optimizer is not None:
+        optimizer.settle()
     found: dict[str, Shard] = {}
     for unit, flat in zip(state.units, values, strict=True):
         for part in unit.local_slots:
@@ -204,6 +206,7 @@ def state_holders(optimizer: ShardedOptimizer | None) -> Iterator[StateHolder]:
     """What the torch optimizer keeps state for on this rank."""
     if optimizer is None:
         return
+    optimizer.settle()
     state = optimizer.inner.state
     if optimizer.whole is None:
         for slot in _slots(optimizer):

@@ -61,11 +61,13 @@ class UnitStep:
         grad: [local numel] in the accumulate dtype.
         slots: the parts that move (a parameter that no rank used stays as it is, as under DDP).
         moving: every slot of the unit that moves, those of which this rank has no part too.
+        lend: gives `grad` to someone who reads it after the step; the next gradient goes into other memory.
     """
 
     unit: FlatUnit
     grad: torch.Tensor
     slots: Sequence[ShardSlot]
+    lend: Callable[[], torch.Tensor]
     moving: Collection[int] = ()
 
 

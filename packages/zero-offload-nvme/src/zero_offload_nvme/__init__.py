@@ -12,6 +12,8 @@ The modules, in the order in which data flows:
 - `topology` (pure) -> `binding`: a rank's cores.
 - `host_store`, `nvme_store`: where shards of zero-core rest.
 - `blocks` (pure) -> `window` -> `store_stepper` -> `offloaded`: the step of an optimizer whose state rests there.
+- `zenflow`, `zenflow_schedule`, `importance` (pure) -> `row_set`, `background` -> `zenflow_unit` -> `zenflow_stepper`:
+  the same, with what matters least stepped later.
 """
 
 from .adagrad import CPUAdagrad
@@ -32,6 +34,7 @@ from .offloaded import OffloadedOptimizer
 from .store_stepper import StoreStepper
 from .topology import CoreSet
 from .version import __version__
+from .zenflow import ZenFlow
 
 __all__ = [
     "BindingError",
@@ -50,6 +53,7 @@ __all__ = [
     "OffloadStateError",
     "OffloadedOptimizer",
     "StoreStepper",
+    "ZenFlow",
     "__version__",
     "bind_rank",
 ]

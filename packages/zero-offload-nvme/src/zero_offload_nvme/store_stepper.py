@@ -40,16 +40,20 @@ class FlatStep:
 
 
 def run(rule: FusedRule, window: Window, steps: Sequence[FlatStep]) -> Iterator[int]:
-    """Step units block by block; yields the position of each that moved, when it is final."""
+    """Step units block by block; yields the position of each that moved, when it is final and given to its store."""
+    final = None
     runs = [(each.numel, merge(each.segments) if each.segments else []) for each in steps]
     blocks = cut_blocks(runs, window.block_elements)
     for block, tensors in window.through(blocks, [each.operands for each in steps]):
         step = steps[block.unit]
+        if final is not None:
+            yield final
         master, grad, *rest = tensors
         low = rest.pop() if step.has_low else None
         rule.run(master, grad, rest, block.segments, step.scale, low)
-        if block.last:
-            yield block.unit
+        final = block.unit if block.last else None
+    if final is not None:
+        yield final
 
 
 class StoreStepper:

@@ -148,7 +148,8 @@ class ZenFlowStepper:
                 continue
             if ends:
                 self._land([zen])
-            zen.publish()
+            else:
+                zen.publish()
             yield item
         if ends and overlap:
             self._begin_late_steps()
@@ -310,6 +311,7 @@ class ZenFlowStepper:
         for zen in zens:
             zen.unit.settle()
             zen.land()
+            zen.publish()  # the late step went over chosen rows too
 
     def _wait_for_sums(self) -> None:
         while self._accumulating:

@@ -97,9 +97,7 @@ class ZenUnit:
 
     def publish(self) -> None:
         """Write the chosen rows to the shard."""
-        assert self.unit.shard is not None
-        self.unit.forget_prefetched()
-        self._rows.put(self._values if self._low is None else self._low, self.unit.shard)
+        self._rows.put(self._values if self._low is None else self._low, self._shard())
 
     # -- the rest ----------------------------------------------------------------------------------------------
 
@@ -187,11 +185,11 @@ class ZenUnit:
     def land(self) -> None:
         """Take over what a finished late step computed."""
         if self.under_way:
-            assert self.unit.shard is not None and self._next is not None
-            self.unit.forget_prefetched()
+            assert self._next is not None
+            shard = self._shard()
             for slot in self.under_way:
                 start, stop = slot.place.start, slot.place.stop
-                self.unit.shard[start:stop].copy_(self._next[start:stop])
+                shard[start:stop].copy_(self._next[start:stop])
             self.under_way = []
 
     @property
@@ -296,6 +294,13 @@ class ZenUnit:
     def _numel(self) -> int:
         start, stop = self.unit.local
         return stop - start
+
+    def _shard(self) -> torch.Tensor:
+        """The shard, to be written; waits for what is on its way to a store."""
+        unit = self.unit
+        assert unit.shard is not None
+        unit.forget_prefetched()
+        return unit.shard if unit.resting is None else unit.resting.view()
 
     def _rows_of(self, slot: ShardSlot) -> list[Rows]:
         place = slot.place

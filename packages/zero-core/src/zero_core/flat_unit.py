@@ -180,15 +180,18 @@ class FlatUnit:
         assert self.master is not None
         return self.master.to(self.dtype)
 
-    def set_values(self, values: torch.Tensor, *, keep_unchanged: bool = False) -> None:
+    def set_values(
+        self, values: torch.Tensor, *, keep_unchanged: bool = False, with_state: bool = False
+    ) -> None:
         """Something else than the optimizer wrote the parameters: shard and master take the values over.
 
         Args:
             values: [local numel] in the parameters' dtype; may be the shard itself.
             keep_unchanged: leave the master alone where it rounds to the value, instead of losing its further digits.
+            with_state: the optimizer's state is loaded along, and belongs to them.
         """
         self.settle()
-        self.num_edits += 1
+        self.num_edits += not with_state
         if self.shard is not None and self.shard.data_ptr() != values.data_ptr():
             self.shard.copy_(values)
         if self.has_separate_master:

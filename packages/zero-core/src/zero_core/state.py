@@ -117,7 +117,7 @@ def load_sharded_state(
     of_optimizer = {name for name in described if name.startswith("optimizer.")}
     _copy_in(described, tensors, described.keys() - of_optimizer)
     for unit, flat in zip(state.units, values, strict=True):
-        unit.set_values(flat, keep_unchanged=not strict)
+        unit.set_values(flat, keep_unchanged=not strict, with_state=optimizer is not None)
     _copy_in(described, tensors, of_optimizer)  # last, since masters say more than the parameters
     for unit in state.units:
         if unit.stage == 3:

@@ -73,7 +73,7 @@ class ZenUnit:
         self._other_sum: torch.Tensor | None = None
         self._next: torch.Tensor | None = None
         self._is_empty = True
-        self._num_edits = 0
+        self._num_edits = unit.num_edits
 
     # -- the chosen rows ---------------------------------------------------------------------------------------
 
@@ -255,6 +255,7 @@ class ZenUnit:
 
     def resume(self, slots: Sequence[ShardSlot]) -> None:
         """Take over what `inner.state` says; a state without anything of ZenFlow is one that nothing waits for."""
+        edited = self.is_edited
         self.slots = sorted(slots, key=lambda slot: slot.place.start)
         self.under_way, self._held = [], {}
         for slot in self.slots:
@@ -276,6 +277,8 @@ class ZenUnit:
                     view.copy_(kept)
         self._is_empty = not self._held
         self.is_settled = False
+        if edited:
+            self.take_edits()
 
     def forget(self) -> None:
         """After the last late step: states of a plain optimizer, with one count a slot."""

@@ -64,6 +64,30 @@ def test_estimate_gives_the_numbers_of_the_paper(capsys, tmp_path):
     assert "optimizer: expected one of" in err
 
 
+def test_estimate_shows_tiers(capsys, tmp_path):
+    asked = ["--offload-optimizer", "nvme", "--offload-param", "cpu", "--nvme-path", str(tmp_path)]
+    status, out, _ = run(
+        capsys, "estimate", "--params", "8e9", "--world", "4", "--ranks-per-machine", "2", *asked
+    )
+    assert status == 0
+    rows = [line.split("  ") for line in out.split("Where they rest")[1].splitlines()]
+    rows = {row[0].strip(): [cell.strip() for cell in row[1:] if cell.strip()] for row in rows}
+    assert rows["0"][:3] == ["128 GB", "0 B", "0 B"]
+    # Stage 3: 2 bytes a parameter on the host, 2 + 12 on the drive, over 4 ranks; beside them the window.
+    assert rows["3"][0] == "0 B"
+    assert rows["3"][2] == "28 GB"
+    assert rows["3"][4] == "56 GB"
+    assert f"Free at {tmp_path}: " in out
+    status, _, err = run(capsys, "estimate", "--params", "1B", "--nvme-path", str(tmp_path))
+    assert status == 2
+    assert "nothing would rest there" in err
+    status, _, err = run(
+        capsys, "estimate", "--params", "1B", "--optimizer", "lion", "--offload-optimizer", "cpu"
+    )
+    assert status == 2
+    assert "optimizer: expected one of adam, adamw" in err
+
+
 @pytest.mark.parametrize(
     ("text", "value"), [("7.5e9", 7.5e9), ("350M", 350e6), ("1.3b", 1.3e9), ("2K", 2000)]
 )

@@ -61,11 +61,13 @@ class UnitStep:
         grad: [local numel] in the accumulate dtype.
         slots: the parts that move (a parameter that no rank used stays as it is, as under DDP).
         moving: every slot of the unit that moves, those of which this rank has no part too.
+        lend: gives `grad` to someone who reads it after the step; the next gradient goes into other memory.
     """
 
     unit: FlatUnit
     grad: torch.Tensor
     slots: Sequence[ShardSlot]
+    lend: Callable[[], torch.Tensor]
     moving: Collection[int] = ()
 
 
@@ -251,19 +253,19 @@ class FusedStepper:
             segments = [self._rule.advance(self.inner, slot) for slot in item.slots]
             if segments:
                 low = unit.shard if unit.has_separate_master else None
-                states = self.flat_state(item)
+                states = self.flat_state(unit, item.slots)
                 self._rule.run(unit.master, item.grad, states, merge(segments), scale, low)
             yield item
 
-    def flat_state(self, item: UnitStep) -> tuple[torch.Tensor, ...]:
+    def flat_state(self, unit: FlatUnit, slots: Sequence[ShardSlot]) -> tuple[torch.Tensor, ...]:
         """The unit's flat state tensors; per-slot entries of `inner.state` that are not views of them are moved in."""
-        unit, group = item.unit, self.inner.param_groups[0]
+        group = self.inner.param_groups[0]
         assert unit.master is not None
         names = self._rule.states(group)
         if unit.index not in self._flat:
             initial = self._rule.initial(group)
             self._flat[unit.index] = tuple(torch.full_like(unit.master, initial) for _ in names)
-        for slot in item.slots:
+        for slot in slots:
             state = self.inner.state[slot.master]
             for name, flat in zip(names, self._flat[unit.index], strict=True):
                 view = flat[slot.place.start : slot.place.stop]
@@ -276,15 +278,18 @@ class FusedStepper:
 
 def merge(segments: list[Any]) -> list[Any]:
     """Neighbours that differ only in their range, as one segment; the zeros of the alignment between may move along."""
-    merged = [segments[0]]
+    runs = [[segments[0], segments[0].stop]]
     for segment in segments[1:]:
-        last = merged[-1]
-        adjacent = segment.start - last.stop < ALIGN_ELEMENTS  # a slot left out takes at least that much
-        if adjacent and replace(segment, start=last.start, stop=last.stop) == last:
-            merged[-1] = replace(last, stop=segment.stop)
+        first, stop = runs[-1]
+        adjacent = segment.start - stop < ALIGN_ELEMENTS  # a slot left out takes at least that much
+        if adjacent and vars(segment) | _NOWHERE == vars(first) | _NOWHERE:
+            runs[-1][1] = segment.stop
         else:
-            merged.append(segment)
-    return merged
+            runs.append([segment, segment.stop])
+    return [first if stop == first.stop else replace(first, stop=stop) for first, stop in runs]
+
+
+_NOWHERE = {"start": 0, "stop": 0}
 
 
 def choose_stepper(inner: Optimizer, lanes: Sequence[Lane]) -> ShardOptimizer:

@@ -11,7 +11,10 @@ The modules, in the order in which data flows:
 - `steppers`, `chunks` (pure), `copies` -> `device_steps`: parameters on a device, chunk by chunk.
 - `topology` (pure) -> `binding`: a rank's cores.
 - `host_store`, `nvme_store`: where shards of zero-core rest.
+- `tiers`, `forecast` (pure), `free_bytes`, `speeds` -> `preflight`: what all that will take, before it does.
 - `blocks` (pure) -> `window` -> `store_stepper` -> `offloaded`: the step of an optimizer whose state rests there.
+- `zenflow`, `zenflow_schedule`, `importance` (pure) -> `row_set`, `background` -> `zenflow_unit` -> `zenflow_stepper`:
+  the same, with what matters least stepped later.
 """
 
 from .adagrad import CPUAdagrad
@@ -25,13 +28,18 @@ from .errors import (
     OffloadMemoryError,
     OffloadStateError,
 )
+from .forecast import Forecast, Speeds, forecast
+from .free_bytes import Free
 from .host_store import HostStore
 from .lion import CPULion
 from .nvme_store import NvmeStore
 from .offloaded import OffloadedOptimizer
+from .preflight import Preflight, preflight
 from .store_stepper import StoreStepper
+from .tiers import Tier, TierPlan, Tiers, Traffic, plan_tiers
 from .topology import CoreSet
 from .version import __version__
+from .zenflow import ZenFlow
 
 __all__ = [
     "BindingError",
@@ -41,6 +49,8 @@ __all__ = [
     "CPUAdamW",
     "CPULion",
     "CoreSet",
+    "Forecast",
+    "Free",
     "HostStore",
     "NvmeStore",
     "OffloadConfigError",
@@ -49,7 +59,17 @@ __all__ = [
     "OffloadMemoryError",
     "OffloadStateError",
     "OffloadedOptimizer",
+    "Preflight",
+    "Speeds",
     "StoreStepper",
+    "Tier",
+    "TierPlan",
+    "Tiers",
+    "Traffic",
+    "ZenFlow",
     "__version__",
     "bind_rank",
+    "forecast",
+    "plan_tiers",
+    "preflight",
 ]

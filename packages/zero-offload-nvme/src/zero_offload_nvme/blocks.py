@@ -10,6 +10,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+DEPTH = 3
+"""Blocks in a window: one is read, one stepped, one written."""
+
+
+def block_elements(window_bytes: int, num_operands: int, depth: int = DEPTH) -> int:
+    """Elements of a block of which `depth`, with so many operands of 4 bytes, fit a window; whole pages of each."""
+    return max(window_bytes // (depth * num_operands * 4) // 4096 * 4096, 4096)
+
 
 @dataclass(frozen=True)
 class Block:
@@ -30,8 +38,7 @@ class Block:
     @property
     def is_covered(self) -> bool:
         """Whether the segments touch every element."""
-        touched: int = sum(segment.stop - segment.start for segment in self.segments)
-        return touched == self.stop - self.start
+        return bool(sum(segment.stop - segment.start for segment in self.segments) == self.stop - self.start)
 
 
 def cut_blocks(units: Sequence[tuple[int, Sequence[Any]]], most: int) -> Iterator[Block]:

@@ -62,6 +62,7 @@ class HostStore:
         self.used_bytes = 0
         self._tensors: dict[str, torch.Tensor] = {}
         self._free: defaultdict[int, list[torch.Tensor]] = defaultdict(list)
+        self._closed = False
 
     def reserve(self, name: str, numel: int, dtype: torch.dtype) -> None:
         """Make a tensor of zeros."""
@@ -69,9 +70,14 @@ class HostStore:
 
     def put(self, name: str, values: torch.Tensor, start: int = 0) -> Done | _Event:
         """See `zero_core.ShardStore.put`."""
-        kept = self._tensors.get(name)
-        if kept is None:
-            kept = self._make(name, values.numel(), values.dtype)
+        if name not in self._tensors and not start:
+            self._make(name, values.numel(), values.dtype)
+        kept = self.view(name)
+        if not 0 <= start <= kept.numel() - values.numel() or values.dtype != kept.dtype:
+            raise OffloadStateError(
+                f"HostStore: {name!r} has {kept.numel()} elements of {kept.dtype}; got {values.numel()} of "
+                f"{values.dtype} for element {start} on"
+            )
         return copy_later(kept[start : start + values.numel()], values.detach())
 
     def fetch(self, name: str, out: torch.Tensor, start: int = 0) -> Done | _Event:
@@ -86,6 +92,7 @@ class HostStore:
 
     def view(self, name: str) -> torch.Tensor:
         """The tensor itself."""
+        self._check_open(name)
         if name not in self._tensors:
             raise OffloadStateError(f"HostStore: nothing is kept under {name!r}")
         return self._tensors[name]
@@ -108,6 +115,7 @@ class HostStore:
         self._tensors.clear()
         self._free.clear()
         self.used_bytes = 0
+        self._closed = True
 
     def __enter__(self) -> HostStore:
         return self
@@ -115,7 +123,12 @@ class HostStore:
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    def _check_open(self, name: str) -> None:
+        if self._closed:
+            raise OffloadStateError(f"HostStore: {name!r}: the store is closed; make a new one")
+
     def _make(self, name: str, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        self._check_open(name)
         if name in self._tensors:
             raise OffloadStateError(f"HostStore: {name!r} is there already; release it first")
         nbytes = numel * dtype.itemsize
@@ -131,6 +144,9 @@ class HostStore:
         return self._tensors[name]
 
     def _allocate(self, name: str, nbytes: int) -> torch.Tensor:
+        spare = sum(size * len(tensors) for size, tensors in self._free.items())
+        if self.limit_bytes is not None and self.used_bytes + spare + nbytes > self.limit_bytes:
+            self._free.clear()  # memory of other sizes counts too
         try:
             return torch.empty(nbytes, dtype=torch.uint8, pin_memory=self.pin)
         except RuntimeError as error:

@@ -10,7 +10,6 @@ import errno
 import mmap
 import os
 import secrets
-import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -42,6 +41,22 @@ class _Drive:
     descriptor: int
     end: int
     free: dict[int, list[int]]
+
+    @property
+    def used(self) -> int:
+        return self.end - sum(nbytes * len(offsets) for nbytes, offsets in self.free.items())
+
+
+@dataclass(frozen=True)
+class _Writing:
+    """Elements `start` to `stop` of a tensor on their way to the file."""
+
+    start: int
+    stop: int
+    transfer: ak.Transfer
+
+    def touches(self, start: int, stop: int) -> bool:
+        return self.start < stop and start < self.stop
 
 
 @dataclass(frozen=True)
@@ -84,6 +99,9 @@ class NvmeStore:
 
     Raises:
         OffloadDiskError: a directory cannot be written, or a file system is full; names path, bytes wanted and free.
+            Nothing has changed then.
+        accel_kernels.TransferError: bytes did not get through; names file, offset and bytes. A write that failed is
+            told by whatever next asks for its range, again and again until the range is put anew or released.
 
     Bytes per rank: on the drives, what is put, in pages; in memory `cache_bytes`, and what callers bring.
     """
@@ -105,7 +123,7 @@ class NvmeStore:
         self._own_engine = engine is None
         self.engine = engine or ak.TransferEngine()
         self._places: dict[str, _Place] = {}
-        self._writes: list[tuple[str, ak.Transfer]] = []
+        self._writes: dict[str, list[_Writing]] = {}
         self._cache: dict[str, tuple[ak.Transfer, torch.Tensor]] = {}
         self._drives: list[_Drive] = []
         try:
@@ -117,34 +135,36 @@ class NvmeStore:
 
     def reserve(self, name: str, numel: int, dtype: torch.dtype) -> None:
         """Make a tensor of zeros; the file systems set its bytes aside now."""
+        end = {drive.directory: drive.end for drive in self._drives}
         place = self._make(name, numel, dtype)
-        if place.offset < place.drive.end - _pages(place.nbytes):  # a range that was used before
+        if place.offset < end[place.drive.directory]:  # a range that was used before
             self.view(name).zero_()
 
     def put(self, name: str, values: torch.Tensor, start: int = 0) -> ak.Transfer | Done:
         """See `zero_core.ShardStore.put`."""
-        place = self._places.get(name)
-        if place is None:
-            place = self._make(name, values.numel(), values.dtype)
-        if not 0 <= start <= place.numel - values.numel() or values.dtype != place.dtype:
-            raise OffloadStateError(
-                f"NvmeStore: {name!r} has {place.numel} elements of {place.dtype}; got {values.numel()} of "
-                f"{values.dtype} for element {start} on"
-            )
+        if name not in self._places and not start:
+            self._make(name, values.numel(), values.dtype)
+        place = self._place(name)
+        _check_range(name, place, values, start, same_dtype=True)
         self.forget(name)
         if not values.numel():
             return DONE
         offset = place.offset + start * place.dtype.itemsize
+        stop = start + values.numel()
+        # The engine ends writes in any order; what is wholly replaced need not have arrived.
+        self._wait(name, start, stop, replaced=True)
         transfer = self.engine.write(place.drive.file, offset, values.detach().cpu().contiguous())
-        self._writes.append((name, transfer))
+        self._writes.setdefault(name, []).append(_Writing(start, stop, transfer))
         self._let_go_of_written()
         return transfer
 
     def fetch(self, name: str, out: torch.Tensor, start: int = 0) -> _Reading | Done:
         """See `zero_core.ShardStore.fetch`."""
-        place = self._settled(name)
+        place = self._place(name)
+        _check_range(name, place, out, start)
         if not out.numel():
             return DONE
+        self._wait(name, start, start + out.numel())
         if name in self._cache and start == 0 and out.numel() == place.numel:
             transfer, memory = self._cache.pop(name)
             return _Reading(transfer, memory[: place.nbytes].view(place.dtype), out)
@@ -169,10 +189,15 @@ class NvmeStore:
     def forget(self, name: str) -> None:
         """See `zero_core.ShardStore.forget`."""
         if name in self._cache:
-            self._cache.pop(name)[0].wait()
+            with suppress(ak.TransferError):  # nobody asks for it any more
+                self._cache.pop(name)[0].wait()
 
     def view(self, name: str) -> torch.Tensor:
-        """A map of the file, see Note [Views of a drive]; it outlives the store, and the file with it."""
+        """A map of the file, see Note [Views of a drive]; it outlives the store, and the file with it.
+
+        Between a `prefetch` and its `fetch`, write to a map after `forget`: what is in memory would not show it.
+        """
+        self.forget(name)
         place = self._settled(name)
         if not place.numel:
             return torch.empty(0, dtype=place.dtype)
@@ -182,9 +207,10 @@ class NvmeStore:
     def release(self, name: str) -> None:
         """Keep it no longer; its range serves the next one of its size."""
         if name in self._places:
-            self._settled(name)
             self.forget(name)
-            place = self._places.pop(name)
+            place = self._places[name]
+            self._wait(name, 0, place.numel, replaced=True)
+            del self._places[name]
             self.used_bytes -= _pages(place.nbytes)
             place.drive.free.setdefault(_pages(place.nbytes), []).append(place.offset)
 
@@ -194,13 +220,13 @@ class NvmeStore:
         Raises:
             accel_kernels.TransferError: some of it is not.
         """
-        while self._writes:
-            self._writes.pop(0)[1].wait()
+        for name in list(self._writes):
+            self._settled(name)
 
     def close(self) -> None:
         """Let go of files and engine; views stay what they are."""
-        with suppress(ak.TransferError):  # nobody will read it
-            self.flush()
+        for name, place in self._places.items():  # nobody will read it
+            self._wait(name, 0, place.numel, replaced=True)
         self._cache.clear()
         self._places.clear()
         for drive in self._drives:
@@ -216,24 +242,51 @@ class NvmeStore:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _settled(self, name: str) -> _Place:
-        """Where a tensor is, once nothing of it is being written."""
+    def _place(self, name: str) -> _Place:
+        if not self._drives:
+            raise OffloadStateError(f"NvmeStore: {name!r}: the store is closed; make a new one")
         if name not in self._places:
             raise OffloadStateError(f"NvmeStore: nothing is kept under {name!r}")
-        for write in [each for each in self._writes if each[0] == name]:
-            self._writes.remove(write)
-            write[1].wait()
         return self._places[name]
 
+    def _settled(self, name: str) -> _Place:
+        """Where a tensor is, once nothing of it is being written."""
+        place = self._place(name)
+        self._wait(name, 0, place.numel)
+        return place
+
+    def _wait(self, name: str, start: int, stop: int, *, replaced: bool = False) -> None:
+        """Return when nothing of a range is being written.
+
+        A write that failed stays known, so that nobody reads what was there before it, until its range is `replaced`.
+        """
+        for writing in list(self._writes.get(name, ())):
+            if not writing.touches(start, stop):
+                continue
+            covered = replaced and start <= writing.start and writing.stop <= stop
+            with suppress(*([ak.TransferError] if covered else [])):
+                writing.transfer.wait()
+            self._writes[name].remove(writing)
+        if not self._writes.get(name, True):
+            del self._writes[name]
+
     def _let_go_of_written(self) -> None:
-        """A transfer keeps its values until somebody has waited for it; at the limit the oldest is waited for."""
-        for write in [each for each in self._writes if each[1].is_done()]:
-            self._writes.remove(write)
-            write[1].wait()
-        while len(self._writes) > 1 and sum(each.nbytes for _, each in self._writes) > self.cache_bytes:
-            self._writes.pop(0)[1].wait()
+        """A transfer keeps its values until somebody has waited for it; above the limit they are waited for."""
+        writes = [(name, writing) for name, each in self._writes.items() for writing in each]
+        held = sum(writing.transfer.nbytes for _, writing in writes)
+        for name, writing in writes:
+            if held > self.cache_bytes or writing.transfer.is_done():
+                held -= writing.transfer.nbytes
+                with suppress(ak.TransferError):  # told by what asks for its range
+                    writing.transfer.wait()
+                    self._writes[name].remove(writing)
+        self._writes = {name: each for name, each in self._writes.items() if each}
 
     def _make(self, name: str, numel: int, dtype: torch.dtype) -> _Place:
+        if not self._drives:
+            raise OffloadStateError(f"NvmeStore: {name!r}: the store is closed; make a new one")
+        if name in self._places:
+            raise OffloadStateError(f"NvmeStore: {name!r} is there already; release it first")
         nbytes = _pages(numel * dtype.itemsize)
         if self.limit_bytes is not None and self.used_bytes + nbytes > self.limit_bytes:
             raise OffloadDiskError(
@@ -241,15 +294,37 @@ class NvmeStore:
                 f"NvmeStore: {name!r} needs {nbytes} bytes, and {self.limit_bytes - self.used_bytes} of "
                 f"{self.limit_bytes} are free; raise limit_bytes",
             )
-        drive = min(self._drives, key=lambda each: each.end - sum(n * len(at) for n, at in each.free.items()))
-        if drive.free.get(nbytes):
-            offset = drive.free[nbytes].pop()
-        else:
-            offset = drive.end
-            _grow(drive, nbytes, name)
-        self._places[name] = _Place(drive, offset, numel, dtype)
+        drive, offset = self._room_for(name, nbytes)
+        place = self._places[name] = _Place(drive, offset, numel, dtype)
         self.used_bytes += nbytes
-        return self._places[name]
+        return place
+
+    def _room_for(self, name: str, nbytes: int) -> tuple[_Drive, int]:
+        """On the drive with the least on it that has room."""
+        drives = sorted(self._drives, key=lambda each: each.used)
+        for drive in drives:
+            if drive.free.get(nbytes):
+                return drive, drive.free[nbytes].pop()
+            offset = drive.end
+            try:
+                _grow(drive, nbytes, name)
+            except OffloadDiskError:
+                if drive is drives[-1]:
+                    raise
+            else:
+                return drive, offset
+        raise AssertionError("a store has a drive")
+
+
+def _check_range(
+    name: str, place: _Place, values: torch.Tensor, start: int, *, same_dtype: bool = False
+) -> None:
+    wrong_dtype = same_dtype and values.dtype != place.dtype
+    if not 0 <= start <= place.numel - values.numel() or wrong_dtype:
+        raise OffloadStateError(
+            f"NvmeStore: {name!r} has {place.numel} elements of {place.dtype}; got {values.numel()} of "
+            f"{values.dtype} for element {start} on"
+        )
 
 
 def _pages(nbytes: int) -> int:
@@ -268,7 +343,8 @@ def _open(engine: ak.TransferEngine, directory: str) -> _Drive:
     except OSError as error:
         raise OffloadDiskError(
             error.errno or errno.EIO,
-            f"NvmeStore: {directory}: {error.strerror or error}; choose a directory that this process may write to",
+            f"NvmeStore: {directory}: {os.strerror(error.errno or errno.EIO)}; choose a directory that this process "
+            "may write to",
         ) from error
     return _Drive(directory, file, descriptor, 0, {})
 
@@ -282,7 +358,8 @@ def _grow(drive: _Drive, nbytes: int, name: str) -> None:
     except OSError as error:
         with suppress(OSError):
             os.ftruncate(drive.descriptor, drive.end)
-        free = shutil.disk_usage(drive.directory).free
+        at = os.fstatvfs(drive.descriptor)
+        free = at.f_bavail * at.f_frsize
         raise OffloadDiskError(
             error.errno or errno.EIO,
             f"NvmeStore: {drive.directory}: {name!r} needs {nbytes} bytes, and {free} are free there: "

@@ -15,7 +15,7 @@ import accel_kernels as ak
 import torch
 from zero_core import Handle
 
-from .blocks import Block
+from .blocks import DEPTH, Block
 from .host_store import copy_later
 
 
@@ -95,9 +95,10 @@ class _Room:
             self._buffers.append(made)
         return self._buffers[number][: numel * dtype.itemsize].view(dtype)
 
-    def wait(self) -> None:
-        while self.writes:
-            self.writes.pop().wait()
+    def settle(self) -> list[OSError]:
+        """Wait for the writes; what became of those that failed."""
+        writes, self.writes = self.writes, []
+        return _settle(writes)
 
 
 class Window:
@@ -109,7 +110,7 @@ class Window:
         pin: memory that a device copies to and from.
     """
 
-    def __init__(self, block_elements: int, *, depth: int = 3, pin: bool = False) -> None:
+    def __init__(self, block_elements: int, *, depth: int = DEPTH, pin: bool = False) -> None:
         self.block_elements = block_elements
         self.depth = depth
         self._rooms = [_Room(block_elements * 4, pin=pin) for _ in range(depth)]
@@ -123,31 +124,53 @@ class Window:
             blocks: in order.
             operands: for each unit.
 
-        When the iteration ends, everything has been kept.
+        When the iteration ends, nothing is on its way any more, and unless it ends with an error all has been kept.
+
+        Raises:
+            OSError: a store cannot read or write.
         """
         coming, todo = deque[tuple[Block, _Room, list[torch.Tensor], list[Handle]]](), deque(blocks)
         free = deque(self._rooms)
+        finished = False
         try:
             while todo or coming:
                 while todo and free and len(coming) < self.depth - 1:
                     block, room = todo.popleft(), free.popleft()
                     coming.append((block, room, *_read(block, room, operands[block.unit])))
-                block, room, tensors, reads = coming.popleft()
+                block, room, tensors, reads = coming[0]
                 for read in reads:
                     read.wait()
+                coming.popleft()
                 yield block, tensors
                 for tensor, operand in zip(tensors, operands[block.unit], strict=True):
                     if operand.written and not isinstance(operand.at, torch.Tensor):
                         room.writes.append(operand.at.put(tensor, block.start))
                 free.append(room)
+            finished = True
         finally:
-            for room in self._rooms:
-                room.wait()
+            errors = [error for _, _, _, reads in coming for error in _settle(reads)]
+            errors += [error for room in self._rooms for error in room.settle()]
+            if errors and finished:  # else the error that ended the iteration is the one to be seen
+                raise errors[0]
+
+
+def _settle(handles: Iterable[Handle]) -> list[OSError]:
+    """Wait for all; what became of those that failed."""
+    return [error for error in map(_failure, handles) if error is not None]
+
+
+def _failure(handle: Handle) -> OSError | None:
+    try:
+        handle.wait()
+    except OSError as error:
+        return error
+    return None
 
 
 def _read(block: Block, room: _Room, operands: Sequence[Operand]) -> tuple[list[torch.Tensor], list[Handle]]:
     """Begin to read a block; its tensors, and what is to be waited for."""
-    room.wait()
+    for error in room.settle():
+        raise error
     tensors: list[torch.Tensor] = []
     reads: list[Handle] = []
     for number, operand in enumerate(operands):

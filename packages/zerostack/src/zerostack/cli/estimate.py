@@ -1,6 +1,7 @@
 """`zerostack estimate`: bytes per rank for every stage and world size, as a table and a chart.
 
-In: a number of parameters. Out: `zero_core.plan_memory`, side by side. Nothing is allocated.
+In: a number of parameters. Out: `zero_core.plan_memory`, side by side; with something offloaded,
+`zero_offload_nvme.plan_tiers` too. Nothing is allocated.
 Source: ZeRO (Rajbhandari et al., arXiv:1910.02054), figure 1.
 """
 
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import torch
 import zero_core as zero
+import zero_offload_nvme as off
+from zero_offload_nvme.free_bytes import drive_free
 
 from ..explain import num_bytes, table
 from .main import parser_for
@@ -21,6 +24,7 @@ _EXAMPLES = """\
   zerostack estimate --params 7.5e9 --world 1,4,16,64
   zerostack estimate --params 350M --world 8 --precision fp32 --optimizer sgd-momentum
   zerostack estimate --params 70B --world 64,256,1024 --plot memory.png
+  zerostack estimate --params 13B --world 8 --stage 3 --offload-optimizer nvme --offload-param cpu --nvme-path /tmp
 """
 
 _PRECISIONS = {
@@ -34,6 +38,7 @@ _KINDS = {
     "master": "fp32 master",
     "optimizer": "optimizer state",
 }
+_TIERS: dict[str, off.Tier] = {"none": "device", "cpu": "host", "nvme": "nvme"}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -49,7 +54,26 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--plot", type=_picture, metavar="FILE.png", help="draw a bar for each stage and world size"
     )
+    parser.add_argument(
+        "--offload-optimizer",
+        choices=_TIERS,
+        default="none",
+        help="where masters, optimizer state and (stages 2, 3) gradients rest (none)",
+    )
+    parser.add_argument(
+        "--offload-param", choices=_TIERS, default="none", help="where parameters rest at stage 3 (none)"
+    )
+    parser.add_argument("--nvme-path", type=Path, metavar="DIR", help="look at what is free there")
+    parser.add_argument(
+        "--ranks-per-machine", type=int, default=8, metavar="N", help="that share memory and drives (8)"
+    )
     args = parser.parse_args(argv)
+    if args.ranks_per_machine < 1:
+        parser.error(f"--ranks-per-machine: expected at least 1, got {args.ranks_per_machine}")
+    if args.nvme_path is not None and "nvme" not in (args.offload_optimizer, args.offload_param):
+        parser.error(
+            "--nvme-path: nothing would rest there; give --offload-optimizer nvme or --offload-param nvme"
+        )
     try:
         plans = {
             (stage, world): zero.plan_memory(
@@ -62,7 +86,8 @@ def main(argv: Sequence[str]) -> int:
             for stage in args.stage
             for world in args.world
         }
-    except zero.ZeroConfigError as error:
+        tiers = {stage: _tier_plan(args, stage, args.world[-1]) for stage in args.stage}
+    except (zero.ZeroConfigError, off.OffloadConfigError) as error:
         parser.error(str(error))
     say(f"Model states per rank: {args.params:g} parameters, {args.precision}, {args.optimizer}")
     say()
@@ -72,6 +97,13 @@ def main(argv: Sequence[str]) -> int:
     say()
     say(_parts_table(plans, args.stage, args.world[-1]))
     say()
+    if args.offload_optimizer != "none" or args.offload_param != "none":
+        say(f"Where they rest on {args.world[-1]} rank(s), and what a machine's ranks hold together")
+        say()
+        say(_tier_table(tiers, min(args.ranks_per_machine, args.world[-1])))
+        if args.nvme_path is not None:
+            say(f"Free at {args.nvme_path}: {num_bytes(drive_free([str(args.nvme_path)]))}")
+        say()
     say(
         "Not counted: activations, the units that are whole while they are used, and the allocator's own needs."
     )
@@ -108,6 +140,35 @@ def _total_table(plans: Plans, stages: list[int], worlds: list[int]) -> str:
 def _parts_table(plans: Plans, stages: list[int], world: int) -> str:
     rows = [[str(s), *[num_bytes(getattr(plans[s, world], kind)) for kind in _KINDS]] for s in stages]
     return table(["stage", *_KINDS.values()], rows)
+
+
+def _tier_plan(args: argparse.Namespace, stage: int, world: int) -> off.TierPlan:
+    """What a stage can move of what was asked for: it shards nothing else."""
+    optimizer = _TIERS[args.offload_optimizer]
+    tiers = off.Tiers(
+        params=_TIERS[args.offload_param] if stage == 3 else "device",
+        grads=optimizer if stage >= 2 else "device",
+        optimizer=optimizer if stage >= 1 else "device",
+        device="cuda",
+    )
+    return off.plan_tiers(
+        args.params,
+        stage=stage,
+        world=world,
+        tiers=tiers,
+        precision=_PRECISIONS[args.precision],
+        optimizer=args.optimizer,
+    )
+
+
+def _tier_table(plans: dict[int, off.TierPlan], ranks: int) -> str:
+    head = ["stage", "device", "host", "nvme", f"host, {ranks} rank(s)", f"nvme, {ranks} rank(s)"]
+    rows = []
+    for stage, plan in plans.items():
+        device, host, nvme = plan.total("device"), plan.total("host"), plan.total("nvme")
+        sizes = (device, host, nvme, ranks * host, ranks * nvme)
+        rows.append([str(stage), *map(num_bytes, sizes)])
+    return table(head, rows)
 
 
 def _draw(plans: Plans, path: Path, title: str) -> None:

@@ -1,0 +1,178 @@
+"""What `zero_offload_nvme.preflight` forecasts beside what is then measured: the optimizer's step, and the whole step.
+
+    python3 tools/dev.py bench offload_preflight
+    python3 tools/dev.py bench offload_preflight --folder /mnt/nvme --model 110m
+    python3 tools/dev.py bench offload_preflight --quick
+
+Two ranks train a GPT in fp32 at stage 3 with everything in host memory, and with everything on the drive. The forecast
+is made before, from speeds of this machine; seconds of a forward and backward, which it cannot know, come from the same
+run without a store. Measured are medians over steps, each between two meetings of the ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import _measure
+import torch
+import torch.distributed as dist
+import zero_core as zero
+import zero_offload_nvme as off
+from gpt import GPT, PRESETS, random_batch
+from torch.distributed.device_mesh import init_device_mesh
+from zero_core.testing import run_ranks
+
+HERE = Path(__file__).resolve().parent
+RANKS = 2
+BAR = 0.20
+
+
+def store_of(tier: off.Tier, folder: str) -> zero.ShardStore | None:
+    """A store of a tier."""
+    if tier == "device":
+        return None
+    return off.HostStore() if tier == "host" else off.NvmeStore(folder)
+
+
+def seconds_of_rank(rank: int, tier: off.Tier, model_name: str, folder: str, steps: int) -> list[list[float]]:
+    """Forward and backward, and optimizer's step, of each step but the first two."""
+    torch.manual_seed(0)
+    config, store = PRESETS[model_name], store_of(tier, folder)
+    mesh = init_device_mesh("cpu", (RANKS,), mesh_dim_names=("dp",))
+    model = zero.shard(GPT(config), mesh, stage=3, store=store)
+    inner = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    made: Any = zero.ShardedOptimizer if store is None else off.OffloadedOptimizer
+    opt = made(model, inner)
+    batch = random_batch(config, sequences=1, seed=rank)
+    found = []
+    for _ in range(steps + 2):
+        marks = [meet()]
+        model(*batch).backward()
+        marks.append(meet())
+        opt.step()
+        marks.append(meet())
+        opt.zero_grad()
+        found.append([marks[1] - marks[0], marks[2] - marks[1]])
+    return found[2:]
+
+
+def meet() -> float:
+    """The time at which every rank has come."""
+    dist.barrier()
+    return time.perf_counter()
+
+
+def measured(tier: off.Tier, model: str, folder: str, steps: int) -> dict[str, float]:
+    """Medians of a run."""
+    found = run_ranks(seconds_of_rank, RANKS, tier, model, folder, steps, timeout_s=600)[0]
+    backward, optimizer = (statistics.median(each) for each in zip(*found, strict=True))
+    return {"backward_s": backward, "optimizer_s": optimizer}
+
+
+def rows_of(model: str, folder: str, steps: int) -> list[dict[str, Any]]:
+    """A row for each tier: what was forecast, then what came."""
+    with torch.device("meta"):
+        built = GPT(PRESETS[model])
+    compute_s = measured("device", model, folder, steps)["backward_s"]
+    rows = []
+    tiers: tuple[off.Tier, ...] = ("host", "nvme")
+    for tier in tiers:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # as each rank will have
+        found = off.preflight(
+            built, stage=3, world=RANKS, path=folder, params=tier, grads=tier, optimizer=tier,
+            compute_s=compute_s, strict=True,
+        )  # fmt: skip
+        torch.set_num_threads(threads)
+        print(found, end="\n\n")
+        assert found.forecast is not None
+        assert found.speeds is not None
+        came = measured(tier, model, folder, steps)
+        rows.append(
+            {
+                "tier": tier,
+                "forecast_optimizer_s": found.forecast.optimizer_s,
+                "optimizer_s": came["optimizer_s"],
+                "forecast_step_s": found.forecast.step_s,
+                "step_s": came["optimizer_s"] + came["backward_s"],
+                "drive_s": found.forecast.drive_s,
+                "speeds": vars(found.speeds),
+            }
+        )
+    return rows
+
+
+def page(record: dict[str, Any]) -> str:
+    """The table, as Markdown."""
+    hardware = record["hardware"]
+    lines = [
+        "# Forecasts of preflight",
+        "",
+        f"{record['date']}; {hardware['processor']}, {hardware['cores']} cores, {hardware['memory_gib']} GiB; "
+        + ", ".join(f"{name} {version}" for name, version in sorted(record["versions"].items()))
+        + ".",
+        "",
+        f"GPT {record['model']}, fp32, stage 3, {RANKS} ranks, everything in one tier; medians of "
+        f"{record['steps']} steps (bar: the optimizer's step within {BAR:.0%}).",
+        "",
+        "| tier | optimizer's step, forecast | measured | off by | drive busy | whole step, forecast | measured "
+        "| off by |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in record["rows"]:
+        cells = [row["tier"]]
+        for forecast, came in (("forecast_optimizer_s", "optimizer_s"), ("forecast_step_s", "step_s")):
+            ratio = row[forecast] / row[came] - 1
+            cells += [f"{row[forecast] * 1e3:.1f} ms", f"{row[came] * 1e3:.1f} ms", f"**{ratio:+.0%}**"]
+        cells.insert(4, f"{row['drive_s'] / row['optimizer_s']:.0%}" if row["drive_s"] else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Forecast, measure, print, write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--folder", type=Path, default=Path.cwd(), help="on the drive in question")
+    parser.add_argument("--model", choices=PRESETS, default="25m")
+    parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "offload_preflight.json")
+    parser.add_argument("--quick", action="store_true", help="a tiny model, two steps; writes nothing")
+    options = parser.parse_args(arguments)
+    if options.quick:
+        options.model, options.steps = "tiny", 2
+    with tempfile.TemporaryDirectory(dir=options.folder, prefix="preflight-bench-") as folder:
+        rows = rows_of(options.model, folder, options.steps)
+    record = {
+        "benchmark": "offload_preflight",
+        "date": _measure.today(),
+        "hardware": _measure.hardware(),
+        "versions": {
+            "zero-offload-nvme": off.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "model": options.model,
+        "steps": options.steps,
+        "rows": rows,
+    }
+    print(page(record))
+    if not options.quick:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(record, indent=1) + "\n")
+        options.out.with_suffix(".md").write_text(page(record))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

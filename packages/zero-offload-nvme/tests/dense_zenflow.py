@@ -16,16 +16,24 @@ class DenseZenFlow:
     """
 
     def __init__(
-        self, params: dict[str, nn.Parameter], *, lr, ratio, every, window, overlap, betas=(0.9, 0.999), eps=1e-8, decay=0.01
+        self,
+        params: dict[str, nn.Parameter],
+        *,
+        lr,
+        ratio,
+        every,
+        window,
+        overlap,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        decay=0.01,
     ) -> None:
         self.params, self.lr, self.ratio, self.every, self.window = params, lr, ratio, every, window
         self.overlap, self.betas, self.eps, self.decay = overlap, betas, eps, decay
         self.now, self.late, self.held, self.age = 0, 0, 0, None
         zeros = lambda: {name: torch.zeros_like(p) for name, p in params.items()}  # noqa: E731
         self.m, self.v, self.sum = zeros(), zeros(), zeros()
-        self.chosen = {
-            name: torch.full_like(p, p.dim() < 2, dtype=torch.bool) for name, p in params.items()
-        }
+        self.chosen = {name: torch.full_like(p, p.dim() < 2, dtype=torch.bool) for name, p in params.items()}
         self.coming: dict[str, torch.Tensor] = {}
         self.num_changed = 0
 

@@ -79,7 +79,9 @@ def build(
     """A model and its optimizer; a window far smaller than a unit's states."""
     torch.manual_seed(0)
     mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("dp",))
-    model = zero.shard((net or Net)(), mesh, stage=stage, precision=zero.Precision(compute=dtype), store=store)
+    model = zero.shard(
+        (net or Net)(), mesh, stage=stage, precision=zero.Precision(compute=dtype), store=store
+    )
     inner = (make or (lambda params: torch.optim.AdamW(params, lr=1e-2)))(model.parameters())
     if store is None:
         return model, zero.ShardedOptimizer(model, inner)

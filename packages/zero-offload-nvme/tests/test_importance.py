@@ -83,6 +83,13 @@ def test_ratio_rounds_up(channels: int, ratio: float) -> None:
 
 
 def test_what_is_not_chosen_among() -> None:
-    assert [num_channels(shape) for shape in [(), (5,), (0, 3), (3, 0), (4, 2), (4, 2, 2)]] == [0, 0, 0, 0, 4, 4]
+    assert [num_channels(shape) for shape in [(), (5,), (0, 3), (3, 0), (4, 2), (4, 2, 2)]] == [
+        0,
+        0,
+        0,
+        0,
+        4,
+        4,
+    ]
     assert num_chosen(20, 0.05) == 1
     assert num_chosen(100, 0.07) == 7

@@ -17,7 +17,9 @@ KINDS = [("host", "optimizer"), ("nvme", "all")]
 
 def flat_parts(state):
     """What a checkpoint keeps of a rank: copies of parts of flattened tensors."""
-    return {name: (shard.global_shape, shard.offsets[0], shard.local.clone()) for name, shard in state.items()}
+    return {
+        name: (shard.global_shape, shard.offsets[0], shard.local.clone()) for name, shard in state.items()
+    }
 
 
 def whole(ranks):
@@ -44,7 +46,9 @@ def begun(rank: int, stage: int, dtype, kind, overlap: bool, steps: int, flush: 
     return parts, scalars, own, losses, zero.full_state_dict(model)
 
 
-def resumed(rank: int, stage: int, dtype, kind, overlap, steps: int, tensors, scalars, own, world, folder: str):
+def resumed(
+    rank: int, stage: int, dtype, kind, overlap, steps: int, tensors, scalars, own, world, folder: str
+):
     """Go on from described tensors of any ranks, or from this rank's own state dict."""
     policy = None if overlap is None else ZenFlow(overlap_step=overlap, **POLICY)
     model, opt = build(stores(*kind, stage, folder), stage, dtype, world, zenflow=policy)
@@ -74,7 +78,9 @@ def resumed(rank: int, stage: int, dtype, kind, overlap, steps: int, tensors, sc
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-@pytest.mark.parametrize("steps", [4, 6])  # inside a window; between two, where channels are about to be chosen
+@pytest.mark.parametrize(
+    "steps", [4, 6]
+)  # inside a window; between two, where channels are about to be chosen
 @pytest.mark.parametrize(("stage", "dtype"), [(2, torch.float32), (2, torch.bfloat16), (3, torch.bfloat16)])
 def test_exact_on_the_same_ranks(tmp_path, stage: int, dtype, steps: int, overlap: bool) -> None:
     for kind in KINDS:
@@ -111,12 +117,18 @@ def test_flushed_state_is_a_plain_optimizers(tmp_path, overlap: bool, dtype) -> 
     scalars = {name: of for _, found, *_ in ranks for name, of in found.items()}
     assert not any("zenflow" in name for name in tensors)
     assert not any("zenflow" in key for of in scalars.values() for key in of)
-    for kind, into, world in ((("host", "optimizer"), None, 1), (("nvme", "all"), None, 2), (("host", "all"), True, 3)):
+    for kind, into, world in (
+        (("host", "optimizer"), None, 1),
+        (("nvme", "all"), None, 2),
+        (("host", "all"), True, 3),
+    ):
         found = run_ranks(
             resumed, world, 3, dtype, kind, into, 7, tensors, scalars, None, world, str(tmp_path)
         )
         assert all(torch.isfinite(torch.tensor(losses)).all() for losses, _ in found)
-    exact = run_ranks(resumed, 2, 2, dtype, ("host", "optimizer"), None, 7, tensors, scalars, None, 2, str(tmp_path))
+    exact = run_ranks(
+        resumed, 2, 2, dtype, ("host", "optimizer"), None, 7, tensors, scalars, None, 2, str(tmp_path)
+    )
     nvme = run_ranks(resumed, 2, 3, dtype, ("nvme", "all"), None, 7, tensors, scalars, None, 2, str(tmp_path))
     assert exact[0][0] == nvme[0][0]
 

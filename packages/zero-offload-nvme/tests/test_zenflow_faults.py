@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 import zero_core as zero
-from stored_models import batch, build, loss_of, stores, train
+from stored_models import batch, build, loss_of, train
 from zero_core.testing import run_ranks
 from zero_offload_nvme import HostStore, NvmeStore, OffloadStateError, ZenFlow
 
@@ -130,7 +130,9 @@ def kept(rank: int) -> None:
     """A gradient that the thread still reads is left alone by the next backward, zeroed or not."""
     states = []
     for set_to_none in (True, False):
-        model, opt = build(HostStore() if set_to_none else zero.Stores(optimizer=HostStore()), 2, zenflow=POLICY)
+        model, opt = build(
+            HostStore() if set_to_none else zero.Stores(optimizer=HostStore()), 2, zenflow=POLICY
+        )
         for step in range(6):
             loss_of(model, batch(step, rank)).backward()
             opt.step()

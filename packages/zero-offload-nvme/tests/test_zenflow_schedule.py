@@ -23,7 +23,10 @@ def policies(draw):
     if strategy == "step":
         options["select_interval"] = draw(st.integers(1, 9))
     if strategy == "epoch":
-        options |= {"steps_per_epoch": draw(st.integers(1, 9)), "select_interval": draw(st.sampled_from(["auto", 1, 2]))}
+        options |= {
+            "steps_per_epoch": draw(st.integers(1, 9)),
+            "select_interval": draw(st.sampled_from(["auto", 1, 2])),
+        }
     if draw(st.booleans()):
         return ZenFlow(update_interval=draw(st.integers(1, 6)), **options)
     return ZenFlow(update_interval="auto", max_update_interval=draw(st.integers(1, 6)), **options)
@@ -82,7 +85,9 @@ def test_channels_are_chosen_between_windows_at_the_interval(policy: ZenFlow, ou
 
 
 @given(st.floats(0, 1e6), st.integers(1, 1000), st.floats(0, 1e6), st.integers(1, 1000), st.floats(0.01, 10))
-def test_ripe_is_a_matter_of_means(rest: float, num_rest: int, now: float, num_now: int, ratio: float) -> None:
+def test_ripe_is_a_matter_of_means(
+    rest: float, num_rest: int, now: float, num_now: int, ratio: float
+) -> None:
     policy = ZenFlow(update_interval="auto", auto_ratio=ratio)
     ripe = is_ripe(policy, rest=(rest, num_rest), chosen=(now, num_now))
     gap = rest / num_rest - ratio * now / num_now

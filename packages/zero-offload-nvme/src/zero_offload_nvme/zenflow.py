@@ -89,7 +89,7 @@ class ZenFlow:
         for name in ("select_interval", "update_interval", "max_update_interval", "steps_per_epoch"):
             value = getattr(self, name)
             may_be_auto = name in ("select_interval", "update_interval")
-            if value == "auto" and may_be_auto or value is None and name == "steps_per_epoch":
+            if (value == "auto" and may_be_auto) or (value is None and name == "steps_per_epoch"):
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 expected = "an integer of at least 1" + (", or 'auto'" if may_be_auto else "")

@@ -107,7 +107,10 @@ class ZenFlowStepper:
         """
         self._wait()
         state = self.exact.inner.state
-        waiting = [(unit, [s for s in slots if "zenflow_num_steps" in state.get(s.master, {})]) for unit, slots in parts]
+        waiting = [
+            (unit, [s for s in slots if "zenflow_num_steps" in state.get(s.master, {})])
+            for unit, slots in parts
+        ]
         self._resume([part for part in waiting if part[1]])
         self._take_edits()
         active = self._active()
@@ -131,7 +134,9 @@ class ZenFlowStepper:
     ) -> Iterator[UnitStep]:
         """Every unit that moves; at the end of a window also those that moved in it before."""
         at_work = {item.unit.index for item in work}
-        others = [_nothing(zen.unit) for zen in self._active() if zen.unit.index not in at_work] if ends else []
+        others = (
+            [_nothing(zen.unit) for zen in self._active() if zen.unit.index not in at_work] if ends else []
+        )
         overlap = self.policy.overlap_step
         if ends and overlap:
             self._wait_for_late()

@@ -9,6 +9,7 @@ all of them.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -119,12 +120,23 @@ def fsdp2(model: GPT, job: Job) -> Step:
     return _plain_step(model, torch_adamw(model.parameters()), quiet)
 
 
-def deepspeed_stage(model: GPT, job: Job, *, stage: int) -> Step:
-    """DeepSpeed with its own fused AdamW; bfloat16 keeps a float32 master copy."""
+def deepspeed_stage(model: GPT, job: Job, *, stage: int, offload: str | None = None) -> Step:
+    """DeepSpeed with its own fused AdamW; bfloat16 keeps a float32 master copy.
+
+    Offload: states (stage 3: parameters, too) to "cpu" or "nvme", as its documentation sets it up.
+    """
     import deepspeed
 
     if job.recompute:
         _recompute(model)
+    zero: dict[str, Any] = {}
+    if offload is not None:
+        place = {"device": offload, "pin_memory": False}
+        if offload == "nvme":
+            place |= {"nvme_path": os.environ["OFFLOAD_FOLDER"], "buffer_count": 5, "buffer_size": 30_000_000}
+        zero["offload_optimizer"] = {k: v for k, v in place.items() if k != "buffer_size"}
+        if stage == 3:
+            zero["offload_param"] = place
     config = {
         "train_micro_batch_size_per_gpu": job.sequences,
         "gradient_accumulation_steps": job.accumulate,
@@ -135,7 +147,9 @@ def deepspeed_stage(model: GPT, job: Job, *, stage: int) -> Step:
             "stage": stage,
             "reduce_bucket_size": DEEPSPEED_BUCKET,
             "allgather_bucket_size": DEEPSPEED_BUCKET,
+            **zero,
         },
+        "aio": {"block_size": 1 << 20, "queue_depth": 32, "thread_count": 4},
         "steps_per_print": 1 << 30,
     }
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
@@ -174,6 +188,30 @@ def zero_stage(model: GPT, job: Job, *, stage: int, shared_memory: bool = True, 
     if job.recompute:
         zero.checkpoint_modules(sharded, Block, zero.CheckpointPolicy())
     optimizer = zero.ShardedOptimizer(sharded, torch_adamw(sharded.parameters()))
+    accumulate = _accumulation(sharded, partial(zero.no_sync, sharded))
+
+    def step(batches: Sequence[Batch]) -> float:
+        loss = accumulate(batches)
+        zero.clip_grad_norm(optimizer, MAX_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
+
+    return step
+
+
+def zero_offload(model: GPT, job: Job, *, stage: int, drive: bool) -> Step:
+    """zero-core with everything that the stage shards in a store, stepped there."""
+    import zero_core as zero
+    import zero_offload_nvme as off
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("dp",))
+    precision = zero.Precision() if job.dtype == torch.float32 else zero.Precision(compute=job.dtype)
+    store = off.NvmeStore(os.environ["OFFLOAD_FOLDER"]) if drive else off.HostStore()
+    sharded = zero.shard(model, mesh, stage=stage, precision=precision, store=store)
+    if job.recompute:
+        zero.checkpoint_modules(sharded, Block, zero.CheckpointPolicy())
+    optimizer = off.OffloadedOptimizer(sharded, torch_adamw(sharded.parameters()))
     accumulate = _accumulation(sharded, partial(zero.no_sync, sharded))
 
     def step(batches: Sequence[Batch]) -> float:
@@ -250,6 +288,16 @@ ENGINES: dict[str, Build] = {
     "ddp+zero-redundancy": ddp_zero_redundancy,
     "fsdp2": fsdp2,
     **{f"deepspeed-{stage}": partial(deepspeed_stage, stage=stage) for stage in (1, 2, 3)},
+    **{
+        f"deepspeed-{stage}-{place}": partial(deepspeed_stage, stage=stage, offload=device)
+        for stage in (2, 3)
+        for place, device in (("host", "cpu"), ("drive", "nvme"))
+    },
+    **{
+        f"zero-core-{stage}-{place}": partial(zero_offload, stage=stage, drive=place == "drive")
+        for stage in (1, 2, 3)
+        for place in ("host", "drive")
+    },
     **{f"zero-core-{stage}": partial(zero_stage, stage=stage) for stage in (0, 1, 2, 3)},
     **{
         f"zero-core-{stage}-messages": partial(zero_stage, stage=stage, shared_memory=False)

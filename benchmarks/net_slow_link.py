@@ -97,7 +97,7 @@ def page(rows: Sequence[Row], options: argparse.Namespace) -> str:
 Fast link: the same two namespaces without a rate. Sent: bytes a rank puts on the link in a step, headers included;
 communication: what they take at the link's rate. Hidden: 100 % would be a step that takes as long as over the fast
 link (or, where communication takes longer than compute, no longer than communication). `-network`: two blocks are
-gathered ahead (stage 3), and updated parameters are published beside the next forward (stage 2); `-messages`: neither."""
+gathered ahead (stage 3), updated parameters are published beside the next forward (stage 2); `-messages`: neither."""
     return "\n".join([*lines, legend, ""])
 
 

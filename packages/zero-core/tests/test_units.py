@@ -6,8 +6,9 @@ import pytest
 import torch
 import zero_core as zero
 from torch import nn
+from zero_core.testing import run_ranks
 from zero_core.units import find_units
-from zero_core_models import Block, Net
+from zero_core_models import Block, Net, dp_mesh, plain_copy, relative_error
 
 
 def names(model: nn.Module, units=None) -> dict[str, list[str]]:
@@ -78,3 +79,55 @@ def test_choice_that_matches_nothing_names_what_is_there(units) -> None:
 def test_choice_of_the_wrong_kind() -> None:
     with pytest.raises(zero.ZeroConfigError, match=r"nn\.Module classes"):
         find_units(Net(), [torch.Tensor])
+
+
+class Held(nn.Module):
+    """Layers that are bare holders: only their parts are ever called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList()
+        for _ in range(3):
+            layer = nn.Module()
+            layer.attention, layer.mlp = nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 8))
+            layer.scale = nn.Parameter(torch.ones(8))
+            self.layers.append(layer)
+        self.pairs = nn.ModuleList(nn.ModuleList(nn.Linear(8, 8) for _ in range(2)) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = x + layer.scale * layer.mlp(layer.attention(x))
+        for pair in self.pairs:
+            x = pair[1](pair[0](x))
+        return x
+
+
+def test_what_is_never_called_is_no_unit() -> None:
+    found = names(Held())
+    assert "layers.0" not in found
+    assert found["layers.1.attention"] == ["layers.1.attention.weight", "layers.1.attention.bias"]
+    assert len(found["layers.2.mlp"]) == 4
+    assert "pairs.0" not in found
+    assert found["pairs.1.0"] == ["pairs.1.0.weight", "pairs.1.0.bias"]
+    assert found["(root)"] == ["layers.0.scale", "layers.1.scale", "layers.2.scale"]
+
+
+def held(rank: int) -> float:
+    torch.manual_seed(0)
+    model = Held()
+    plain = plain_copy(model)
+    model = zero.shard(model, dp_mesh(2), stage=3)
+    opt = zero.ShardedOptimizer(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    inner = torch.optim.SGD(plain.parameters(), lr=0.1)
+    for _ in range(3):
+        x = torch.randn(4, 8)  # the same on both ranks
+        for each in (model, plain):
+            each(x).square().mean().backward()
+        for each in (opt, inner):
+            each.step()
+            each.zero_grad()
+    return relative_error(zero.full_state_dict(model), plain.state_dict())
+
+
+def test_bare_holders_train_at_stage_3() -> None:
+    assert max(run_ranks(held, 2)) <= 1e-6

@@ -95,6 +95,8 @@ CASES: dict[str, Build] = {
 }
 if hasattr(torch.optim, "Muon"):
     CASES["muon"] = matrices_and_rest(torch.optim.Muon, None, lr=1e-2)
+TOLERANCE = {"muon": 2e-3}
+"""It iterates in bfloat16, where processors multiply differently: a gradient's last bit may become one of those."""
 
 
 def wrap(model: nn.Module, build: Build, **kwargs: Any) -> list[zero.ShardedOptimizer]:
@@ -156,7 +158,7 @@ def five_steps(rank: int, world_size: int, stage: int) -> dict[str, float]:
 def test_equal_to_the_unsharded_optimizer(stage: int, world_size: int) -> None:
     for errors in run_ranks(five_steps, world_size, world_size, stage):
         assert len(errors) == len(CASES)
-        assert not {name: error for name, error in errors.items() if not error <= 1e-6}
+        assert not {name: error for name, error in errors.items() if not error <= TOLERANCE.get(name, 1e-6)}
 
 
 def slices_would_differ(rank: int, world_size: int) -> float:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import zero_core as zero
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from zero_offload_nvme import HostStore, NvmeStore, OffloadedOptimizer
+from zero_offload_nvme import HostStore, NvmeStore, OffloadedOptimizer, ZenFlow
 
 VOCAB, WIDTH = 61, 48
 
@@ -72,15 +72,21 @@ def build(
     *,
     window_bytes: int = 1 << 16,
     make=None,
+    zenflow: ZenFlow | None = None,
+    scaler: zero.LossScaler | None = None,
+    net=None,
 ):
     """A model and its optimizer; a window far smaller than a unit's states."""
     torch.manual_seed(0)
     mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("dp",))
-    model = zero.shard(Net(), mesh, stage=stage, precision=zero.Precision(compute=dtype), store=store)
+    model = zero.shard((net or Net)(), mesh, stage=stage, precision=zero.Precision(compute=dtype), store=store)
     inner = (make or (lambda params: torch.optim.AdamW(params, lr=1e-2)))(model.parameters())
     if store is None:
         return model, zero.ShardedOptimizer(model, inner)
-    return model, OffloadedOptimizer(model, inner, window_bytes=window_bytes)
+    overlap = "exact" if zenflow is None else "zenflow"
+    return model, OffloadedOptimizer(
+        model, inner, window_bytes=window_bytes, overlap=overlap, zenflow=zenflow, scaler=scaler
+    )
 
 
 def train(

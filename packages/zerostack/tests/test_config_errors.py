@@ -30,6 +30,7 @@ VALID = {
         "overlap_comm": True,
         "reduce_bucket_size": 5e7,
         "offload_param": {"device": "none", "pin_memory": True},
+        "zenflow": None,
     },
     "tensorboard": {"enabled": False, "output_path": "x", "job_name": "y"},
     "data_efficiency": {"enabled": False, "data_sampling": {"curriculum_learning": {"enabled": False}}},
@@ -65,7 +66,7 @@ def test_a_valid_configuration_resolves():
     assert result.sources["zero_optimization.stage3_prefetch_bucket_size"] == "default: zero-core decides"
     assert result.sources["gradient_accumulation_steps"].startswith("derived: train_batch_size 32 / (")
     assert set(result.findings.switched_off) == {
-        "zero_optimization.offload_param",
+        "zero_optimization.zenflow",
         "tensorboard",
         "data_efficiency",
     }
@@ -115,13 +116,20 @@ def _inside(where, name):
 
 
 def test_every_error_of_a_configuration_is_reported_at_once():
-    raw = {"zero_optimisation": {}, "aio": {"queue_depth": 32}, "optimizer": {"params": {"learning_rate": 1}}}
+    raw = {
+        "zero_optimisation": {},
+        "tensor_parallel": {"tp_size": 2},
+        "optimizer": {"params": {"learning_rate": 1}},
+    }
     with pytest.raises(ConfigError) as error:
         resolve(raw)
     message = str(error.value)
     assert "3 problems" in message
     assert "zero_optimisation: unknown key; did you mean 'zero_optimization'?" in message
-    assert "aio: known DeepSpeed key; this version of zerostack cannot honour it: needs package" in message
+    assert (
+        "tensor_parallel: known DeepSpeed key; this version of zerostack cannot honour it: needs package"
+        in message
+    )
     assert "optimizer.params.learning_rate: unknown key" in message
 
 
@@ -165,10 +173,10 @@ def has(node, path):
 
 
 def test_documented_defaults_of_a_refused_section_are_off_and_others_are_not():
-    TABLE.check({"aio": {"block_size": 1048576, "queue_depth": 8}})
-    TABLE.check({"zero_optimization": {"offload_optimizer": {"device": "none", "ratio": 0.5}}})
-    with pytest.raises(ConfigError, match="aio"):
-        TABLE.check({"aio": {"block_size": 1024}})
+    TABLE.check({"tensor_parallel": {"autotp_size": 0, "tp_size": 1}})
+    TABLE.check({"aio": {"block_size": 1024}})
+    with pytest.raises(ConfigError, match="tensor_parallel"):
+        TABLE.check({"tensor_parallel": {"tp_size": 2}})
     with pytest.raises(ConfigError, match="zero_quantized_weights"):
         TABLE.check({"zero_optimization": {"zero_quantized_weights": True}})
     with pytest.raises(ConfigError, match="zero_hpz_partition_size"):

@@ -111,7 +111,7 @@ class AsyncSaver:
             self._finish_first()
         self._raise_failed()
         flat = take_apart(state, self._ranks)
-        self._agreed = agree(flat, self._ranks, self.policy.chunk_bytes, self._agreed)
+        self._agreed = agree(flat, self._ranks, self.policy.chunk_bytes, self._agreed, can_repeat=True)
         buffer = self._buffers[self._num_saves % len(self._buffers)]
         pieces = buffer.copy(self._agreed.pieces(flat))
         self._num_saves += 1

@@ -131,7 +131,7 @@ def load(
     Raises:
         NotACheckpointError: There is no committed step.
         MismatchError: Names are missing or unexpected (`strict`), or shapes differ; on every rank, nothing was changed.
-        CorruptError: Bytes are missing or damaged; the state may be loaded in part, and another step can be loaded.
+        CorruptError: Bytes are missing or damaged; the state may hold old, new and damaged values: load another step.
 
     Bytes per rank: `into`, 48 MiB of buffers (six chunks, if those are larger); of the files, what it holds, in pages.
     """

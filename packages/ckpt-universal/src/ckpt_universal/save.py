@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import msgpack
@@ -175,7 +176,9 @@ class Agreed:
         return [Piece(chunk.name, _view(flat, chunk)) for chunk in self.plan[self.rank]]
 
 
-def agree(flat: Flat, ranks: Ranks, chunk_bytes: int, before: Agreed | None = None) -> Agreed:
+def agree(
+    flat: Flat, ranks: Ranks, chunk_bytes: int, before: Agreed | None = None, *, can_repeat: bool = False
+) -> Agreed:
     """Hear what all ranks hold, and deal it out.
 
     Args:
@@ -183,22 +186,30 @@ def agree(flat: Flat, ranks: Ranks, chunk_bytes: int, before: Agreed | None = No
         ranks: all.
         chunk_bytes: see `SavePolicy`.
         before: of an earlier save; returned where no rank's layout has changed since.
+        can_repeat: some rank may have one; the same on all.
 
     Raises:
         ConfigError: ranks disagree about a tensor, or nobody holds some part of one; on every rank.
     """
     told = _told(flat)
     digest = checksum(told)
-    same = before is not None and before.digest == digest
-    if all(ranks.gather(same, "save")):
+    if can_repeat and all(ranks.gather(before is not None and before.digest == digest, "save")):
         assert before is not None
         return before
-    holdings = [_heard(each) for each in ranks.gather_bytes(told, "save")]
+    holdings, plan = _dealt_out(tuple(ranks.gather_bytes(told, "save")), chunk_bytes)
+    return Agreed(ranks.rank, holdings, plan, digest)
+
+
+@lru_cache(maxsize=1)  # a run saves the same layout again and again
+def _dealt_out(
+    told: tuple[bytes, ...], chunk_bytes: int
+) -> tuple[list[dict[str, Held]], list[list[Assignment]]]:
+    """What all ranks hold, and what each is to write; nothing but the arguments decides."""
+    holdings = [_heard(each) for each in told]
     try:
-        plan = plan_chunks(holdings, chunk_bytes)
+        return holdings, plan_chunks(holdings, chunk_bytes)
     except ValueError as error:  # the same on every rank
         raise ConfigError(f"save: {error}") from None
-    return Agreed(ranks.rank, holdings, plan, digest)
 
 
 def write_step(

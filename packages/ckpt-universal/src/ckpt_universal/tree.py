@@ -106,6 +106,9 @@ class Part:
         return values
 
 
+Boxes = dict[tuple[int, Any, tuple[int, ...]], "Box | None"]
+
+
 @dataclass
 class Flat:
     """A tree, flattened.
@@ -113,10 +116,12 @@ class Flat:
     Attributes:
         parts: by name.
         values: the tree with `TensorRef` in place of tensors, and `PerRankValues` of one in place of `PerRank`.
+        boxes: where this rank's part of a `DTensor` lies, by mesh, placements and shape; a few serve all.
     """
 
     parts: dict[str, Part] = field(default_factory=dict)
     values: Any = None
+    boxes: Boxes = field(default_factory=dict)
 
 
 @torch.no_grad()  # a DTensor's part need not be recorded
@@ -135,7 +140,7 @@ def _walk(node: Any, path: tuple[str, ...], flat: Flat) -> Any:
     if len(path) > MAX_DEPTH:
         raise ConfigError(f"{join(path[:8])}...: nested deeper than {MAX_DEPTH}; is it a cycle?")
     if is_tensor_leaf(node):
-        part = part_of(node, join(path))
+        part = part_of(node, join(path), flat.boxes)
         if part.name in flat.parts:
             raise ConfigError(
                 f"two tensors have the name {part.name!r}; rename one of the keys on the way to it"
@@ -177,14 +182,19 @@ def is_stateful(node: Any) -> TypeGuard[Stateful]:
     return callable(getattr(node, "state_dict", None)) and callable(getattr(node, "load_state_dict", None))
 
 
-def part_of(leaf: Any, name: str) -> Part:
+def part_of(leaf: Any, name: str, boxes: Boxes | None = None) -> Part:
     """What a leaf says that this rank holds; the views share its memory.
+
+    Args:
+        leaf: a tensor, a `DTensor`, or what describes itself as `Shard` does.
+        name: of the tensor.
+        boxes: of other leaves of the tree.
 
     Raises:
         ConfigError: its description contradicts itself, or it is of a kind that cannot be stored.
     """
     if isinstance(leaf, DTensor):
-        return _part_of_dtensor(leaf, name)
+        return _part_of_dtensor(leaf, name, {} if boxes is None else boxes)
     if isinstance(leaf, torch.Tensor):
         tensor = leaf.detach()
         if tensor.layout is not torch.strided or tensor.is_quantized:
@@ -223,16 +233,19 @@ def _flat_pieces(
         at += box.numel
 
 
-def _part_of_dtensor(leaf: DTensor, name: str) -> Part:
-    if any(placement.is_partial() for placement in leaf.placements):
-        raise ConfigError(
-            f"{name}: a DTensor with partial sums; call .redistribute() to sum them before saving"
-        )
+def _part_of_dtensor(leaf: DTensor, name: str, boxes: Boxes) -> Part:
     shape = tuple(leaf.shape)
     local: torch.Tensor = leaf.to_local().detach()
-    if not local.numel() or leaf.device_mesh.get_coordinate() is None:
+    key = (id(leaf.device_mesh), leaf.placements, shape)
+    if key not in boxes:
+        if any(placement.is_partial() for placement in leaf.placements):
+            raise ConfigError(
+                f"{name}: a DTensor with partial sums; call .redistribute() to sum them before saving"
+            )
+        boxes[key] = None if leaf.device_mesh.get_coordinate() is None else _box_of(leaf)
+    box = boxes[key]
+    if box is None or not local.numel():
         return Part(name, shape, leaf.dtype, [])
-    box = _box_of(leaf)
     if box.sizes != tuple(local.shape):
         raise ConfigError(f"{name}: expected a local part of shape {box.sizes}, got {tuple(local.shape)}")
     return Part(name, shape, leaf.dtype, [(box, local)])
@@ -241,8 +254,6 @@ def _part_of_dtensor(leaf: DTensor, name: str) -> Part:
 def _box_of(leaf: DTensor) -> Box:
     """Where this rank's part lies: each mesh dim cuts what the ones before it have left, as `torch.chunk` does."""
     mesh, shape = leaf.device_mesh, tuple(leaf.shape)
-    place = mesh.get_coordinate()
-    assert place is not None  # the caller has looked
     if not all(type(each) is Split or each.is_replicate() for each in leaf.placements):
         sizes, offsets = compute_local_shape_and_global_offset(shape, mesh, leaf.placements)
         return Box(tuple(offsets), tuple(sizes))
@@ -251,7 +262,7 @@ def _box_of(leaf: DTensor) -> Box:
         if isinstance(placement, Split):
             dim = placement.dim % len(shape)
             chunk = -(-size[dim] // mesh.size(axis))
-            low = min(size[dim], chunk * place[axis])
+            low = min(size[dim], chunk * mesh.get_local_rank(axis))
             start[dim] += low
             size[dim] = min(size[dim], low + chunk) - low
     return Box(tuple(start), tuple(size))

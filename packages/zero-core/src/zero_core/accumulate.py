@@ -27,6 +27,7 @@ class GradShard:
         self.dtype = dtype
         self.in_place = in_place
         self.filled = False
+        self._lent = False
         self._buffer: torch.Tensor | None = None
         self._pool = pool
 
@@ -51,6 +52,8 @@ class GradShard:
             if own.data_ptr() != reduced.data_ptr():
                 own.copy_(reduced)
         else:
+            if self._lent:
+                self._buffer, self._lent = self._own().clone(), False
             own = self._own()
             own.add_(reduced)
             if self.unit.stage >= 2:
@@ -60,11 +63,21 @@ class GradShard:
     def zero(self, *, free: bool) -> None:
         """Forget the gradient; the memory stays for the next one, or is given back."""
         self.filled = False
-        if free:
-            self._buffer = None
+        if free or self._lent:
+            self._buffer, self._lent = None, False
+
+    def lend(self) -> torch.Tensor:
+        """The value, for someone who reads it until later: the next gradient goes into other memory."""
+        assert self.value is not None
+        if self.in_place:  # the next backward writes there, whatever is said here
+            return self.value.clone()
+        self._lent = True
+        return self.value
 
     def zero_slots(self, slots: Iterable[int]) -> None:
         """Forget the gradients of some slots, where the others belong to another optimizer."""
+        if self._lent and self._buffer is not None:
+            self._buffer, self._lent = self._buffer.clone(), False
         wanted = set(slots)
         for part in self.unit.local_slots if self.value is not None else ():
             if part.index in wanted:
@@ -112,6 +125,11 @@ class StoredGradShard(GradShard):
     def zero(self, *, free: bool) -> None:
         """Forget the gradient; its place stays."""
         self.filled = False
+
+    def lend(self) -> torch.Tensor:
+        """See `GradShard.lend`; a copy, on the CPU."""
+        assert self.value is not None
+        return self.value.clone()
 
     def zero_slots(self, slots: Iterable[int]) -> None:
         """See `GradShard.zero_slots`."""

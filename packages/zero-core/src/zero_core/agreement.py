@@ -98,6 +98,8 @@ def agree(
             raise ZeroConfigError(
                 f"{call}: ranks ask for different things: the first for {told[0][0]}, rank {rank} for {wanted}"
             )
+    if optimizer is not None and what not in ("param", "grad"):
+        optimizer.settle()
     shape = told[0][2]
     return Request(call, name, what, state, unit, index, optimizer, None if shape is None else tuple(shape))
 

@@ -49,6 +49,7 @@ class FlatUnit:
         local_slots: the parts of the parameters inside `local`.
         resting: stage 3: the shard in the store of parameters; `shard` is its view then.
         sparse: it is an embedding's weight, whose gradient is sparse by rows.
+        num_edits: how often something else than the optimizer wrote its parameters.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class FlatUnit:
         self.master: torch.Tensor | None = None
         self.stores = stores
         self.resting: Resting | None = None
+        self.num_edits = 0
         self._versions: list[int] = []
 
     @property
@@ -178,15 +180,19 @@ class FlatUnit:
         assert self.master is not None
         return self.master.to(self.dtype)
 
-    def set_values(self, values: torch.Tensor, *, keep_unchanged: bool = False) -> None:
+    def set_values(
+        self, values: torch.Tensor, *, keep_unchanged: bool = False, with_state: bool = False
+    ) -> None:
         """Something else than the optimizer wrote the parameters: shard and master take the values over.
 
         Args:
             values: [local numel] in the parameters' dtype; may be the shard itself.
             keep_unchanged: leave the master alone where it rounds to the value, instead of losing its further digits.
+            with_state: the optimizer's state is loaded along, and belongs to them.
         """
         self.settle()
         self.forget_prefetched()
+        self.num_edits += not with_state
         if self.shard is not None and self.shard.data_ptr() != values.data_ptr():
             self.shard.copy_(values)
         if self.has_separate_master:

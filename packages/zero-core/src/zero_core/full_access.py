@@ -220,6 +220,7 @@ def _write_values(request: Request, full: torch.Tensor) -> None:
     """A parameter and its master: both have the new value, each in its own dtype."""
     unit, slot, part = request.unit, request.slot, request.part
     unit.take_edits()
+    unit.num_edits += 1
     if unit.stage < 3:
         unit.full[slot.offset : slot.stop].copy_(full)
     if part is not None:

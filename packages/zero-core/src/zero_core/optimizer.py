@@ -238,8 +238,15 @@ class ShardedOptimizer(Optimizer):
         self._max_norm = float(max_norm)
         return self.grad_norm()
 
+    def settle(self) -> None:
+        """Have `inner.state` and the masters say all that the stepper knows; whoever reads or writes them calls it.
+
+        A stepper that keeps states in a form of its own puts them there, and takes them from there at the next step.
+        """
+
     def state_dict(self) -> dict[str, Any]:
         """This rank's part of the state, for the same world size and stage; see `sharded_state` for any other."""
+        self.settle()
         masters = {
             u.name: u.master for u in self._sharded.units if u.index in self.slots and u.master is not None
         }
@@ -265,6 +272,7 @@ class ShardedOptimizer(Optimizer):
                 "load_state_dict: one of the two optimizers steps whole tensors, the other slices; build this one with "
                 f"whole_tensors={state_dict['whole_tensors']}"
             )
+        self.settle()
         held = {u.name: u for u in self._sharded.units if u.index in self.slots}
         saved = state_dict["masters"]
         mismatch = sorted(set(held) ^ set(saved)) or [
@@ -328,7 +336,7 @@ class ShardedOptimizer(Optimizer):
         if used is not None:
             slots = [slot for slot in slots if (unit.index, slot.place.index) in used]
             moving = {index for index in moving if (unit.index, index) in used}
-        return UnitStep(unit, grad, slots, moving)
+        return UnitStep(unit, grad, slots, lane.shard.lend, moving)
 
     def _scaled_norm(self) -> torch.Tensor:
         reducer = self._sharded.reducer

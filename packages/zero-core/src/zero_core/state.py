@@ -55,6 +55,8 @@ def _describe(
 ) -> dict[str, Shard]:
     """`sharded_state`, with each unit's part of the parameters in `values`."""
     state = sharded(model)
+    if optimizer is not None:
+        optimizer.settle()
     found: dict[str, Shard] = {}
     for unit, flat in zip(state.units, values, strict=True):
         for part in unit.local_slots:
@@ -115,7 +117,7 @@ def load_sharded_state(
     of_optimizer = {name for name in described if name.startswith("optimizer.")}
     _copy_in(described, tensors, described.keys() - of_optimizer)
     for unit, flat in zip(state.units, values, strict=True):
-        unit.set_values(flat, keep_unchanged=not strict)
+        unit.set_values(flat, keep_unchanged=not strict, with_state=optimizer is not None)
     _copy_in(described, tensors, of_optimizer)  # last, since masters say more than the parameters
     for unit in state.units:
         if unit.stage == 3:
@@ -204,6 +206,7 @@ def state_holders(optimizer: ShardedOptimizer | None) -> Iterator[StateHolder]:
     """What the torch optimizer keeps state for on this rank."""
     if optimizer is None:
         return
+    optimizer.settle()
     state = optimizer.inner.state
     if optimizer.whole is None:
         for slot in _slots(optimizer):

@@ -61,11 +61,13 @@ class UnitStep:
         grad: [local numel] in the accumulate dtype.
         slots: the parts that move (a parameter that no rank used stays as it is, as under DDP).
         moving: every slot of the unit that moves, those of which this rank has no part too.
+        lend: gives `grad` to someone who reads it after the step; the next gradient goes into other memory.
     """
 
     unit: FlatUnit
     grad: torch.Tensor
     slots: Sequence[ShardSlot]
+    lend: Callable[[], torch.Tensor]
     moving: Collection[int] = ()
 
 
@@ -251,19 +253,19 @@ class FusedStepper:
             segments = [self._rule.advance(self.inner, slot) for slot in item.slots]
             if segments:
                 low = unit.shard if unit.has_separate_master else None
-                states = self._flat_state(item)
+                states = self.flat_state(unit, item.slots)
                 self._rule.run(unit.master, item.grad, states, merge(segments), scale, low)
             yield item
 
-    def _flat_state(self, item: UnitStep) -> tuple[torch.Tensor, ...]:
+    def flat_state(self, unit: FlatUnit, slots: Sequence[ShardSlot]) -> tuple[torch.Tensor, ...]:
         """The unit's flat state tensors; per-slot entries of `inner.state` that are not views of them are moved in."""
-        unit, group = item.unit, self.inner.param_groups[0]
+        group = self.inner.param_groups[0]
         assert unit.master is not None
         names = self._rule.states(group)
         if unit.index not in self._flat:
             initial = self._rule.initial(group)
             self._flat[unit.index] = tuple(torch.full_like(unit.master, initial) for _ in names)
-        for slot in item.slots:
+        for slot in slots:
             state = self.inner.state[slot.master]
             for name, flat in zip(names, self._flat[unit.index], strict=True):
                 view = flat[slot.place.start : slot.place.stop]

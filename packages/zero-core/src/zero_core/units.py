@@ -4,15 +4,16 @@ In: an `nn.Module` and the user's choice of units. Out: `UnitSpec`s in order of 
 tree; moves no data. Next: `flat_unit` gives each spec its flat buffer.
 
 By default a unit is one of the model's repeated blocks (two or more children of one class in a `ModuleList` or
-`Sequential`), so that a branch taken inside a block never changes which collectives run. A leaf outside the blocks
-that is as large as a block (an embedding, an output head) is a unit of its own; the rest belongs to the root. An
-`OwnUnit` and an embedding with sparse gradients (unless tied) are one whatever the choice.
+`Sequential`, or in children of theirs that are never called themselves), so that a branch taken inside a block never
+changes which collectives run. A leaf outside the blocks that is as large as a block (an embedding, an output head) is a
+unit of its own; the rest belongs to the root. An `OwnUnit` and an embedding with sparse gradients (unless tied) are one
+whatever the choice.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -156,7 +157,7 @@ def _repeated_blocks(model: nn.Module) -> set[str]:
             continue
         filled = {
             n: child
-            for n, child in container.named_children()
+            for n, child in _entered(container)
             if _num_elements(child) and not isinstance(child, OwnUnit)
         }
         repeats = Counter(type(child) for child in filled.values())
@@ -175,6 +176,15 @@ def _repeated_blocks(model: nn.Module) -> set[str]:
         and _num_elements(module) >= largest
     }
     return set(blocks) | leaves
+
+
+def _entered(container: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The children of a container, by name; in place of those without a forward (holders, lists) what they hold."""
+    for name, child in container.named_children():
+        if "forward" in vars(child) or type(child).forward is not nn.Module.forward:
+            yield prefix + name, child
+        else:
+            yield from _entered(child, f"{prefix}{name}.")
 
 
 def _num_elements(module: nn.Module) -> int:

@@ -13,6 +13,8 @@ The modules, in the order in which data flows:
 - `host_store`, `nvme_store`: where shards of zero-core rest.
 - `tiers`, `forecast` (pure), `free_bytes`, `speeds` -> `preflight`: what all that will take, before it does.
 - `blocks` (pure) -> `window` -> `store_stepper` -> `offloaded`: the step of an optimizer whose state rests there.
+- `zenflow`, `zenflow_schedule`, `importance` (pure) -> `row_set`, `background` -> `zenflow_unit` -> `zenflow_stepper`:
+  the same, with what matters least stepped later.
 """
 
 from .adagrad import CPUAdagrad
@@ -37,6 +39,7 @@ from .store_stepper import StoreStepper
 from .tiers import Tier, TierPlan, Tiers, Traffic, plan_tiers
 from .topology import CoreSet
 from .version import __version__
+from .zenflow import ZenFlow
 
 __all__ = [
     "BindingError",
@@ -63,6 +66,7 @@ __all__ = [
     "TierPlan",
     "Tiers",
     "Traffic",
+    "ZenFlow",
     "__version__",
     "bind_rank",
     "forecast",

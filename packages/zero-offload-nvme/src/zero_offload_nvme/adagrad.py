@@ -14,7 +14,7 @@ class CPUAdagrad(HostOptimizer):
     """Adagrad on the host: a drop-in for `torch.optim.Adagrad` with dense gradients, with parameters anywhere.
 
     In fp32 the state dict is torch's own, in both directions. A step from equal states (without weight decay) ends
-    within 2 units in the last place of `torch.optim.Adagrad(fused=True)` for `sum`, and within 4 for parameters, in
+    within 3 units in the last place of `torch.optim.Adagrad(fused=True)` for `sum`, and within 8 for parameters, in
     units of the larger of the parameter and its update. Host memory, bytes an element: 4 for fp32 parameters on
     the CPU, 8 for others.
 

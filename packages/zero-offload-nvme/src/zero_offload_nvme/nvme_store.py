@@ -93,7 +93,8 @@ class NvmeStore:
     Args:
         path: a directory, or several on as many drives: tensors go to the one with the least on it.
         limit_bytes: more than that is refused; None: what the file systems have free.
-        cache_bytes: of tensors that `prefetch` may bring to memory ahead of their `fetch`.
+        cache_bytes: of tensors that `prefetch` may bring to memory ahead of their `fetch`, and of values on their way
+            to the drive, for each.
         engine: moves the bytes; None makes one. `accel_kernels.tune(path)` finds what suits a drive.
 
     Raises:
@@ -154,6 +155,7 @@ class NvmeStore:
         self._wait(name, start, stop, replaced=True)
         transfer = self.engine.write(place.drive.file, offset, values.detach().cpu().contiguous())
         self._writes.setdefault(name, []).append(_Writing(start, stop, transfer))
+        self._let_go_of_written()
         return transfer
 
     def fetch(self, name: str, out: torch.Tensor, start: int = 0) -> _Reading | Done:
@@ -267,6 +269,18 @@ class NvmeStore:
             self._writes[name].remove(writing)
         if not self._writes.get(name, True):
             del self._writes[name]
+
+    def _let_go_of_written(self) -> None:
+        """A transfer keeps its values until somebody has waited for it; above the limit they are waited for."""
+        writes = [(name, writing) for name, each in self._writes.items() for writing in each]
+        held = sum(writing.transfer.nbytes for _, writing in writes)
+        for name, writing in writes:
+            if held > self.cache_bytes or writing.transfer.is_done():
+                held -= writing.transfer.nbytes
+                with suppress(ak.TransferError):  # told by what asks for its range
+                    writing.transfer.wait()
+                    self._writes[name].remove(writing)
+        self._writes = {name: each for name, each in self._writes.items() if each}
 
     def _make(self, name: str, numel: int, dtype: torch.dtype) -> _Place:
         if not self._drives:

@@ -108,6 +108,7 @@ class HostOptimizer(Optimizer):
             ValueError: other numbers of groups or parameters.
         """
         held: dict[Any, Any] = {}
+        saved: list[Any] = []
 
         def set_aside(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
             # torch would cast states to the parameters' dtype and move them to their device.
@@ -115,10 +116,10 @@ class HostOptimizer(Optimizer):
                 check_group(type(self).__name__, group)
             self._check_states(given)
             held.update(given["state"])
+            saved.extend(chain.from_iterable(group["params"] for group in given["param_groups"]))
             return {**given, "state": {}}
 
         def put_back(_: Optimizer) -> None:
-            saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
             ours = dict(zip(saved, chain.from_iterable(g["params"] for g in self.param_groups), strict=True))
             for key, state in held.items():
                 self.state[ours.get(key, key)] = dict(state) if isinstance(state, dict) else state

@@ -8,16 +8,52 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
 from zero_core import ShardSlot, UnitStep
-from zero_core.steppers import RULES, FusedStepper, asked_for, check_options, has_kernel, merge
+from zero_core.flat_unit import FlatUnit
+from zero_core.steppers import RULES, FusedRule, FusedStepper, asked_for, check_options, has_kernel, merge
 
 from .blocks import block_elements, cut_blocks
 from .errors import OffloadConfigError
 from .window import InStore, OnDevice, Operand, Window
+
+
+@dataclass(frozen=True)
+class FlatStep:
+    """One pass over the flat tensors of one unit.
+
+    Attributes:
+        operands: master, gradient, states, and (where there is one) the low-precision shard.
+        segments: runs of elements that move.
+        scale: of gradients.
+    """
+
+    numel: int
+    operands: list[Operand]
+    segments: list[Any]
+    scale: float
+    has_low: bool
+
+
+def run(rule: FusedRule, window: Window, steps: Sequence[FlatStep]) -> Iterator[int]:
+    """Step units block by block; yields the position of each that moved, when it is final and given to its store."""
+    final = None
+    runs = [(each.numel, merge(each.segments) if each.segments else []) for each in steps]
+    blocks = cut_blocks(runs, window.block_elements)
+    for block, tensors in window.through(blocks, [each.operands for each in steps]):
+        step = steps[block.unit]
+        if final is not None:
+            yield final
+        master, grad, *rest = tensors
+        low = rest.pop() if step.has_low else None
+        rule.run(master, grad, rest, block.segments, step.scale, low)
+        final = block.unit if block.last else None
+    if final is not None:
+        yield final
 
 
 class StoreStepper:
@@ -43,7 +79,7 @@ class StoreStepper:
             )
         self.inner = inner
         self.window_bytes = window_bytes
-        self._rule = RULES[type(inner)]
+        self.rule = RULES[type(inner)]
         self._options = asked_for(inner)
         self._resident = FusedStepper(inner)
         self._states: dict[str, torch.Tensor] = {}
@@ -57,90 +93,100 @@ class StoreStepper:
             OSError: a store cannot read or write; names file, offset and bytes. Parameters and states that the step had
                 come to are updated, the others are not: go on from a checkpoint.
         """
-        check_options(self.inner, self._options)
-        self.inner._opt_called = True  # type: ignore[attr-defined]  # or torch's schedulers warn of a missing step
-        stored = [item for item in work if item.unit.stores.optimizer is not None]
+        self.check()
+        stored = [item for item in work if is_stored(item.unit)]
         factor = float(scale)
         for item in stored:
-            self._reserve(item)  # a full drive is met before a step is counted
-        segments = [[self._rule.advance(self.inner, slot) for slot in item.slots] for item in stored]
-        operands = [self._operands(item) for item in stored]
-        runs = [
-            (item.grad.numel(), merge(each) if each else [])
-            for item, each in zip(stored, segments, strict=True)
-        ]
+            self.reserve(item.unit)  # a full drive is met before a step is counted
+        steps = []
+        for item in stored:
+            segments = [self.rule.advance(self.inner, slot) for slot in item.slots]
+            operands = self.operands(item.unit, item.slots, self._grad(item))
+            steps.append(
+                FlatStep(item.grad.numel(), operands, segments, factor, item.unit.has_separate_master)
+            )
         left = deque(work)
         if stored:
-            window = self._made_window(max(map(len, operands)), stored[0].unit.device)
-            for block, tensors in window.through(cut_blocks(runs, window.block_elements), operands):
-                master, grad, *rest = tensors
-                low = rest.pop() if stored[block.unit].unit.has_separate_master else None
-                self._rule.run(master, grad, rest, block.segments, factor, low)
-                if block.last:
-                    yield from self._up_to(stored[block.unit], left, scale)
-        yield from self._up_to(None, left, scale)
+            for position in run(self.rule, self.window_for(stored[0].unit), steps):
+                yield from self.up_to(stored[position], left, scale)
+        yield from self.up_to(None, left, scale)
 
-    def _up_to(
+    def check(self) -> None:
+        """Before a step: the groups ask for what they asked for before."""
+        check_options(self.inner, self._options)
+        self.inner._opt_called = True  # type: ignore[attr-defined]  # or torch's schedulers warn of a missing step
+
+    def up_to(
         self, last: UnitStep | None, left: deque[UnitStep], scale: torch.Tensor | float
     ) -> Iterator[UnitStep]:
         """Units in the order of all ranks: those before `last` that are not in the store are stepped here."""
         while left:
             item = left.popleft()
-            if item.unit.stores.optimizer is None:
+            if not is_stored(item.unit):
                 yield from self._resident.step([item], scale)
             else:
                 yield item
             if item is last:
                 return
 
-    def _made_window(self, num_operands: int, device: torch.device) -> Window:
+    def window_for(self, unit: FlatUnit) -> Window:
+        """The one window, made for the most operands that a unit may have."""
         if self._window is None:
-            elements = block_elements(self.window_bytes, num_operands)
-            self._window = Window(elements, pin=device.type != "cpu")
+            most = 3 + len(self.rule.states(self.inner.param_groups[0]))
+            elements = block_elements(self.window_bytes, most)
+            self._window = Window(elements, pin=unit.device.type != "cpu")
         return self._window
 
-    def _operands(self, item: UnitStep) -> list[Operand]:
+    def operands(self, unit: FlatUnit, slots: Sequence[ShardSlot], grad: Operand) -> list[Operand]:
         """Master, gradient, states and (where there is one) the low-precision shard."""
-        unit = item.unit
-        store = unit.stores.optimizer
-        assert unit.master is not None
+        found = [self.master(unit), grad, *self.states(unit, slots)]
         if unit.has_separate_master:
-            master = _in(store, unit.key("master"), unit.master)
-        elif unit.resting is not None:
-            master = _in(unit.resting.store, unit.resting.name, unit.master)
-        else:
-            master = Operand(_near(unit.master), unit.master.dtype)
-        grads = unit.stores.grads
-        if grads is not None:
-            grad = _in(grads, unit.key("grad"), item.grad, written=False)
-        else:
-            grad = Operand(_near(item.grad), item.grad.dtype, written=False)
-        found = [master, grad, *(_in(store, unit.key(name), state) for name, state in self._placed(item))]
-        if unit.has_separate_master:
+            assert unit.shard is not None
             if unit.resting is not None:
-                assert unit.shard is not None
                 found.append(_in(unit.resting.store, unit.resting.name, unit.shard, read=False))
             else:
-                assert unit.shard is not None
                 found.append(Operand(_near(unit.shard), unit.shard.dtype, read=False))
         return found
 
-    def _placed(self, item: UnitStep) -> list[tuple[str, torch.Tensor]]:
+    def master(self, unit: FlatUnit) -> Operand:
+        """What a step of the unit updates."""
+        assert unit.master is not None
+        if unit.has_separate_master and unit.stores.optimizer is not None:
+            return _in(unit.stores.optimizer, unit.key("master"), unit.master)
+        if unit.resting is not None and not unit.has_separate_master:
+            return _in(unit.resting.store, unit.resting.name, unit.master)
+        return Operand(_near(unit.master), unit.master.dtype)
+
+    def states(self, unit: FlatUnit, slots: Sequence[ShardSlot]) -> list[Operand]:
+        """The states of a unit where they rest."""
+        if unit.stores.optimizer is None:
+            return [Operand(_near(state), state.dtype) for state in self._resident.flat_state(unit, slots)]
+        placed = self.placed(unit, slots)
+        return [_in(unit.stores.optimizer, unit.key(name), state) for name, state in placed]
+
+    def _grad(self, item: UnitStep) -> Operand:
+        grads = item.unit.stores.grads
+        if grads is not None:
+            return _in(grads, item.unit.key("grad"), item.grad, written=False)
+        return Operand(_near(item.grad), item.grad.dtype, written=False)
+
+    def placed(self, unit: FlatUnit, slots: Sequence[ShardSlot]) -> list[tuple[str, torch.Tensor]]:
         """The unit's states in the store: name and view; what lies elsewhere in `inner.state` is moved in."""
+        self.reserve(unit)
         found = []
-        for name in self._rule.states(self.inner.param_groups[0]):
-            key = item.unit.key(name)
-            for slot in item.slots:
+        for name in self.rule.states(self.inner.param_groups[0]):
+            key = unit.key(name)
+            for slot in slots:
                 self._move_in(slot, name, self._states[key], fresh=key in self._fresh)
             self._fresh.discard(key)
             found.append((name, self._states[key]))
         return found
 
-    def _reserve(self, item: UnitStep) -> None:
+    def reserve(self, unit: FlatUnit) -> None:
         """Have room in the store for the unit's states."""
-        unit, store = item.unit, cast(Any, item.unit.stores.optimizer)
+        store: Any = unit.stores.optimizer
         assert unit.master is not None
-        for name in self._rule.states(self.inner.param_groups[0]):
+        for name in self.rule.states(self.inner.param_groups[0]) if store is not None else ():
             key = unit.key(name)
             if key not in self._states:
                 store.reserve(key, unit.master.numel(), torch.float32)
@@ -152,12 +198,17 @@ class StoreStepper:
         view, held = flat[slot.place.start : slot.place.stop], state.get(name)
         if held is not None and held.data_ptr() == view.data_ptr():
             return
-        initial = self._rule.initial(slot.group)
+        initial = self.rule.initial(slot.group)
         if held is not None:
             view.copy_(held)
         elif initial or not fresh:  # a fresh one is zero, and need not be touched
             view.fill_(initial)
         state[name] = view
+
+
+def is_stored(unit: FlatUnit) -> bool:
+    """Whether something that a step of the unit updates rests in a store."""
+    return unit.stores.optimizer is not None or unit.resting is not None
 
 
 def _near(tensor: torch.Tensor) -> torch.Tensor | OnDevice:

@@ -29,6 +29,7 @@ from .errors import ConfigError
 from .explain import explain
 from .facts import Parts
 from .loader import EpochLoader
+from .offload import check_offload, stores
 from .resolve import Effective, effective
 
 log = logging.getLogger(__name__)
@@ -118,6 +119,8 @@ def initialize(
             'both initialize(lr_scheduler=...) and a "scheduler" section are given; leave one out'
         )
     scaler = policies.loss_scaler(settings.config)
+    check_offload(settings.config)
+    stepper = policies.stepper(settings.config, made, whole_tensors)
 
     model = zero.shard(
         model,
@@ -126,8 +129,9 @@ def initialize(
         precision=policies.precision(settings.config),
         overlap=overlap,
         placement=placement,
+        store=stores(settings.config),
     )
-    sharded = zero.ShardedOptimizer(model, made, scaler=scaler, whole_tensors=whole_tensors)
+    sharded = zero.ShardedOptimizer(model, made, scaler=scaler, stepper=stepper, whole_tensors=whole_tensors)
     scheduler = _scheduler(settings, sharded, lr_scheduler)
     loader = None
     if training_data is not None and not isinstance(training_data, DataLoader):

@@ -10,6 +10,8 @@ from .key_table_later import LATER
 from .keys import Key, KeyTable, Rows, honoured, no_effect, refused
 
 _OFFLOAD = "needs package zero-offload-nvme"
+_BUFFERS = "a window and a cache of fixed size bound the memory"
+_PIPELINE = "states are always read ahead of their step and written behind it"
 _COMPRESS = "needs package comm-compress"
 _UNITS = "parameters are gathered and freed in whole units (repeated blocks): nothing to tune"
 _ONE_GATHER = "a unit is one all-gather, whatever the sizes of its parameters"
@@ -115,7 +117,7 @@ _ZERO: Rows = {
     "sub_group_size": no_effect(
         "the optimizer steps unit by unit; there is no whole-model temporary to split"
     ),
-    "round_robin_gradients": no_effect("concerns copies of gradients to the host, which are refused here"),
+    "round_robin_gradients": no_effect("every rank keeps its own 1/N of each unit's gradients"),
     "parameter_alignment": no_effect(
         "the layout of a unit decides alignment; checkpoints do not depend on it"
     ),
@@ -140,24 +142,38 @@ _ZERO: Rows = {
         "a change in the order of use ends prefetching for one pass, nothing else"
     ),
     "enable_sanity_checks": no_effect("checks are always on"),
-    "save_muon_momentum_buffer_in_memory": no_effect("concerns optimizer offload, which is refused here"),
-    "offload_param": refused(
-        _OFFLOAD,
-        inside='device="none" nvme_path=null pin_memory=true buffer_count=5 buffer_size=1e8 max_in_cpu=1e9',
-    ),
-    "offload_optimizer": refused(
-        _OFFLOAD,
-        inside='device="none" nvme_path=null pin_memory=true buffer_count=4 ratio=1.0 fast_init=false '
-        "pipeline=false pipeline_read=false pipeline_write=false super_offload=false cpuadam_cores_perc=0.8",
-    ),
+    "save_muon_momentum_buffer_in_memory": no_effect("Muon's state is never offloaded"),
+    "offload_param": {
+        "device": honoured("zero_core.Stores(params=): zero_offload_nvme.HostStore or NvmeStore (stage 3)"),
+        "nvme_path": honoured("zero_offload_nvme.NvmeStore(path)"),
+        "pin_memory": honoured("zero_offload_nvme.HostStore(pin=)"),
+        "buffer_count": no_effect(_BUFFERS),
+        "buffer_size": no_effect(_BUFFERS),
+        "max_in_cpu": no_effect("shards of parameters are read ahead of their gather, and not kept after it"),
+    },
+    "offload_optimizer": {
+        "device": honoured("zero_core.Stores(optimizer=, grads=): HostStore or NvmeStore (stages 1 to 3)"),
+        "nvme_path": honoured("zero_offload_nvme.NvmeStore(path)"),
+        "pin_memory": honoured("zero_offload_nvme.HostStore(pin=)"),
+        "buffer_count": no_effect(_BUFFERS),
+        "ratio": honoured(
+            "zero_core.Stores(optimizer_ratio=): the part of the optimizer's state, in whole units"
+        ),
+        "fast_init": no_effect("new states on a drive are zeros of the file system, which writes none"),
+        "pipeline": no_effect(_PIPELINE),
+        "pipeline_read": no_effect(_PIPELINE),
+        "pipeline_write": no_effect(_PIPELINE),
+        "super_offload": refused("steps begin when all gradients are there", False),
+        "cpuadam_cores_perc": no_effect("concerns super_offload; see zero_offload_nvme.bind_rank"),
+    },
     "zenflow": refused(
         _OFFLOAD,
         inside="topk_ratio select_strategy select_interval update_interval overlap_step offload auto_ratio "
         "full_warm_up_rounds pt_reserved_cores_perc steps_per_epoch",
     ),
-    "cpu_offload": refused(_OFFLOAD, False, None),
-    "cpu_offload_param": refused(_OFFLOAD, False, None),
-    "cpu_offload_use_pin_memory": refused(_OFFLOAD, False, None),
+    "cpu_offload": refused('older spelling: give offload_optimizer {"device": "cpu"}', False, None),
+    "cpu_offload_param": refused('older spelling: give offload_param {"device": "cpu"}', False, None),
+    "cpu_offload_use_pin_memory": refused("older spelling: give pin_memory in the two sections", False, None),
     "zero_hpz_partition_size": refused(_COMPRESS, 1),
     "zero_quantized_weights": refused(_COMPRESS, False),
     "zero_quantized_nontrainable_weights": refused(_COMPRESS, False),
@@ -185,7 +201,7 @@ ROWS: dict[str, Key | Rows] = {
     "zero_allow_untested_optimizer": no_effect(
         "any torch optimizer whose update of a parameter needs that parameter alone"
     ),
-    "zero_force_ds_cpu_optimizer": no_effect("concerns optimizer offload, which is refused here"),
+    "zero_force_ds_cpu_optimizer": no_effect("offloaded states are always stepped by the fused kernels"),
     "fp16": _FP16,
     "bf16": _BF16,
     "torch_autocast": _AUTOCAST,
@@ -220,6 +236,17 @@ ROWS: dict[str, Key | Rows] = {
         "load_universal": no_effect("every checkpoint loads on any number of ranks and at any stage"),
         "use_node_local_storage": refused("a checkpoint is one shared directory", False),
         "parallel_write": refused("needs package pipe-parallel", inside="pipeline_stage=false"),
+    },
+    "aio": {
+        "block_size": honoured("accel_kernels.TransferEngine(block_bytes=)"),
+        "queue_depth": honoured("accel_kernels.TransferEngine(queue_depth=): blocks under way"),
+        "thread_count": honoured(
+            "accel_kernels.TransferEngine(num_threads=), at least 4: where io_uring is refused"
+        ),
+        "intra_op_parallelism": no_effect("blocks of one request always travel side by side"),
+        "single_submit": no_effect("the engine submits as the ring takes it"),
+        "overlap_events": no_effect("requests always overlap"),
+        "use_gds": refused("bytes pass through host memory", False),
     },
     "disable_python_gc": refused("the engine does not change settings of the whole process", False),
     "seq_parallel_communication_data_type": refused("needs package long-seq", None),

@@ -39,11 +39,6 @@ LATER: dict[str, Key] = {
         "contiguous_memory_optimization=false number_checkpoints=null "
         "synchronize_checkpoint_boundary=false profile=false",
     ),
-    "aio": refused(
-        "needs package zero-offload-nvme",
-        inside="block_size=1048576 queue_depth=8 thread_count=1 intra_op_parallelism=1 "
-        "single_submit=false overlap_events=true use_gds=false",
-    ),
     "tensor_parallel": refused(
         "needs package tensor-slice",
         inside="autotp_size=0 tp_size=1 tp_grain_size=1 preset_model=null tp_overlap_comm=false "

@@ -12,6 +12,7 @@ import torch
 import zero_core as zero
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from zero_offload_nvme import OffloadConfigError, StoreStepper
 
 from . import schedules
 from .errors import ConfigError
@@ -63,6 +64,26 @@ def overlap(config: Config, *, publish_late: bool = False) -> zero.Overlap:
             "publish_late=True leaves gathers under way, and overlap_comm is false; leave one out"
         )
     return zero.Overlap(enabled=True if wanted is None else wanted, publish_late=publish_late, **sizes)
+
+
+def stepper(config: Config, optimizer: Optimizer, whole_tensors: bool | None) -> StoreStepper | None:
+    """What steps the optimizer's state where it rests; None: zero-core chooses.
+
+    Raises:
+        ConfigError: the state is to be offloaded, and no kernel steps this optimizer block by block.
+    """
+    section = config.zero_optimization
+    if section.offload_optimizer.device == section.offload_param.device == "none":
+        return None
+    if zero.steps_whole_tensors(optimizer, whole_tensors):
+        raise ConfigError(
+            f"offload_optimizer, offload_param: {type(optimizer).__name__} looks at whole tensors, and offloaded "
+            "state is stepped block by block; use AdamW, Adam, Adagrad or SGD"
+        )
+    try:
+        return StoreStepper(optimizer)
+    except OffloadConfigError as error:
+        raise ConfigError(f"offload_optimizer, offload_param: {error}") from error
 
 
 def loss_scaler(config: Config) -> zero.LossScaler | None:

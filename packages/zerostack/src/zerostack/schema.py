@@ -20,6 +20,11 @@ def _never(value: Any) -> Any:
     return None if value == float("inf") else value
 
 
+def _nothing(value: Any) -> Any:
+    """A section that is switched off."""
+    return {} if value is None or value is False else value
+
+
 Int = Annotated[int, BeforeValidator(_whole)]
 Count = Annotated[Int, Field(ge=1)]
 Size = Annotated[Int, Field(ge=0)]
@@ -187,6 +192,44 @@ class DataTypes(Section):
     grad_accum_dtype: Dtype | None = None
 
 
+class Offload(Section):
+    """Where parameters, or optimizer states and gradients, rest between uses."""
+
+    device: Literal["none", "cpu", "nvme"] = "none"
+    nvme_path: str | None = None
+    pin_memory: bool = True
+    buffer_count: Count = 4
+
+
+class OffloadOptimizer(Offload):
+    """The optimizer's states and masters, and reduced gradients."""
+
+    ratio: Annotated[float, Field(ge=0, le=1)] = 1.0
+    fast_init: bool = False
+    pipeline: bool = False
+    pipeline_read: bool = False
+    pipeline_write: bool = False
+    cpuadam_cores_perc: Annotated[float, Field(gt=0, le=1)] = 0.8
+
+
+class OffloadParam(Offload):
+    """Shards of parameters (stage 3)."""
+
+    buffer_size: Size = 100_000_000
+    max_in_cpu: Size = 1_000_000_000
+
+
+class Aio(Section):
+    """How bytes travel between memory and drives."""
+
+    block_size: Annotated[Int, Field(ge=4096)] = 1 << 20
+    queue_depth: Count = 32
+    thread_count: Count = 1
+    intra_op_parallelism: Count = 1
+    single_submit: bool = False
+    overlap_events: bool = True
+
+
 class Zero(Section):
     """How long full parameters and gradients live, and how their bytes travel."""
 
@@ -220,6 +263,8 @@ class Zero(Section):
     log_trace_cache_warnings: bool = False
     enable_sanity_checks: bool = False
     save_muon_momentum_buffer_in_memory: bool = False
+    offload_param: Annotated[OffloadParam, BeforeValidator(_nothing)] = OffloadParam()
+    offload_optimizer: Annotated[OffloadOptimizer, BeforeValidator(_nothing)] = OffloadOptimizer()
     mics_shard_size: Int = -1
     mics_hierarchical_params_gather: bool = False
 
@@ -273,3 +318,4 @@ class Config(Section):
     dump_state: bool = False
     timers: Timers = Timers()
     checkpoint: Checkpoint = Checkpoint()
+    aio: Annotated[Aio, BeforeValidator(_nothing)] = Aio()

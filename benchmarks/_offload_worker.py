@@ -1,0 +1,88 @@
+"""One rank of `offload.py`'s search for the largest model: builds it unit by unit, steps, says what a step costs."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from typing import Any
+
+import _engines
+import torch
+import torch.distributed as dist
+import zero_core as zero
+import zero_offload_nvme as off
+from gpt import GPT, Block, GPTConfig, num_parameters, random_batch
+from torch.distributed.device_mesh import init_device_mesh
+
+
+class Counting(off.NvmeStore):
+    """Counts the bytes that are asked for."""
+
+    read_bytes = written_bytes = 0
+
+    def put(self, name: str, values: torch.Tensor, start: int = 0) -> Any:
+        """See `NvmeStore`."""
+        Counting.written_bytes += values.numel() * values.element_size()
+        return super().put(name, values, start)
+
+    def fetch(self, name: str, out: torch.Tensor, start: int = 0) -> Any:
+        """See `NvmeStore`."""
+        Counting.read_bytes += out.numel() * out.element_size()
+        return super().fetch(name, out, start)
+
+
+def main() -> None:
+    """Build, step, print."""
+    torch.set_num_threads(1)
+    order = json.loads(os.environ["ORDER"])
+    _engines.init_process_group()
+    config = GPTConfig(
+        num_layers=order["layers"], width=order["width"], num_heads=16, vocab_size=256, sequence_length=256
+    )
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = GPT(config)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("dp",))
+    store = Counting(os.environ["OFFLOAD_FOLDER"], cache_bytes=64 << 20) if order["drive"] else None
+    model = zero.shard(model, mesh, stage=3, store=store, init_module=initialise)
+    zero.checkpoint_modules(model, Block, zero.CheckpointPolicy())
+    inner = _engines.torch_adamw(model.parameters())
+    if store is None:
+        optimizer: zero.ShardedOptimizer = zero.ShardedOptimizer(model, inner)
+    else:
+        optimizer = off.OffloadedOptimizer(model, inner, window_bytes=64 << 20)
+    seconds = []
+    for step in range(order["steps"]):
+        Counting.read_bytes = Counting.written_bytes = 0
+        begun = time.perf_counter()
+        loss = model(*random_batch(config, sequences=order["sequences"], seed=step * 2 + dist.get_rank()))
+        loss.backward()
+        zero.clip_grad_norm(optimizer, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append(time.perf_counter() - begun)
+    answer = {
+        "layers": order["layers"],
+        "parameters": num_parameters(model),
+        "step_s": min(seconds[1:]),
+        "loss": float(loss),
+        "read_bytes": Counting.read_bytes,
+        "written_bytes": Counting.written_bytes,
+    }
+    print(json.dumps(answer), flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def initialise(module: torch.nn.Module) -> None:
+    """Values for a module that was built on the meta device."""
+    for name, param in module.named_parameters(recurse=False):
+        if param.dim() > 1:
+            torch.nn.init.normal_(param, std=0.02)
+        else:
+            param.fill_(1.0 if name == "weight" else 0.0)
+
+
+if __name__ == "__main__":
+    main()

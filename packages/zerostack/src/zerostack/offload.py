@@ -1,0 +1,77 @@
+"""Where optimizer state and parameters rest between uses, as the configuration says: stores of zero-offload-nvme.
+
+In: "offload_optimizer", "offload_param" and "aio". Out: zero-core's `Stores`. Next: `api` shards the model over them.
+"""
+
+from __future__ import annotations
+
+import accel_kernels as ak
+import zero_core as zero
+from zero_offload_nvme import HostStore, NvmeStore
+
+from .errors import ConfigError
+from .schema import Aio, Config, Offload
+
+Store = HostStore | NvmeStore
+
+
+def check_offload(config: Config) -> None:
+    """Refuse what cannot rest where it is asked to.
+
+    Raises:
+        ConfigError: a stage that does not shard it, or a drive without a path.
+    """
+    section = config.zero_optimization
+    for name, asked, stage in (
+        ("offload_optimizer", section.offload_optimizer, 1),
+        ("offload_param", section.offload_param, 3),
+    ):
+        path = f"zero_optimization.{name}"
+        if asked.device == "none":
+            continue
+        if section.stage < stage:
+            raise ConfigError(f"{path}: needs stage {stage} or above, got stage {section.stage}")
+        if asked.device == "nvme" and not asked.nvme_path:
+            raise ConfigError(
+                f'{path}.device is "nvme", and {path}.nvme_path is missing: name a folder of a fast drive'
+            )
+
+
+def stores(config: Config) -> zero.Stores | None:
+    """Make the stores that are asked for; None: everything stays on the device.
+
+    Reduced gradients rest with the optimizer state, as in ZeRO-Offload.
+
+    Raises:
+        OffloadDiskError: a folder cannot be written.
+    """
+    section = config.zero_optimization
+    made: dict[tuple[str, str | None], Store] = {}
+
+    def store(asked: Offload) -> Store | None:
+        if asked.device == "none":
+            return None
+        key = (asked.device, asked.nvme_path if asked.device == "nvme" else None)
+        if key not in made:
+            made[key] = _make(asked, config.aio)
+        return made[key]
+
+    optimizer, params = store(section.offload_optimizer), store(section.offload_param)
+    if optimizer is None and params is None:
+        return None
+    return zero.Stores(
+        params=params,
+        grads=optimizer if section.stage >= 2 else None,
+        optimizer=optimizer,
+        optimizer_ratio=section.offload_optimizer.ratio,
+    )
+
+
+def _make(asked: Offload, aio: Aio) -> Store:
+    if asked.device == "cpu":
+        return HostStore(pin=None if asked.pin_memory else False)
+    assert asked.nvme_path is not None  # check_offload
+    engine = ak.TransferEngine(
+        queue_depth=aio.queue_depth, block_bytes=aio.block_size, num_threads=max(4, aio.thread_count)
+    )
+    return NvmeStore(asked.nvme_path, engine=engine)

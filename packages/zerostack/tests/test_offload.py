@@ -1,0 +1,106 @@
+"""Offload by DeepSpeed's keys: the losses of the engine without it, checkpoints, errors before anything moves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import zerostack
+from zero_core.testing import run_ranks
+from zerostack import ConfigError
+from zerostack_models import Small, batch, config
+
+
+def made(stage, *, param=None, optimizer=None, aio=None, **more):
+    zero_section = {"stage": stage}
+    if param:
+        zero_section["offload_param"] = param
+    if optimizer:
+        zero_section["offload_optimizer"] = optimizer
+    raw = config(stage, **more) | {"zero_optimization": zero_section}
+    if aio:
+        raw["aio"] = aio
+    torch.manual_seed(0)
+    return zerostack.initialize(model=Small(), config=raw)[0]
+
+
+def train(engine, rank, steps):
+    losses = []
+    for step in steps:
+        loss = engine(batch(step, rank))
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    return losses
+
+
+def places(folder):
+    disk = {"device": "nvme", "nvme_path": folder, "pin_memory": True, "buffer_count": 5}
+    return {
+        "cpu": {"device": "cpu", "pin_memory": True, "ratio": 1.0},
+        "half": {**disk, "ratio": 0.5},
+        "nvme": disk,
+    }
+
+
+def same_losses(rank, folder, stage, low):
+    more = {"bf16": {"enabled": True}} if low else {}
+    plain = train(made(stage, **more), rank, range(5))
+    for name, where in places(folder).items():
+        assert train(made(stage, optimizer=where, **more), rank, range(5)) == plain, name
+        if stage == 3:
+            params = {key: value for key, value in where.items() if key != "ratio"}
+            aio = {"block_size": 65536, "queue_depth": 4, "thread_count": 2, "overlap_events": True}
+            both = made(3, optimizer=where, param=params, aio=aio, **more)
+            assert train(both, rank, range(5)) == plain, name
+            assert train(made(3, param=params, **more), rank, range(5)) == plain, name
+
+
+@pytest.mark.parametrize("low", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_losses_of_the_engine_without_it(tmp_path, stage, low):
+    run_ranks(same_losses, 2, str(tmp_path), stage, low)
+
+
+def resumed(rank, folder, root):
+    disk = places(folder)["nvme"]
+    offloaded = {"optimizer": disk, "param": disk, "bf16": {"enabled": True}}
+    engine = made(3, **offloaded)
+    train(engine, rank, range(3))
+    engine.save_checkpoint(root)
+    expected = train(engine, rank, range(3, 6))
+    for settings in (offloaded, {"bf16": {"enabled": True}}):
+        other = made(3, **settings)
+        other.load_checkpoint(root)
+        assert train(other, rank, range(3, 6)) == expected
+
+
+def test_a_checkpoint_of_states_on_a_drive(tmp_path):
+    run_ranks(resumed, 2, str(tmp_path / "drive"), str(tmp_path / "checkpoints"))
+
+
+def refusals(rank, folder):
+    disk = places(folder)["nvme"]
+    for stage, more, message in (
+        (0, {"optimizer": disk}, "offload_optimizer: needs stage 1"),
+        (2, {"param": disk}, "offload_param: needs stage 3"),
+        (3, {"param": {"device": "nvme"}}, "nvme_path is missing"),
+        (1, {"optimizer": {"device": "disk"}}, "device"),
+        (1, {"optimizer": {"device": "cpu", "super_offload": True}}, "super_offload"),
+        (1, {"optimizer": {"device": "cpu", "ratio": 2.0}}, "ratio"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            made(stage, **more)
+    model = Small()
+    for optimizer in (
+        lambda params: torch.optim.Adafactor(params),
+        lambda params: torch.optim.RMSprop(params),
+    ):
+        raw = config(1) | {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}
+        del raw["optimizer"]
+        with pytest.raises(ConfigError, match="offload_optimizer"):
+            zerostack.initialize(model=model, optimizer=optimizer, config=raw)
+    zerostack.initialize(model=model, config=config(1))  # nothing has happened to it
+
+
+def test_what_cannot_be_is_refused_before_anything_moves(tmp_path):
+    run_ranks(refusals, 1, str(tmp_path))

@@ -20,6 +20,7 @@ class _Failed:
 
     def __init__(self, inner, text: str, path: str) -> None:
         self._inner, self._text, self._path = inner, text, path
+        self.nbytes = inner.nbytes
 
     def wait(self) -> None:
         self._inner.wait()

@@ -10,10 +10,10 @@ import subprocess
 import sys
 import textwrap
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import accel_kernels as ak
-import ckpt_universal as ckpt
 import pytest
 import torch
 import zero_core as zero
@@ -30,6 +30,8 @@ from zero_offload_nvme import (
     OffloadMemoryError,
     OffloadStateError,
 )
+
+saves = pytest.mark.skipif(find_spec("ckpt_universal") is None, reason="ckpt-universal is not installed")
 
 # -- stores alone ---------------------------------------------------------------------------------------------
 
@@ -243,6 +245,8 @@ def test_a_rank_without_room_ends_the_others_in_bounded_time(tmp_path) -> None:
 
 def fails_in_step(rank: int, folder: str, path: str, what: str) -> str:
     """An error of one rank's drive in its step."""
+    import ckpt_universal as ckpt
+
     engine = FaultyEngine()
     model, opt = build(NvmeStore(folder, engine=engine), 3, torch.bfloat16)
     train(model, opt, 0, range(2), clip=None)
@@ -257,6 +261,7 @@ def fails_in_step(rank: int, folder: str, path: str, what: str) -> str:
     return "nothing happened"
 
 
+@saves
 @pytest.mark.parametrize("what", ["read", "write"])
 def test_an_error_of_the_drive_in_a_step_and_on_from_the_checkpoint(tmp_path, what: str) -> None:
     saved = str(tmp_path / "saved")
@@ -345,6 +350,8 @@ def _tree(model, opt):
 
 
 def save_run(rank: int, kind: str, folder: str, path: str) -> None:
+    import ckpt_universal as ckpt
+
     model, opt = build(stores(kind, "all", 3, folder), 3, torch.bfloat16, world=2)
     train(
         model, opt, 0, range(2), clip=None
@@ -353,6 +360,8 @@ def save_run(rank: int, kind: str, folder: str, path: str) -> None:
 
 
 def resume_run(rank: int, world: int, kind: str, folder: str, path: str):
+    import ckpt_universal as ckpt
+
     model, opt = build(stores(kind, "all", 3, folder), 3, torch.bfloat16, world=world)
     described = zero.sharded_state(model, None)
     found = ckpt.describe(path)
@@ -376,6 +385,7 @@ def whole_run(rank: int, world: int):
     return zero.full_state_dict(model)
 
 
+@saves
 @pytest.mark.parametrize(
     ("before", "after"), [("nvme", "nvme"), ("nvme", "host"), ("host", "nvme"), ("none", "nvme")]
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -35,7 +37,7 @@ def cut_parameters(draw):
 def parts_of(grad: torch.Tensor, cuts: list[int]):
     """Each rank's shard, with something else before its part, and the rows in it."""
     before = 3
-    for start, stop in zip(cuts[:-1], cuts[1:], strict=True):
+    for start, stop in pairwise(cuts):
         if start < stop:
             shard = torch.cat([torch.full((before,), 1e6), grad.flatten()[start:stop]])
             yield shard, rows_of(grad.shape, before, start, stop - start)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -394,3 +395,21 @@ def test_a_checkpoint_of_states_in_a_store_goes_on_anywhere(tmp_path, before: st
     got = run_ranks(resume_run, 1, 1, after, str(tmp_path), str(tmp_path / "saved"))[0]
     expected = run_ranks(whole_run, 1, 1)[0]
     assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+def test_several_threads_use_one_store(tmp_path) -> None:
+    with NvmeStore(tmp_path, cache_bytes=1 << 16) as store:
+
+        def work(number: int) -> None:
+            name, rng = f"t{number}", torch.Generator().manual_seed(number)
+            for _ in range(40):
+                values = torch.randn(3000, generator=rng)
+                store.put(name, values.clone())
+                store.prefetch(name)
+                out = torch.empty(3000)
+                store.fetch(name, out).wait()
+                assert torch.equal(out, values)
+                assert torch.equal(store.view(name), values)
+
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(work, range(4)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 from zero_offload_nvme import ZenFlow
@@ -59,7 +61,7 @@ def test_every_window_is_whole(policy: ZenFlow, outcomes) -> None:
     assert len(exact) == min(policy.full_warm_up_rounds, len(done))
     assert done[: len(exact)] == exact
     longest = policy.max_update_interval if policy.update_interval == "auto" else policy.update_interval
-    for before, after in zip(split, split[1:], strict=False):
+    for before, after in pairwise(split):
         assert after[3] == (0 if before[2] else before[3] + 1)
     assert all(held < longest for *_, held in split)
     if policy.update_interval != "auto":
@@ -79,7 +81,7 @@ def test_channels_are_chosen_between_windows_at_the_interval(policy: ZenFlow, ou
     interval = 1 if policy.select_interval == "auto" else policy.select_interval
     interval *= policy.steps_per_epoch or 1
     chosen = [number for number, (_, todo, _, _) in enumerate(split) if todo is Selection.ANEW]
-    for earlier, later in zip(chosen, chosen[1:], strict=False):
+    for earlier, later in pairwise(chosen):
         due = [n for n in range(earlier + interval, len(split)) if split[n][3] == 0]
         assert later == due[0]  # the first step of a window that is old enough
 

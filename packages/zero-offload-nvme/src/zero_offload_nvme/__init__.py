@@ -13,8 +13,8 @@ The modules, in the order in which data flows:
 - `host_store`, `nvme_store`: where shards of zero-core rest.
 - `tiers`, `forecast` (pure), `free_bytes`, `speeds` -> `preflight`: what all that will take, before it does.
 - `blocks` (pure) -> `window` -> `store_stepper` -> `offloaded`: the step of an optimizer whose state rests there.
-- `zenflow`, `zenflow_schedule`, `importance` (pure) -> `row_set`, `background` -> `zenflow_unit` -> `zenflow_stepper`:
-  the same, with what matters least stepped later.
+- `zenflow`, `zenflow_schedule`, `importance` (pure) -> `row_set`, `background` -> `compact_rows` ->
+  `zenflow_unit` -> `zenflow_choice`, `zenflow_stepper`: the same, with what matters least stepped later.
 """
 
 from .adagrad import CPUAdagrad

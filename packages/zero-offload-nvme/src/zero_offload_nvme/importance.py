@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 
 # Note [Channels are rows]
-# A channel is one index of the first dimension: contiguous in the flat buffer, so nearly every channel lies on one rank,
-# a rank reads and writes it in one piece, and a selection is one number a channel on the wire. Squared norms are added
-# over ranks before any rank chooses: which channels are chosen does not depend on how the buffer was cut.
+# A channel is one index of the first dimension: contiguous in the flat buffer, so that nearly every channel lies on one
+# rank, a rank reads and writes it in one piece, and a selection is one number a channel on the wire. Squared norms are
+# added over ranks before any rank chooses: which channels are chosen does not depend on how the buffer was cut.
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Rows:
 
 def num_channels(shape: Sequence[int]) -> int:
     """Channels among which is chosen: the first dimension; 0 where there are fewer than two, or no elements."""
-    return shape[0] if len(shape) > 1 and math.prod(shape) else 0
+    return shape[0] if len(shape) > 1 and all(shape) else 0
 
 
 def num_chosen(channels: int, ratio: float) -> int:
@@ -60,7 +60,7 @@ def rows_of(shape: Sequence[int], part_start: int, param_start: int, numel: int)
     """
     if not num_channels(shape):
         return [Rows(part_start, 0, 1, numel)]
-    width, found = math.prod(shape[1:]), []
+    width, found = math.prod(shape[1:]), list[Rows]()
     at, stop = param_start, param_start + numel
     while at < stop:
         channel, offset = divmod(at, width)
@@ -94,6 +94,7 @@ def most_important(values: torch.Tensor, count: int) -> torch.Tensor:
 
     Args:
         values: [channels].
+        count: how many; at most as many as there are.
 
     Returns:
         int64, [count].

@@ -10,9 +10,11 @@ import errno
 import mmap
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import wraps
+from typing import Concatenate, ParamSpec, TypeVar
 
 import accel_kernels as ak
 import torch
@@ -87,6 +89,21 @@ class _Reading:
         return self._transfer.is_done()
 
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _one_at_a_time(method: Callable[Concatenate[NvmeStore, P], T]) -> Callable[Concatenate[NvmeStore, P], T]:
+    """Several threads may use a store; their bytes travel side by side all the same."""
+
+    @wraps(method)
+    def call(self: NvmeStore, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        with self._lock:
+            return method(self, *args, **kwargs)
+
+    return call
+
+
 class NvmeStore:
     """Keeps flat tensors on drives; a `zero_core.ShardStore`.
 
@@ -122,6 +139,7 @@ class NvmeStore:
         self.used_bytes = 0
         self._own_engine = engine is None
         self.engine = engine or ak.TransferEngine()
+        self._lock = threading.RLock()
         self._places: dict[str, _Place] = {}
         self._writes: dict[str, list[_Writing]] = {}
         self._cache: dict[str, tuple[ak.Transfer, torch.Tensor]] = {}
@@ -133,6 +151,7 @@ class NvmeStore:
             self.close()
             raise
 
+    @_one_at_a_time
     def reserve(self, name: str, numel: int, dtype: torch.dtype) -> None:
         """Make a tensor of zeros; the file systems set its bytes aside now."""
         end = {drive.directory: drive.end for drive in self._drives}
@@ -140,6 +159,7 @@ class NvmeStore:
         if place.offset < end[place.drive.directory]:  # a range that was used before
             self.view(name).zero_()
 
+    @_one_at_a_time
     def put(self, name: str, values: torch.Tensor, start: int = 0) -> ak.Transfer | Done:
         """See `zero_core.ShardStore.put`."""
         if name not in self._places and not start:
@@ -158,6 +178,7 @@ class NvmeStore:
         self._let_go_of_written()
         return transfer
 
+    @_one_at_a_time
     def fetch(self, name: str, out: torch.Tensor, start: int = 0) -> _Reading | Done:
         """See `zero_core.ShardStore.fetch`."""
         place = self._place(name)
@@ -175,6 +196,7 @@ class NvmeStore:
         transfer = self.engine.read(place.drive.file, offset, memory)
         return _Reading(transfer, memory.view(place.dtype), out)
 
+    @_one_at_a_time
     def prefetch(self, name: str) -> None:
         """See `zero_core.ShardStore.prefetch`; nothing where the cache is full."""
         if name in self._cache:
@@ -186,12 +208,14 @@ class NvmeStore:
         memory = ak.aligned_empty(place.nbytes)
         self._cache[name] = self.engine.read(place.drive.file, place.offset, memory), memory
 
+    @_one_at_a_time
     def forget(self, name: str) -> None:
         """See `zero_core.ShardStore.forget`."""
         if name in self._cache:
             with suppress(ak.TransferError):  # nobody asks for it any more
                 self._cache.pop(name)[0].wait()
 
+    @_one_at_a_time
     def view(self, name: str) -> torch.Tensor:
         """A map of the file, see Note [Views of a drive]; it outlives the store, and the file with it.
 
@@ -204,6 +228,7 @@ class NvmeStore:
         mapped = mmap.mmap(place.drive.descriptor, place.nbytes, offset=place.offset)
         return torch.frombuffer(mapped, dtype=place.dtype)
 
+    @_one_at_a_time
     def release(self, name: str) -> None:
         """Keep it no longer; its range serves the next one of its size."""
         if name in self._places:
@@ -214,6 +239,7 @@ class NvmeStore:
             self.used_bytes -= _pages(place.nbytes)
             place.drive.free.setdefault(_pages(place.nbytes), []).append(place.offset)
 
+    @_one_at_a_time
     def flush(self) -> None:
         """Return when all that was put is in the files.
 
@@ -223,6 +249,7 @@ class NvmeStore:
         for name in list(self._writes):
             self._settled(name)
 
+    @_one_at_a_time
     def close(self) -> None:
         """Let go of files and engine; views stay what they are."""
         for name, place in self._places.items():  # nobody will read it

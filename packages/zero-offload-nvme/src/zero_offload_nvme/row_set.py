@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -19,6 +20,10 @@ class _Run:
     rows: Rows
     pieces: torch.Tensor
     at: int
+
+    @property
+    def is_all(self) -> bool:
+        return self.pieces.numel() == self.rows.num
 
     def inside(self, compact: torch.Tensor) -> torch.Tensor:
         return compact[self.at : self.at + self.pieces.numel() * self.rows.width].view(-1, self.rows.width)
@@ -34,14 +39,17 @@ class RowSet:
     Attributes:
         spans: slot -> its range in a compact tensor.
         numel: of a compact tensor.
+        device: where compact tensors are.
     """
 
     def __init__(
         self, picked: Mapping[int, Iterable[tuple[Rows, torch.Tensor]]], device: torch.device
     ) -> None:
         self.numel = 0
+        self.device = device
         self.spans: dict[int, tuple[int, int]] = {}
         self._runs: list[_Run] = []
+        self._known: tuple[torch.Tensor, torch.Tensor, list[Any]] | None = None
         for slot, runs in picked.items():
             start = self.numel
             for rows, pieces in runs:
@@ -53,7 +61,7 @@ class RowSet:
         """Fill `out`, compact, from a shard; either may be on the host, and of any dtype."""
         for run in self._runs:
             source, inside = run.rows.view(flat), run.inside(out)
-            if len(run.pieces) == run.rows.num:
+            if run.is_all:
                 inside.copy_(source)
             elif flat.device == out.device and flat.dtype == out.dtype:
                 torch.index_select(source, 0, run.pieces, out=inside)
@@ -63,12 +71,23 @@ class RowSet:
 
     def put(self, compact: torch.Tensor, flat: torch.Tensor) -> None:
         """Write compact values to their rows of a shard, in its dtype."""
-        for run in self._runs:
-            target, inside = run.rows.view(flat), run.inside(compact)
-            if len(run.pieces) == run.rows.num:
+        for target, inside, pieces in self._pairs(compact, flat):
+            if pieces is None:
                 target.copy_(inside)
             else:
-                target.index_copy_(0, run.pieces.to(flat.device), inside.to(flat.device, flat.dtype))
+                target.index_copy_(0, pieces.to(flat.device), inside.to(flat.device, flat.dtype))
+
+    def _pairs(
+        self, compact: torch.Tensor, flat: torch.Tensor
+    ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+        """Rows of a shard, their values, and which of the rows; those of the last pair of tensors are kept."""
+        if self._known is None or self._known[0] is not compact or self._known[1] is not flat:
+            found = [
+                (run.rows.view(flat), run.inside(compact), None if run.is_all else run.pieces)
+                for run in self._runs
+            ]
+            self._known = compact, flat, found
+        return self._known[2]
 
     def scale(self, flat: torch.Tensor, factors: Mapping[int, float]) -> None:
         """Multiply rows of a shard by a factor for each slot."""

@@ -74,6 +74,8 @@ def ends_window(policy: ZenFlow, progress: Progress, *, is_ripe: bool) -> bool:
     """Whether the gradient of the step to come is the window's last.
 
     Args:
+        policy: what is wanted.
+        progress: before the step.
         is_ripe: see there; looked at for `update_interval="auto"`.
     """
     if policy.update_interval == "auto":
@@ -85,6 +87,7 @@ def is_ripe(policy: ZenFlow, *, rest: tuple[float, float], chosen: tuple[float, 
     """Whether what has accumulated is as important as what is stepped at once.
 
     Args:
+        policy: its `auto_ratio` counts.
         rest: sum of squares of the accumulated gradients that wait, and how many elements they are.
         chosen: the same of the gradients that are stepped at once.
     """
@@ -96,6 +99,7 @@ def is_stale(policy: ZenFlow, *, held: float, best: float) -> bool:
     """Whether channels are to be chosen anew.
 
     Args:
+        policy: its `reselect_share` counts.
         held: importance of the chosen channels.
         best: of as many that are the most important now.
     """

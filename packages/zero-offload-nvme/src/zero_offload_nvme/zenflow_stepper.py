@@ -6,7 +6,7 @@ too. What a step does is `zenflow_schedule`'s to say, how one unit does it `zenf
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TypeAlias
@@ -20,9 +20,9 @@ from zero_core.flat_unit import FlatUnit
 
 from .background import Background, Job
 from .errors import OffloadConfigError
-from .importance import importance, most_important, num_channels, num_chosen, rows_of
 from .store_stepper import StoreStepper, run
 from .zenflow import ZenFlow
+from .zenflow_choice import most_important_channels
 from .zenflow_schedule import Progress, Selection, ends_window, is_ripe, is_stale, is_warming_up, selection
 from .zenflow_unit import ZenUnit
 
@@ -63,6 +63,7 @@ class ZenFlowStepper:
         self._units: dict[int, ZenUnit] = {}
         self._background = Background("zenflow")
         self._accumulating: list[Job] = []
+        self._sums_to_do: list[Callable[[], None]] = []
         self._late: Job | None = None
 
     def step(self, work: Sequence[UnitStep], scale: torch.Tensor | float) -> Iterator[UnitStep]:
@@ -84,6 +85,8 @@ class ZenFlowStepper:
         self._resume(parts)
         self._wait_for_sums()
         self._take_edits()
+        if not self.policy.overlap_step:  # a state with overlap may have been loaded
+            self._land([zen for zen in self._active() if zen.under_way])
         self._select(stored, factor)
         for item in stored:
             self._units[item.unit.index].take(item.grad)
@@ -156,6 +159,7 @@ class ZenFlowStepper:
             else:
                 zen.publish()
             yield item
+        self._begin_sums()
         if ends and overlap:
             self._begin_late_steps()
         elif ends:
@@ -167,9 +171,14 @@ class ZenFlowStepper:
     def _accumulate(self, zen: ZenUnit, item: UnitStep, factor: float) -> None:
         add = zen.accumulation(factor)
         if self.policy.overlap_step:
-            self._accumulating.append(self._background.submit(partial(add, item.lend())))
+            self._sums_to_do.append(partial(add, item.lend()))
         else:
             add(item.grad)
+
+    def _begin_sums(self) -> None:
+        """Not before the step is over: the thread would take memory bandwidth from it."""
+        self._accumulating += [self._background.submit(each) for each in self._sums_to_do]
+        self._sums_to_do.clear()
 
     def _late_steps(self, zens: Sequence[ZenUnit]) -> Iterator[ZenUnit]:
         """Step the rest of units here and now; yields every unit, in order, when it is final."""
@@ -206,7 +215,7 @@ class ZenFlowStepper:
         todo = selection(self.policy, self.progress)
         if todo is Selection.KEEP:
             return
-        best, held = self._most_important(stored)
+        best, held = most_important_channels(stored, self._units, self.policy.topk_ratio, self._wire)
         best_sum = sum(float(values[chosen].sum()) for values, chosen in best.values())
         if todo is Selection.IF_STALE and not is_stale(self.policy, held=held, best=best_sum):
             return
@@ -220,41 +229,6 @@ class ZenFlowStepper:
                 if (unit, slot.place.index) in best
             })  # fmt: skip
         self.progress = self.progress.selected()
-
-    def _most_important(
-        self, stored: Sequence[UnitStep]
-    ) -> tuple[dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]], float]:
-        """For each moving matrix by unit and slot: importance of its channels, and which are the best; of all ranks.
-
-        Returns:
-            That, and the importance of the channels that are chosen now.
-        """
-        parts: dict[tuple[int, int], torch.Tensor] = {}
-        held = torch.zeros(1)
-        for item in stored:
-            mine = {slot.place.index: slot for slot in item.slots}
-            for index in sorted(item.moving):
-                shape = item.unit.layout.slots[index].shape
-                channels = num_channels(shape)
-                if not channels:
-                    continue
-                parts[item.unit.index, index] = torch.zeros(channels)
-                if index in mine:
-                    place = mine[index].place
-                    rows = rows_of(shape, place.start, place.param_start, place.numel)
-                    values = importance(item.grad, rows, channels).cpu()
-                    parts[item.unit.index, index] = values
-                    held += values[self._units[item.unit.index].chosen[index]].sum()
-        vector = torch.cat([*parts.values(), held]).to(self._wire.device)
-        self._wire.all_reduce("importance of channels", vector, dist.ReduceOp.SUM).wait()
-        vector = vector.cpu()
-        summed = vector[:-1].split([len(part) for part in parts.values()])
-        found = {}
-        for key, values in zip(parts, summed, strict=True):
-            chosen = torch.zeros(len(values), dtype=torch.bool)
-            chosen[most_important(values, num_chosen(len(values), self.policy.topk_ratio))] = True
-            found[key] = (values, chosen)
-        return found, float(vector[-1])
 
     def _is_ripe(self, factor: float) -> bool:
         """Whether the rest has become important, on all ranks together."""
@@ -296,11 +270,11 @@ class ZenFlowStepper:
             if unit.index not in self._units:
                 self._units[unit.index] = ZenUnit(unit, self.exact, overlap=self.policy.overlap_step)
         for index, zen in self._units.items():
-            if not zen.is_settled and any(slot not in zen.slots for slot in moving.get(index, ())):
+            if not zen.is_settled and not zen.knows(moving.get(index, ())):
                 self.settle()
         for index, zen in self._units.items():
             if zen.is_settled:
-                zen.resume([*zen.slots, *(slot for slot in moving.get(index, ()) if slot not in zen.slots)])
+                zen.resume(moving.get(index, ()))
 
     def _take_edits(self) -> None:
         """What somebody wrote to parameters counts; what was computed from the old values does not."""

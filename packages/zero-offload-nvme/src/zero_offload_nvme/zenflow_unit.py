@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 
 import accel_kernels as ak
@@ -16,6 +15,7 @@ import torch
 from zero_core import ShardSlot, UnitStep
 from zero_core.flat_unit import FlatUnit
 
+from .compact_rows import CompactRows, sum_of_squares
 from .importance import Rows, num_channels, pick, rows_of
 from .row_set import RowSet
 from .store_stepper import FlatStep, StoreStepper
@@ -64,11 +64,7 @@ class ZenUnit:
         self._held: dict[int, int] = {}
         self._late_steps: dict[int, int] = {}
         self._late_slots: list[ShardSlot] = []
-        self._rows: RowSet
-        self._values: torch.Tensor
-        self._moments: list[torch.Tensor]
-        self._grads: torch.Tensor
-        self._low: torch.Tensor | None = None
+        self._compact: CompactRows
         self._sum: torch.Tensor | None = None
         self._other_sum: torch.Tensor | None = None
         self._next: torch.Tensor | None = None
@@ -77,33 +73,23 @@ class ZenUnit:
 
     # -- the chosen rows ---------------------------------------------------------------------------------------
 
-    def take(self, grad: torch.Tensor) -> torch.Tensor:
-        """The chosen rows of a gradient, compact; kept for `step`."""
-        if self._grads.dtype != grad.dtype:
-            self._grads = torch.empty(self._rows.numel, dtype=grad.dtype, device=self.unit.device)
-        return self._rows.take(grad, self._grads)
+    def take(self, grad: torch.Tensor) -> None:
+        """The chosen rows of a gradient; kept for `step`."""
+        self._compact.take_gradient(grad)
 
     def step(self, item: UnitStep, scale: float) -> None:
         """Step the chosen rows with what `take` took, and count the step of every slot that moves."""
-        segments = []
-        for slot in item.slots:
-            segment = self._stepper.rule.advance(self._stepper.inner, slot)
-            start, stop = self._rows.spans[slot.place.index]
-            if start < stop:
-                segments.append(replace(segment, start=start, stop=stop))
-        if segments:
-            rule = self._stepper.rule
-            rule.run(self._values, self._grads, self._moments, segments, scale, self._low)
+        self._compact.step(item.slots, self._stepper, scale)
 
     def publish(self) -> None:
         """Write the chosen rows to the shard."""
-        self._rows.put(self._values if self._low is None else self._low, self._shard())
+        self._compact.publish(self._shard())
 
     # -- the rest ----------------------------------------------------------------------------------------------
 
     def at_once(self, scale: float) -> tuple[float, float]:
         """Sum of squares of what `take` took, times the scale, and how many elements it is."""
-        return _sum_of_squares([self._grads]) * scale**2, float(self._rows.numel)
+        return sum_of_squares([self._compact.grads]) * scale**2, float(self._compact.rows.numel)
 
     def hold(self, slots: Iterable[ShardSlot]) -> None:
         """Count a gradient of these slots."""
@@ -127,10 +113,11 @@ class ZenUnit:
             return 0.0, 0.0
         assert self._sum is not None
         parts = [self._sum[slot.place.start : slot.place.stop] for slot in self._late_slots]
-        rows = self._rows.take(self._sum, torch.empty(self._rows.numel, device=self.unit.device))
-        spans = [self._rows.spans[slot.place.index] for slot in self._late_slots]
-        chosen = [rows[start:stop] for start, stop in spans]
-        squares = _sum_of_squares(parts) - _sum_of_squares(chosen)
+        rows = self._compact.rows
+        compact = rows.take(self._sum, torch.empty(rows.numel, device=self.unit.device))
+        spans = [rows.spans[slot.place.index] for slot in self._late_slots]
+        chosen = [compact[start:stop] for start, stop in spans]
+        squares = sum_of_squares(parts) - sum_of_squares(chosen)
         return max(squares, 0.0), float(sum(p.numel() for p in parts) - sum(c.numel() for c in chosen))
 
     def late_step(self, *, late: bool) -> FlatStep | None:
@@ -208,7 +195,9 @@ class ZenUnit:
         unit = self.unit
         if unit.has_separate_master:
             assert unit.master is not None
-            self._rows.put(self._values, unit.master)  # so that what was not written keeps its digits
+            self._compact.rows.put(
+                self._compact.values, unit.master
+            )  # so that what was not written keeps its digits
             unit.set_values(unit.values(), keep_unchanged=True)
         self._take_values()
 
@@ -253,10 +242,19 @@ class ZenUnit:
             }
         self.is_settled = True
 
+    def knows(self, slots: Iterable[ShardSlot]) -> bool:
+        """Whether these have moved before."""
+        return all(slot.place.index in self.chosen for slot in slots)
+
     def resume(self, slots: Sequence[ShardSlot]) -> None:
-        """Take over what `inner.state` says; a state without anything of ZenFlow is one that nothing waits for."""
+        """Take over what `inner.state` says; a state without anything of ZenFlow is one that nothing waits for.
+
+        Args:
+            slots: that move, besides those that have moved before.
+        """
         edited = self.is_edited
-        self.slots = sorted(slots, key=lambda slot: slot.place.start)
+        known = {slot.place.index: slot for slot in (*self.slots, *slots)}
+        self.slots = sorted(known.values(), key=lambda slot: slot.place.start)
         self.under_way, self._held = [], {}
         for slot in self.slots:
             place, state = slot.place, self._stepper.inner.state[slot.master]
@@ -268,6 +266,8 @@ class ZenUnit:
                 self.under_way.append(slot)
         full = [view for _, view in self._stepper.placed(self.unit, self.slots)]
         self._from_full(full)
+        if self.under_way and self._next is None:
+            self._next = self._host(self.unit.dtype)
         for name, flat_tensor in (("zenflow_sum", self._sum), ("zenflow_next", self._next)):
             for slot in self.slots if flat_tensor is not None else ():
                 assert flat_tensor is not None
@@ -310,7 +310,7 @@ class ZenUnit:
         return rows_of(place.slot.shape, place.start, place.param_start, place.numel)
 
     def _chosen_in(self, slot: ShardSlot, mask: torch.Tensor | None) -> torch.Tensor:
-        """Which channels of a slot are chosen, by a mask over this rank's part: all of those that are not chosen among."""
+        """Which channels of a slot are chosen, by a mask over this rank's part; all, where none is chosen among."""
         place = slot.place
         chosen = torch.zeros(num_channels(place.slot.shape) or 1, dtype=torch.bool)
         if not num_channels(place.slot.shape):
@@ -353,24 +353,13 @@ class ZenUnit:
     def _to_full(self) -> list[torch.Tensor]:
         """Write the compact form into the full one; the moments in full form."""
         full = [view for _, view in self._stepper.placed(self.unit, self.slots)]
-        for compact, view in zip(self._moments, full, strict=True):
-            self._rows.put(compact, view)
-        if self.unit.has_separate_master:
-            assert self.unit.master is not None
-            self._rows.put(self._values, self.unit.master)
+        self._compact.write(full, self.unit.master if self.unit.has_separate_master else None)
         return full
 
     def _from_full(self, full: Sequence[torch.Tensor]) -> None:
         """Take the chosen rows out of the full form, and make room for sums where rows wait."""
         unit = self.unit
-        self._rows = self._row_set(self.chosen)
-        self._values, self._grads = (
-            torch.empty(self._rows.numel, dtype=torch.float32, device=unit.device) for _ in range(2)
-        )
-        self._moments = [self._rows.take(view, torch.empty_like(self._values)) for view in full]
-        self._low = None
-        if unit.has_separate_master:
-            self._low = torch.empty(self._rows.numel, dtype=unit.dtype, device=unit.device)
+        self._compact = CompactRows(self._row_set(self.chosen), full, unit.dtype, unit.has_separate_master)
         self._take_values()
         self._late_slots = [
             slot for slot in self.slots if pick(self._rows_of(slot), ~self.chosen[slot.place.index])
@@ -385,12 +374,10 @@ class ZenUnit:
 
     def _take_values(self) -> None:
         """The chosen rows as master and shard have them."""
-        unit = self.unit
-        assert unit.master is not None and unit.shard is not None
-        self._rows.take(unit.master, self._values)
-        if self._low is not None:
-            self._rows.take(unit.shard, self._low)
-        self._num_edits = unit.num_edits
+        assert self.unit.master is not None
+        assert self.unit.shard is not None
+        self._compact.take_values(self.unit.master, self.unit.shard)
+        self._num_edits = self.unit.num_edits
 
 
 def _add(total: torch.Tensor, grad: torch.Tensor, *, scale: float, is_first: bool) -> None:
@@ -399,8 +386,3 @@ def _add(total: torch.Tensor, grad: torch.Tensor, *, scale: float, is_first: boo
         ak.cast_copy(grad, total, scale=scale)
     else:
         total.add_(grad, alpha=scale)
-
-
-def _sum_of_squares(parts: Sequence[torch.Tensor]) -> float:
-    parts = [part for part in parts if part.numel()]
-    return float(ak.grad_norm_scale(parts)[0]) if parts else 0.0

@@ -1,0 +1,87 @@
+"""The chosen rows of a unit on the device: values, moments, and the step over them.
+
+In: a gradient shard. Out: updated rows in the shard of parameters. They are all that is stepped before `step` returns.
+Next: `zenflow_unit` keeps them beside the full form of the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import accel_kernels as ak
+import torch
+from zero_core import ShardSlot
+
+from .row_set import RowSet
+from .store_stepper import StoreStepper
+
+
+class CompactRows:
+    """Chosen rows with their moments.
+
+    Args:
+        rows: which, and on which device.
+        moments: in full form, flat; the rows' are taken from there.
+        dtype: of the parameters.
+        has_master: values are fp32 beside parameters of that dtype.
+
+    Attributes:
+        values: fp32, compact.
+        grads: what `take_gradient` took.
+    """
+
+    def __init__(
+        self, rows: RowSet, moments: Sequence[torch.Tensor], dtype: torch.dtype, has_master: bool
+    ) -> None:
+        self.rows = rows
+        self.values = torch.empty(rows.numel, dtype=torch.float32, device=rows.device)
+        self.grads = torch.empty_like(self.values)
+        self._moments = [rows.take(full, torch.empty_like(self.values)) for full in moments]
+        self._low = torch.empty_like(self.values, dtype=dtype) if has_master else None
+
+    def take_gradient(self, grad: torch.Tensor) -> None:
+        """The rows of a flat gradient, in its dtype."""
+        if self.grads.dtype != grad.dtype:
+            self.grads = torch.empty_like(self.grads, dtype=grad.dtype)
+        self.rows.take(grad, self.grads)
+
+    def take_values(self, master: torch.Tensor, shard: torch.Tensor) -> None:
+        """The rows as flat tensors have them."""
+        self.rows.take(master, self.values)
+        if self._low is not None:
+            self.rows.take(shard, self._low)
+
+    def step(self, slots: Sequence[ShardSlot], stepper: StoreStepper, scale: float) -> None:
+        """Step the rows of these slots, and count the step of each, with rows here or without."""
+        runs: list[tuple[int, int, dict[str, Any], int]] = []
+        for slot in slots:
+            state = stepper.inner.state[slot.master]
+            if "step" not in state:
+                state["step"] = torch.tensor(0.0)
+            state["step"] += 1
+            count, (start, stop) = int(state["step"]), self.rows.spans[slot.place.index]
+            if runs and runs[-1][1] == start and runs[-1][2] is slot.group and runs[-1][3] == count:
+                start = runs.pop()[0]
+            if start < stop:
+                runs.append((start, stop, slot.group, count))
+        if runs:
+            segments = [stepper.rule.segment(*each) for each in runs]
+            stepper.rule.run(self.values, self.grads, self._moments, segments, scale, self._low)
+
+    def publish(self, shard: torch.Tensor) -> None:
+        """Write the rows to the shard, in its dtype."""
+        self.rows.put(self.values if self._low is None else self._low, shard)
+
+    def write(self, moments: Sequence[torch.Tensor], master: torch.Tensor | None) -> None:
+        """Write moments, and values where there is a separate master, to flat tensors."""
+        for compact, full in zip(self._moments, moments, strict=True):
+            self.rows.put(compact, full)
+        if master is not None:
+            self.rows.put(self.values, master)
+
+
+def sum_of_squares(parts: Sequence[torch.Tensor]) -> float:
+    """Of all elements, in fp64."""
+    parts = [part for part in parts if part.numel()]
+    return float(ak.grad_norm_scale(parts)[0]) if parts else 0.0

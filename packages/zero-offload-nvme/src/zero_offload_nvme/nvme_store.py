@@ -10,6 +10,7 @@ import errno
 import mmap
 import os
 import secrets
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass

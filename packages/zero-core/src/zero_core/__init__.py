@@ -8,7 +8,7 @@ The modules, in the order in which data flows:
 - `stores`: where shards rest, if not on the device.
 - `params`, `gather` -> `turns`, `gather_plan`: stage 3: parameters whole around their use, in one order on all ranks.
 - `hooks` -> `buckets` -> `collectives`, `exchange`, `shared_memory` -> `accumulate` -> `precision`, `norms` ->
-  `claims`, `optimizer`, `steppers` -> `publish`: a gradient's way.
+  `claims`, `optimizer`, `steppers` -> `publish`, `late`: a gradient's way.
 - `memory_files`, `wires`, `hierarchy`, `rows`: whose memory is mapped; who talks to whom, across replicas, about rows.
 - `owners`, `whole`: a step of optimizers that look at whole tensors.
 - `checkpointing`: activations are computed again in backward; where the inputs wait meanwhile.

@@ -167,7 +167,7 @@ _ZERO: Rows = {
         "cpuadam_cores_perc": no_effect("concerns super_offload; see zero_offload_nvme.bind_rank"),
     },
     "zenflow": refused(
-        _OFFLOAD,
+        'for loops of your own: zero_offload_nvme.OffloadedOptimizer(overlap="zenflow")',
         inside="topk_ratio select_strategy select_interval update_interval overlap_step offload auto_ratio "
         "full_warm_up_rounds pt_reserved_cores_perc steps_per_epoch",
     ),

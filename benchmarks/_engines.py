@@ -188,16 +188,7 @@ def zero_stage(model: GPT, job: Job, *, stage: int, shared_memory: bool = True, 
     if job.recompute:
         zero.checkpoint_modules(sharded, Block, zero.CheckpointPolicy())
     optimizer = zero.ShardedOptimizer(sharded, torch_adamw(sharded.parameters()))
-    accumulate = _accumulation(sharded, partial(zero.no_sync, sharded))
-
-    def step(batches: Sequence[Batch]) -> float:
-        loss = accumulate(batches)
-        zero.clip_grad_norm(optimizer, MAX_NORM)
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss
-
-    return step
+    return _zero_step(sharded, optimizer)
 
 
 def zero_offload(model: GPT, job: Job, *, stage: int, drive: bool) -> Step:
@@ -212,7 +203,14 @@ def zero_offload(model: GPT, job: Job, *, stage: int, drive: bool) -> Step:
     if job.recompute:
         zero.checkpoint_modules(sharded, Block, zero.CheckpointPolicy())
     optimizer = off.OffloadedOptimizer(sharded, torch_adamw(sharded.parameters()))
-    accumulate = _accumulation(sharded, partial(zero.no_sync, sharded))
+    return _zero_step(sharded, optimizer)
+
+
+def _zero_step(model: GPT, optimizer: Any) -> Step:
+    """The ordinary loop with zero-core's clipping and accumulation."""
+    import zero_core as zero
+
+    accumulate = _accumulation(model, partial(zero.no_sync, model))
 
     def step(batches: Sequence[Batch]) -> float:
         loss = accumulate(batches)

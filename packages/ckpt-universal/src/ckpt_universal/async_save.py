@@ -10,7 +10,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import accumulate
+from itertools import accumulate, takewhile
 from types import TracebackType
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from .ranks import Ranks
-from .save import Agreed, SavePolicy, Target, agree, take_apart, write_step
+from .save import Agreed, SavePolicy, Taken, Target, take_apart, write_step
 from .writer import CHUNK_ALIGN, Piece
 
 log = logging.getLogger(__name__)
@@ -109,15 +109,27 @@ class AsyncSaver:
         target = Target.of(self._path, step, name)
         while len(self._jobs) >= len(self._buffers):
             self._finish_first()
-        self._raise_failed()
-        flat = take_apart(state, self._ranks)
-        self._agreed = agree(flat, self._ranks, self.policy.chunk_bytes, self._agreed, can_repeat=True)
+        taken, said = self._ranks.share(
+            "save: taking the state apart", lambda: take_apart(state), self._report
+        )
+        # Ranks see the end of a save at different times; they raise together, since it failed on all of them.
+        for _ in range(max(num_done for num_done, _ in said)):
+            self._finish_first()
+        agreed = self._agreed
+        if agreed is None or not all(knows_layout for _, knows_layout in said):
+            told = self._ranks.gather_bytes(taken.told, "save")
+            self._agreed = agreed = Agreed.of(told, self._ranks.rank, self.policy.chunk_bytes)
         buffer = self._buffers[self._num_saves % len(self._buffers)]
-        pieces = buffer.copy(self._agreed.pieces(flat))
+        pieces = buffer.copy(agreed.pieces(taken))
         self._num_saves += 1
-        self._jobs.append(self._thread.submit(self._write, target, pieces, flat.values, self._agreed))
+        self._jobs.append(self._thread.submit(self._write, target, pieces, taken.values, agreed))
 
-    def _write(self, target: Target, pieces: Sequence[Piece], values: Any, agreed: Agreed) -> str:
+    def _report(self, taken: Taken) -> tuple[int, bool]:
+        """How many saves have ended, and whether the layout is that of the last one."""
+        num_done = sum(1 for _ in takewhile(Future.done, self._jobs))
+        return num_done, self._agreed is not None and self._agreed.told == taken.told
+
+    def _write(self, target: Target, pieces: Sequence[Piece], values: bytes, agreed: Agreed) -> str:
         try:
             path = write_step(target, pieces, values, agreed, self._beside, self.policy)
         except BaseException:
@@ -128,11 +140,6 @@ class AsyncSaver:
 
     def _finish_first(self) -> None:
         self._jobs.pop(0).result()
-
-    def _raise_failed(self) -> None:
-        """Ranks see a save's end at different times; they raise together, since it failed on all of them."""
-        while any(self._ranks.gather(bool(self._jobs) and self._jobs[0].done(), "save")):
-            self._finish_first()
 
     def wait(self) -> str | None:
         """Return when everything begun is committed; the path of the last step.

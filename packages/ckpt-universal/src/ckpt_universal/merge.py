@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from .errors import ConfigError
-from .values import PerRankValues, pack
+from .values import PerRankValues, TensorRef, pack
 
 _NOTHING = object()
+_PLAIN = (TensorRef, str, bytes, int, bool, type(None))  # where equal values of one type have equal bytes
 
 
 def merge_values(trees: Sequence[Any]) -> Any:
@@ -47,6 +48,11 @@ def _merge(nodes: list[Any], path: tuple[str, ...]) -> Any:
                 for at in range(length)
             ]
             return kind(_merge(each, (*path, str(at))) for at, each in enumerate(inner))
+    if all(
+        node is first or (type(node) in _PLAIN and type(node) is type(first) and node == first)
+        for _, node in known
+    ):
+        return first
     expected = pack(first, "")
     for rank, node in known:
         if pack(node, "") != expected:

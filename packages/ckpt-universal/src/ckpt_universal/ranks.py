@@ -17,6 +17,7 @@ import torch.distributed as dist
 from .errors import CheckpointError
 
 T = TypeVar("T")
+U = TypeVar("U")
 _SHORT = 4096
 """Bytes that travel with their size."""
 _TAG = 0x636B  # of these messages; between two ranks they arrive in the order in which they were sent
@@ -110,34 +111,34 @@ class Ranks:
             BaseException: what `act` raised on this rank.
             CheckpointError: it raised on another.
         """
-        mine, _ = self._outcomes(doing, act, tell=False)
-        return cast(T, mine)
+        return self.share(doing, act, lambda result: None)[0]
 
     def gather_results(self, doing: str, act: Callable[[], T]) -> list[T]:
         """As `together`; returns every rank's result (what msgpack knows), in rank order."""
-        _, everyone = self._outcomes(doing, act, tell=True)
-        return everyone
+        return self.share(doing, act, lambda result: result)[1]
 
     def on_first(self, doing: str, act: Callable[[], T]) -> T:
         """Do something on the first rank; its result (what msgpack knows), or its failure, on all."""
-        _, everyone = self._outcomes(doing, act if self.rank == 0 else lambda: None, tell=True)
+        everyone: list[Any] = self.gather_results(doing, act if self.rank == 0 else lambda: None)
         return cast(T, everyone[0])
 
-    def _outcomes(self, doing: str, act: Callable[[], Any], *, tell: bool) -> tuple[Any, list[Any]]:
+    def share(self, doing: str, act: Callable[[], T], tell: Callable[[T], U]) -> tuple[T, list[U]]:
+        """As `together`; returns this rank's result, and what every rank tells of its own (what msgpack knows)."""
         error: BaseException | None = None
-        result: Any = None
+        said: list[Any] = ["", None]
         try:
             result = act()
+            said[1] = tell(result)
         except Exception as raised:  # the others must hear of it
             error = raised
-        text = "" if error is None else f"{type(error).__name__}: {error}"
-        said = self.gather([text, result if tell and error is None else None], doing)
+            said = [f"{type(error).__name__}: {error}", None]
+        heard = self.gather(said, doing)
         if error is not None:
             raise error
-        failed = [f"rank {rank}: {text}" for rank, (text, _) in enumerate(said) if text]
+        failed = [f"rank {rank}: {text}" for rank, (text, _) in enumerate(heard) if text]
         if failed:
             raise CheckpointError(f"{doing} failed on another rank. {'; '.join(failed)}")
-        return result, [each for _, each in said]
+        return result, [each for _, each in heard]
 
 
 def _head(mine: bytes) -> bytes:

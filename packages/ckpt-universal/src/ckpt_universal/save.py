@@ -25,7 +25,7 @@ from .compression import choose_level
 from .errors import CheckpointError, ConfigError
 from .index import ChunkRecord, FileRecord, Index, TensorRecord, data_name, index_name
 from .merge import merge_values
-from .pages import PAGE_BYTES, checksum
+from .pages import PAGE_BYTES
 from .places import open_directory
 from .plan import Assignment, Held, plan_chunks
 from .ranks import Ranks
@@ -42,7 +42,7 @@ from .steps import (
     step_name,
 )
 from .stores import Directory
-from .tree import Flat, flatten
+from .tree import Part, flatten
 from .values import dtype_name, pack, unpack
 from .writer import Piece, Written, write_file
 
@@ -116,9 +116,11 @@ def save(
     target = Target.of(path, step, name)
     ranks = Ranks(group, timeout_s=policy.timeout_s)
     try:
-        flat = take_apart(state, ranks)
-        agreed = agree(flat, ranks, policy.chunk_bytes)
-        return write_step(target, agreed.pieces(flat), flat.values, agreed, ranks, policy, progress)
+        taken, told = ranks.share(
+            "save: taking the state apart", lambda: take_apart(state), lambda taken: taken.told
+        )
+        agreed = Agreed.of(told, ranks.rank, policy.chunk_bytes)
+        return write_step(target, agreed.pieces(taken), taken.values, agreed, ranks, policy, progress)
     finally:
         ranks.close()
 
@@ -143,18 +145,29 @@ class Target:
         return Target(open_directory(path), step, step_name(step) if name is None else check_name(name))
 
 
-def take_apart(state: Mapping[str, Any], ranks: Ranks) -> Flat:
-    """The state, flattened, with values that are independent of the objects they came from.
+@dataclass(frozen=True)
+class Taken:
+    """A state, taken apart.
 
-    Raises:
-        ConfigError: it cannot be stored; on every rank.
+    Attributes:
+        parts: of tensors, by name; they share the state's memory.
+        values: the rest, packed: independent of the objects that it came from.
+        told: what this rank holds, for the others.
     """
 
-    def act() -> Flat:
-        flat = flatten(state)
-        return Flat(flat.parts, unpack(pack(flat.values, "state"), "state"))
+    parts: dict[str, Part]
+    values: bytes
+    told: bytes
 
-    return ranks.together("save: taking the state apart", act)
+
+def take_apart(state: Mapping[str, Any]) -> Taken:
+    """The state's tensors, and what is left when they are taken out.
+
+    Raises:
+        ConfigError: it cannot be stored.
+    """
+    flat = flatten(state)
+    return Taken(flat.parts, pack(flat.values, "state"), _told(flat.parts))
 
 
 @dataclass(frozen=True)
@@ -163,41 +176,26 @@ class Agreed:
 
     Attributes:
         rank: this one.
-        digest: of the holdings.
+        told: what it holds, as the others heard it.
     """
 
     rank: int
     holdings: list[dict[str, Held]]
     plan: list[list[Assignment]]
-    digest: int
+    told: bytes
 
-    def pieces(self, flat: Flat) -> list[Piece]:
+    @staticmethod
+    def of(told: Sequence[bytes], rank: int, chunk_bytes: int) -> Agreed:
+        """Deal out what all ranks told, by rank; the same on every one of them.
+
+        Raises:
+            ConfigError: ranks disagree about a tensor, or nobody holds some part of one.
+        """
+        return Agreed(rank, *_dealt_out(tuple(told), chunk_bytes), told[rank])
+
+    def pieces(self, taken: Taken) -> list[Piece]:
         """Views of what this rank has been assigned."""
-        return [Piece(chunk.name, _view(flat, chunk)) for chunk in self.plan[self.rank]]
-
-
-def agree(
-    flat: Flat, ranks: Ranks, chunk_bytes: int, before: Agreed | None = None, *, can_repeat: bool = False
-) -> Agreed:
-    """Hear what all ranks hold, and deal it out.
-
-    Args:
-        flat: this rank's state.
-        ranks: all.
-        chunk_bytes: see `SavePolicy`.
-        before: of an earlier save; returned where no rank's layout has changed since.
-        can_repeat: some rank may have one; the same on all.
-
-    Raises:
-        ConfigError: ranks disagree about a tensor, or nobody holds some part of one; on every rank.
-    """
-    told = _told(flat)
-    digest = checksum(told)
-    if can_repeat and all(ranks.gather(before is not None and before.digest == digest, "save")):
-        assert before is not None
-        return before
-    holdings, plan = _dealt_out(tuple(ranks.gather_bytes(told, "save")), chunk_bytes)
-    return Agreed(ranks.rank, holdings, plan, digest)
+        return [Piece(chunk.name, _view(taken.parts[chunk.name], chunk)) for chunk in self.plan[self.rank]]
 
 
 @lru_cache(maxsize=1)  # a run saves the same layout again and again
@@ -215,7 +213,7 @@ def _dealt_out(
 def write_step(
     target: Target,
     pieces: Sequence[Piece],
-    values: Any,
+    values: bytes,
     agreed: Agreed,
     ranks: Ranks,
     policy: SavePolicy,
@@ -223,7 +221,7 @@ def write_step(
 ) -> str:
     """Write this rank's pieces, and commit all ranks'; see `save`."""
     directory = target.root.child(target.name)
-    trees = ranks.gather_bytes(pack(values, "state"), "save")
+    trees = ranks.gather_bytes(values, "save")
     merged: list[Any] = []
     claims: list[Claim] = []
 
@@ -248,10 +246,12 @@ def write_step(
             )
 
         said = ranks.gather_results("save: writing", write)
-        ranks.on_first(
-            "save: committing",
-            lambda: commit(directory, index_name(token), _index(target.step, agreed, said, merged[0]).pack()),
-        )
+
+        def finish() -> None:
+            commit(directory, index_name(token), _index(target.step, agreed, said, merged[0]).pack())
+            _after(target.root, target.name, policy)
+
+        ranks.on_first("save: committing", finish)
     except BaseException:
         for each in claims:
             _remove(directory, each.token)
@@ -260,12 +260,10 @@ def write_step(
         for each in claims:
             each.release()
     log.info("step %d is committed: %s", target.step, directory.path)
-    ranks.on_first("save: after the commit", lambda: _after(target.root, target.name, policy))
     return directory.path
 
 
-def _told(flat: Flat) -> bytes:
-    """What this rank holds, for the others."""
+def _told(parts: Mapping[str, Part]) -> bytes:
     held = {
         part.name: [
             list(part.shape),
@@ -273,7 +271,7 @@ def _told(flat: Flat) -> bytes:
             part.dtype.itemsize,
             [[list(box.start), list(box.sizes)] for box, _ in part.pieces],
         ]
-        for part in flat.parts.values()
+        for part in parts.values()
     }
     packed: bytes = msgpack.packb(held)
     return packed
@@ -288,8 +286,10 @@ def _heard(told: bytes) -> dict[str, Held]:
     }
 
 
-def _view(flat: Flat, chunk: Assignment) -> torch.Tensor:
-    for box, values in flat.parts[chunk.name].pieces:
+def _view(part: Part, chunk: Assignment) -> torch.Tensor:
+    for box, values in part.pieces:
+        if box == chunk.box:
+            return values
         inside = all(
             a <= b and b + n <= a + m
             for a, m, b, n in zip(box.start, box.sizes, chunk.box.start, chunk.box.sizes, strict=True)

@@ -38,10 +38,12 @@ class Box:
 
     def within(self, shape: Sequence[int]) -> bool:
         """Whether it lies in a tensor of this shape."""
-        return len(self.start) == len(self.sizes) == len(shape) and all(
-            a >= 0 and n >= 0 and a + n <= whole
-            for a, n, whole in zip(self.start, self.sizes, shape, strict=True)
-        )
+        if not len(self.start) == len(self.sizes) == len(shape):
+            return False
+        for a, n, whole in zip(self.start, self.sizes, shape, strict=True):  # all() takes three times as long
+            if a < 0 or n < 0 or a + n > whole:
+                return False
+        return True
 
 
 def whole_box(shape: Sequence[int]) -> Box:
@@ -51,6 +53,8 @@ def whole_box(shape: Sequence[int]) -> Box:
 
 def intersect(one: Box, other: Box) -> Box | None:
     """What two boxes of one tensor share; None if that is nothing."""
+    if one == other:
+        return one if one.numel else None
     start = tuple(map(max, one.start, other.start))
     stop = tuple(map(min, one.stop, other.stop))
     if any(b <= a for a, b in zip(start, stop, strict=True)):

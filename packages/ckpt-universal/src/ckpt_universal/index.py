@@ -224,7 +224,10 @@ def _count(value: Any) -> int:
 def _dims(value: Any) -> tuple[int, ...]:
     if not isinstance(value, list) or len(value) > MAX_DIMS:
         raise ValueError(f"expected at most {MAX_DIMS} sizes")
-    return tuple(_count(each) for each in value)
+    for each in value:
+        if type(each) is not int or each < 0:
+            _count(each)
+    return tuple(value)
 
 
 def _name(value: Any, pattern: re.Pattern[str]) -> str:

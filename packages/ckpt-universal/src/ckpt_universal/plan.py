@@ -117,6 +117,9 @@ def plan_spans(
             part = intersect(chunk, box)
             if part is None:
                 continue
+            if part == chunk and part.numel * itemsize <= most_bytes:
+                yield Span(at, number, part, 0, part.numel * itemsize)
+                continue
             inside = Box(tuple(a - c for a, c in zip(part.start, chunk.start, strict=True)), part.sizes)
             contiguous = flat_range(chunk.sizes, inside) is not None
             for piece in cut(inside, most_bytes // itemsize) if contiguous else [inside]:

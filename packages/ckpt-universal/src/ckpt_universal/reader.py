@@ -119,8 +119,10 @@ def _copies(index: Index, want: Want) -> list[_Copy]:
     boxes = [box for box, _ in want.pieces]
     for span in plan_spans([c.box for c in tensor.chunks], boxes, tensor.itemsize, READ_BYTES):
         box, view = want.pieces[span.wanted]
-        ranges = zip(box.start, span.box.start, span.box.sizes, strict=True)
-        into = view[tuple(slice(b - a, b - a + n) for a, b, n in ranges)]
+        into = view
+        if span.box != box:
+            ranges = zip(box.start, span.box.start, span.box.sizes, strict=True)
+            into = view[tuple(slice(b - a, b - a + n) for a, b, n in ranges)]
         chunk = tensor.chunks[span.chunk]
         found.append(_Copy(want.name, tensor, chunk, span.box, span.start, span.stop, into))
     covered, needed = sum(copy.box.numel for copy in found), sum(box.numel for box in boxes)

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from .errors import MismatchError
 from .index import TensorRecord
-from .tree import Part, PerRank, Stateful, is_stateful, is_tensor_leaf, join, part_of
+from .tree import Boxes, Part, PerRank, Stateful, is_stateful, is_tensor_leaf, join, part_of
 from .values import DTYPES, PerRankValues, TensorRef
 
 Path = tuple[str, ...]
@@ -35,6 +35,7 @@ class Targets:
         chosen: whether the value at a path is to be replaced; the others stay as they are.
         apply: puts values in place; called when the parts have been filled.
         matched: some value was chosen.
+        boxes: see `tree.Flat`.
     """
 
     rank: int
@@ -46,8 +47,10 @@ class Targets:
     chosen: Callable[[str], bool] = lambda path: True
     apply: Apply = lambda: None
     matched: bool = False
+    boxes: Boxes = field(default_factory=dict)
 
 
+@torch.no_grad()  # a DTensor's part need not be recorded
 def find_targets(
     into: Mapping[str, Any],
     values: Any,
@@ -98,7 +101,7 @@ def _visit(targets: Targets, node: Any, saved: Any, path: Path, *, own: bool) ->
 
 
 def _want(targets: Targets, leaf: Any, path: Path) -> None:
-    part = part_of(leaf, join(path))
+    part = part_of(leaf, join(path), targets.boxes)
     if any(view.is_meta for _, view in part.pieces):
         raise MismatchError(
             f"{part.name}: it is on the meta device and has no memory to load into; use to_empty() first"

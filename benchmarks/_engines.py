@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from gpt import GPT, Block
+from gpt import GPT, Attention, Block
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -169,21 +169,23 @@ def deepspeed_stage(model: GPT, job: Job, *, stage: int, offload: str | None = N
 def zero_stage(model: GPT, job: Job, *, stage: int, shared_memory: bool = True, slow: bool = False) -> Step:
     """zero-core; bfloat16 keeps a float32 master copy.
 
-    With `slow` as one would set it where a network is: two blocks are gathered ahead of use (stage 3), and updated
-    parameters are published beside the next forward (stages 1 and 2).
+    With `slow` as one would set it where a network is: two blocks are on their way at once; at stages 1 and 2 updated
+    parameters are published beside the next forward, and the halves of blocks are units, so that less is reduced last
+    and gathered first, when no compute stands beside it.
     """
     import zero_core as zero
 
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("dp",))
     precision = zero.Precision() if job.dtype == torch.float32 else zero.Precision(compute=job.dtype)
     collectives = None if shared_memory else partial(zero.PlainCollectives, shared_memory=False)
-    overlap = zero.Overlap()
+    overlap, units = zero.Overlap(), None
     if slow:
         block = max(sum(p.numel() for p in m.parameters()) for m in model.modules() if isinstance(m, Block))
-        ahead_bytes = int(2.1 * block * job.dtype.itemsize)  # with the padding of units
-        overlap = zero.Overlap(publish_late=True, prefetch_bytes=ahead_bytes)
+        two_bytes = int(2.1 * block * job.dtype.itemsize)  # with the padding of units
+        overlap = zero.Overlap(publish_late=True, prefetch_bytes=two_bytes, reduce_bytes=two_bytes)
+        units = (Attention, nn.Sequential) if stage < 3 else None
     sharded = zero.shard(
-        model, mesh, stage=stage, precision=precision, collectives=collectives, overlap=overlap
+        model, mesh, stage=stage, precision=precision, collectives=collectives, overlap=overlap, units=units
     )
     if job.recompute:
         zero.checkpoint_modules(sharded, Block, zero.CheckpointPolicy())

@@ -105,16 +105,16 @@ class Engine:
 
     def warm_up(self, steps: int) -> None:
         """Take the first steps: losses are kept, times are not."""
-        answers = self.ask({"do": "run", "steps": steps})
+        answers = self.ask({"do": "run", "steps": steps, "lead": 0})
         self.losses = [
             statistics.mean(losses) for losses in zip(*(a["losses"] for a in answers), strict=True)
         ]
 
-    def measure_round(self, steps: int) -> None:
-        """Take some steps and keep what they cost."""
+    def measure_round(self, steps: int, *, lead: int = 0) -> None:
+        """Take some steps and keep what they cost; `lead` more before them, which are not timed."""
         before = _measure.loopback_bytes()
-        answers = self.ask({"do": "run", "steps": steps})
-        sent = (_measure.loopback_bytes() - before) / steps / RANKS
+        answers = self.ask({"do": "run", "steps": steps, "lead": lead})
+        sent = (_measure.loopback_bytes() - before) / (lead + steps) / RANKS
         self.rounds.append(
             Round(
                 # A step has ended when its last rank has.

@@ -33,7 +33,8 @@ def main() -> None:
         command = json.loads(line)
         if command["do"] == "stop":
             break
-        answer(answers, worker.run(command["steps"]) if command["do"] == "run" else worker.memory())
+        running = command["do"] == "run"
+        answer(answers, worker.run(command["steps"], command["lead"]) if running else worker.memory())
     dist.destroy_process_group()
 
 
@@ -86,19 +87,25 @@ class Worker:
                 versions[name] = str(getattr(sys.modules[name], "__version__", "?"))
         return {"versions": versions}
 
-    def run(self, steps: int) -> dict[str, Any]:
-        """Take some steps; this rank's losses, seconds and processor seconds of each."""
+    def run(self, steps: int, lead: int) -> dict[str, Any]:
+        """Take some steps; this rank's losses, and seconds and processor seconds of those after the first `lead`.
+
+        What the last step left on its way is waited for in its time; with a lead, the first step's time has such a wait
+        already, and the last one's is not counted again.
+        """
         losses, seconds, processor_seconds = [], [], []
-        for _ in range(steps):
+        for number in range(lead + steps):
             first = self.done * self.accumulate % len(self.batches)
             batches = self.batches[first : first + self.accumulate]
             wall, processor = time.perf_counter(), time.process_time()
             losses.append(self.step(batches))
-            if len(losses) == steps:
+            if not lead and number == steps - 1:
                 _engines.settle(self.model)
             seconds.append(time.perf_counter() - wall)
             processor_seconds.append(time.process_time() - processor)
             self.done += 1
+        _engines.settle(self.model)
+        seconds, processor_seconds = seconds[lead:], processor_seconds[lead:]
         return {"losses": losses, "seconds": seconds, "processor_seconds": processor_seconds}
 
     def memory(self) -> dict[str, Any]:

@@ -5,9 +5,9 @@
     sudo python3 tools/dev.py bench net_slow_link --quick
 
 Every engine trains the same GPT on two ranks, one in each network namespace (`tools/slow_network.py`), and takes turns:
-some steps over the link as fast as the machine, some over the slow one. What its bytes take at the link's rate is
-the communication; what a step gets longer is the part of it that shows; of the rest, compute can hide no more than it
-lasts itself.
+some steps over the link as fast as the machine, some over the slow one, each time after one that is not counted. What
+its bytes take at the link's rate is the communication; what a step gets longer is the part of it that shows; of the
+rest, compute can hide no more than it lasts itself.
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ def measure(engines: Sequence[Engine], hosts: Lab, mbit: float, rounds: int, ste
             hosts = hosts.set_rate(rate)
             for engine in engines:
                 before = [hosts.sent_bytes(rank) for rank in range(RANKS)]
-                engine.measure_round(steps)
+                engine.measure_round(steps, lead=1)
                 seconds[engine.name].append(engine.rounds[-1].seconds)
                 after = [hosts.sent_bytes(rank) for rank in range(RANKS)]
-                sent[engine.name] = max(b - a for a, b in zip(before, after, strict=True)) / steps
+                sent[engine.name] = max(b - a for a, b in zip(before, after, strict=True)) / (steps + 1)
     return [row(name, fast[name], slow[name], sent[name], mbit) for name in fast]
 
 
@@ -96,8 +96,9 @@ def page(rows: Sequence[Row], options: argparse.Namespace) -> str:
     legend = """
 Fast link: the same two namespaces without a rate. Sent: bytes a rank puts on the link in a step, headers included;
 communication: what they take at the link's rate. Hidden: 100 % would be a step that takes as long as over the fast
-link (or, where communication takes longer than compute, no longer than communication). `-network`: two blocks are
-gathered ahead (stage 3), updated parameters are published beside the next forward (stage 2); `-messages`: neither."""
+link (or, where communication takes longer than compute, no longer than communication). `-network`: two blocks are on
+their way at once; at stage 2 updated parameters are published beside the next forward, and halves of blocks are units.
+`-messages`: as it comes."""
     return "\n".join([*lines, legend, ""])
 
 

@@ -12,7 +12,7 @@ import zero_core as zero
 from branching_models import KINDS, Model, what
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from zero_core.collectives import resolve_groups
+from zero_core.groups import resolve_groups
 from zero_core.hierarchy import HierarchicalCollectives
 from zero_core.testing import run_ranks
 from zero_core_models import Net, batches, loss_of, plain_copy, relative_error, seeded

@@ -28,11 +28,12 @@ from .checkpointing import (
     profile_checkpoints,
 )
 from .claims import steps_whole_tensors
-from .collectives import Collectives, Handle, PlainCollectives, data_parallel_group
+from .collectives import Collectives, Handle, PlainCollectives
 from .config import Overlap, Placement, Precision
 from .diagnostics import diagnostics
 from .errors import CollectiveError, ReleasedParameterError, ZeroConfigError, ZeroError, ZeroStateError
 from .full_access import get_full, set_full
+from .groups import data_parallel_group
 from .materialize import full_state_dict, load_full_state_dict, materialized, stream_full
 from .memory import MemoryPlan, plan_memory
 from .optimizer import ShardedOptimizer, clip_grad_norm, grad_norm

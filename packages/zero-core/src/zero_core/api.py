@@ -20,12 +20,13 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.hooks import RemovableHandle
 
-from .collectives import Collectives, Wire, resolve_groups
+from .collectives import Collectives, Wire
 from .config import Overlap, Placement, Precision
 from .errors import ReleasedParameterError, ZeroConfigError, ZeroStateError
 from .fill import fill_buffers, fill_units
 from .flat_unit import FlatUnit
 from .gather import Gatherer
+from .groups import resolve_groups
 from .hooks import Entrance, Reducer
 from .late import LateArrivals
 from .params import Residency, release_class

@@ -22,9 +22,10 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
-from .collectives import PlainCollectives, Wire, resolve_groups
+from .collectives import PlainCollectives, Wire
 from .config import Overlap
 from .errors import ZeroConfigError
+from .groups import resolve_groups
 from .params import allocate_storage, free_storage, release_class, tensors_in
 
 

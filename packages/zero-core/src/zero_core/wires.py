@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from .collectives import Collectives, Fate, Groups, PlainCollectives, Wire, group_of_all, sibling_group
+from .collectives import Collectives, Fate, PlainCollectives, Wire
+from .groups import Groups, group_of_all, sibling_group
 from .hierarchy import HierarchicalCollectives
 
 

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..collectives import resolve_groups
 from ..errors import ZeroConfigError
+from ..groups import resolve_groups
 from .arena import Arena
 from .holders import Copies, Holder
 from .host import HostPool

@@ -38,20 +38,24 @@ def main() -> None:
     order = json.loads(os.environ["ORDER"])
     _engines.init_process_group()
     config = GPTConfig(
-        num_layers=order["layers"], width=order["width"], num_heads=16, vocab_size=256, sequence_length=256
+        num_layers=order["layers"],
+        width=order["width"],
+        num_heads=16,
+        vocab_size=256,
+        sequence_length=order["tokens"],
     )
     torch.manual_seed(0)
     with torch.device("meta"):
         model = GPT(config)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("dp",))
-    store = Counting(os.environ["OFFLOAD_FOLDER"], cache_bytes=64 << 20) if order["drive"] else None
+    store = Counting(os.environ["OFFLOAD_FOLDER"], cache_bytes=32 << 20) if order["drive"] else None
     model = zero.shard(model, mesh, stage=3, store=store, init_module=initialise)
     zero.checkpoint_modules(model, Block, zero.CheckpointPolicy())
     inner = _engines.torch_adamw(model.parameters())
     if store is None:
         optimizer: zero.ShardedOptimizer = zero.ShardedOptimizer(model, inner)
     else:
-        optimizer = off.OffloadedOptimizer(model, inner, window_bytes=64 << 20)
+        optimizer = off.OffloadedOptimizer(model, inner, window_bytes=32 << 20)
     seconds = []
     for step in range(order["steps"]):
         Counting.read_bytes = Counting.written_bytes = 0
@@ -66,7 +70,7 @@ def main() -> None:
         "layers": order["layers"],
         "parameters": num_parameters(model),
         "step_s": min(seconds[1:]),
-        "loss": float(loss),
+        "loss": float(loss.detach()),
         "read_bytes": Counting.read_bytes,
         "written_bytes": Counting.written_bytes,
     }

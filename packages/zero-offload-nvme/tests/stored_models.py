@@ -73,8 +73,10 @@ def build(
     window_bytes: int = 1 << 16,
     make=None,
     zenflow: ZenFlow | None = None,
+    overlap: str | None = None,
     scaler: zero.LossScaler | None = None,
     net=None,
+    **options,
 ):
     """A model and its optimizer; a window far smaller than a unit's states."""
     torch.manual_seed(0)
@@ -84,10 +86,10 @@ def build(
     )
     inner = (make or (lambda params: torch.optim.AdamW(params, lr=1e-2)))(model.parameters())
     if store is None:
-        return model, zero.ShardedOptimizer(model, inner)
-    overlap = "exact" if zenflow is None else "zenflow"
+        return model, zero.ShardedOptimizer(model, inner, scaler=scaler)
+    overlap = overlap or ("exact" if zenflow is None else "zenflow")
     return model, OffloadedOptimizer(
-        model, inner, window_bytes=window_bytes, overlap=overlap, zenflow=zenflow, scaler=scaler
+        model, inner, window_bytes=window_bytes, overlap=overlap, zenflow=zenflow, scaler=scaler, **options
     )
 
 

@@ -20,6 +20,10 @@ class GradShard:
 
     In stages 0 and 1 it is the matching part of the bucket's own buffer, if the dtypes agree; else a buffer of
     [local numel] in the accumulate dtype.
+
+    Attributes:
+        num_reduced: reductions since gradients were zeroed.
+        version: changes whenever the gradient does.
     """
 
     def __init__(self, unit: FlatUnit, dtype: torch.dtype, *, in_place: bool, pool: BufferPool) -> None:
@@ -27,6 +31,8 @@ class GradShard:
         self.dtype = dtype
         self.in_place = in_place
         self.filled = False
+        self.num_reduced = 0
+        self.version = 0
         self._lent = False
         self._buffer: torch.Tensor | None = None
         self._pool = pool
@@ -58,11 +64,11 @@ class GradShard:
             own.add_(reduced)
             if self.unit.stage >= 2:
                 self._pool.give(reduced)
-        self.filled = True
+        self._count()
 
     def zero(self, *, free: bool) -> None:
         """Forget the gradient; the memory stays for the next one, or is given back."""
-        self.filled = False
+        self._forget()
         if free or self._lent:
             self._buffer, self._lent = None, False
 
@@ -79,10 +85,21 @@ class GradShard:
         if self._lent and self._buffer is not None:
             self._buffer, self._lent = self._buffer.clone(), False
         wanted = set(slots)
+        self.version += 1
         for part in self.unit.local_slots if self.value is not None else ():
             if part.index in wanted:
                 assert self._buffer is not None
                 self._buffer[part.start : part.stop].zero_()
+
+    def _count(self) -> None:
+        self.filled = True
+        self.num_reduced += 1
+        self.version += 1
+
+    def _forget(self) -> None:
+        self.filled = False
+        self.num_reduced = 0
+        self.version += 1
 
     def _own(self) -> torch.Tensor:
         if self._buffer is None:
@@ -120,11 +137,11 @@ class StoredGradShard(GradShard):
             self.store.fetch(self.name, before).wait()
             reduced.add_(before)
         self.store.put(self.name, reduced)
-        self.filled = True
+        self._count()
 
     def zero(self, *, free: bool) -> None:
         """Forget the gradient; its place stays."""
-        self.filled = False
+        self._forget()
 
     def lend(self) -> torch.Tensor:
         """See `GradShard.lend`; a copy, on the CPU."""
@@ -134,6 +151,7 @@ class StoredGradShard(GradShard):
     def zero_slots(self, slots: Iterable[int]) -> None:
         """See `GradShard.zero_slots`."""
         wanted, value = set(slots), self.value
+        self.version += 1
         for part in self.unit.local_slots if value is not None else ():
             if part.index in wanted:
                 assert value is not None

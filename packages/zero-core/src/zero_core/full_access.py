@@ -207,6 +207,7 @@ def _write(request: Request, mine: Shard | None, full: torch.Tensor) -> None:
     if request.what == "grad":
         request.lane.bucket.used.add(request.index)
         request.state.reducer.generation += 1
+        request.lane.shard.version += 1
     elif request.holder is not None and mine is not None and request.holder.is_number(request.what):
         old, new = request.holder.state[request.what], full.item()
         request.holder.state[request.what] = (

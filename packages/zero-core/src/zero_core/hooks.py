@@ -136,6 +136,7 @@ class Reducer:
         self.overlap = overlap
         self.sync = True
         self.listeners: list[Callable[[FlatUnit | None], None]] = []
+        self._watchers: list[WeakMethod[Callable[[Lane], None]]] = []
         self.assemble: Callable[[], None] = lambda: None
         self.council: Wire | None = None
         self.pool = BufferPool()
@@ -183,6 +184,15 @@ class Reducer:
         self._order_agreed = False
         if self.overlap.reduce_bytes is None:
             self.limit_bytes = max(self.limit_bytes, unit.layout.numel * reduce.itemsize)
+
+    def watch(self, method: Callable[[Lane], None]) -> None:
+        """Have `method` called with each lane whose gradient has been reduced, for as long as its object lives."""
+        self._watchers.append(WeakMethod(method))
+
+    def _tell_reduced(self, lane: Lane) -> None:
+        self._watchers = [watcher for watcher in self._watchers if watcher() is not None]
+        for watcher in self._watchers:
+            _call_if_alive(watcher, lane)
 
     # -- one backward pass ------------------------------------------------------------------------------------
 
@@ -271,6 +281,7 @@ class Reducer:
                 reduce_rows(lane.bucket, reduced, self.everyone)
                 lane.shard.accept(reduced)
                 self.generation += 1
+                self._tell_reduced(lane)
 
     def _end_pass(self) -> None:
         self._pass_open = False
@@ -339,6 +350,7 @@ class Reducer:
         if lane.shows_grad:
             for param, view in zip(unit.params, lane.bucket.views, strict=True):
                 param.grad = view
+        self._tell_reduced(lane)
 
     def _agree_on_order(self) -> None:
         """After the first pass: reduce from now on in the order in which the first rank's units completed."""

@@ -371,11 +371,13 @@ class ShardedOptimizer(Optimizer):
 
     def _factor(self) -> torch.Tensor | float:
         """What gradients are multiplied by in the step: unscaling and clipping."""
-        unscale = 1.0 if self.scaler is None else 1.0 / self.scaler.value
         if self._max_norm is None:
-            return unscale
-        factor = clip_factor(self.grad_norm(), self._max_norm) * unscale
+            return self._unscale()
+        factor = clip_factor(self.grad_norm(), self._max_norm) * self._unscale()
         return factor if factor.is_cuda else float(factor)
+
+    def _unscale(self) -> float:
+        return 1.0 if self.scaler is None else 1.0 / self.scaler.value
 
 
 def clip_grad_norm(optimizer: ShardedOptimizer, max_norm: float) -> torch.Tensor:

@@ -114,11 +114,15 @@ class FusedRule:
 
     def advance(self, inner: Optimizer, slot: ShardSlot) -> Any:
         """Count the step of one slot; returns its segment."""
-        state = inner.state[slot.master]
-        if "step" not in state:  # torch's SGD counts no steps, but its buffer says that there was one
-            state["step"] = torch.tensor(1.0 if "momentum_buffer" in state else 0.0)
+        segment, state = self.next_segment(inner, slot), inner.state[slot.master]
+        state["step"] = _num_steps(state)
         state["step"] += 1
-        return self.segment(slot.place.start, slot.place.stop, slot.group, int(state["step"]))
+        return segment
+
+    def next_segment(self, inner: Optimizer, slot: ShardSlot) -> Any:
+        """The segment of one slot's next step."""
+        step = int(_num_steps(inner.state.get(slot.master, {}))) + 1
+        return self.segment(slot.place.start, slot.place.stop, slot.group, step)
 
     def run(
         self,
@@ -134,6 +138,11 @@ class FusedRule:
             self.kernel(master, grad, None, segments, grad_scale=scale, low_precision=low)  # no momentum
         else:
             self.kernel(master, grad, *states, segments, grad_scale=scale, low_precision=low)
+
+
+def _num_steps(state: dict[str, Any]) -> Any:
+    """Of one slot, 0-dim; torch's SGD counts no steps, but its buffer says that there was one."""
+    return state.get("step", torch.tensor(1.0 if "momentum_buffer" in state else 0.0))
 
 
 def _adam_segment(

@@ -73,6 +73,8 @@ class Stores:
         optimizer: masters, where they are separate from the shards, and the optimizer's state (stages 1 to 3).
         optimizer_ratio: the part of the trainable elements, in whole units from the first, whose optimizer state goes
             to the store. Source: Twin-Flow, in DeepSpeed's ZeRO-Offload++ (2023).
+        keep_first: what stays on the device is that of the units that are defined first, and whose gradients backward
+            makes last: none of backward is left to hide a host's step of them. Source: SuperOffload (2026).
         prefix: comes before names, so that several models may share a store.
     """
 
@@ -80,6 +82,7 @@ class Stores:
     grads: ShardStore | None = None
     optimizer: ShardStore | None = None
     optimizer_ratio: float = 1.0
+    keep_first: bool = False
     prefix: str = ""
 
     def __post_init__(self) -> None:
@@ -113,12 +116,14 @@ class Stores:
         Args:
             sizes: trainable elements.
         """
-        found, left = [], self.optimizer_ratio * sum(sizes)
-        for size in sizes:
-            fits = size <= left * (1 + 1e-9)
+        near, left = replace(self, optimizer=None), self.optimizer_ratio * sum(sizes)
+        found, is_full = [], False
+        for size in reversed(sizes) if self.keep_first else sizes:
+            fits = size <= left * (1 + 1e-9) and not is_full
+            is_full = self.keep_first and not fits  # one defined before would be reduced after
             left -= size * fits
-            found.append(self if fits else replace(self, optimizer=None))
-        return found
+            found.append(self if fits else near)
+        return found[::-1] if self.keep_first else found
 
 
 _FROM_STAGE = {"params": 3, "grads": 2, "optimizer": 1}

@@ -45,9 +45,13 @@ class Background:
         Raises:
             OffloadStateError: this is closed.
         """
+        self.check_open()
+        return Job(self._pool.submit(self._run, work))
+
+    def check_open(self) -> None:
+        """Raise if this is closed."""
         if self._closed:
             raise OffloadStateError("the optimizer is closed: its thread has ended; build a new one")
-        return Job(self._pool.submit(self._run, work))
 
     def check(self) -> None:
         """Raise what a job has raised, if one has."""

@@ -6,7 +6,7 @@ written, each with its runs. Works on ints. Next: `window` moves them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,18 +41,22 @@ class Block:
         return bool(sum(segment.stop - segment.start for segment in self.segments) == self.stop - self.start)
 
 
-def cut_blocks(units: Sequence[tuple[int, Sequence[Any]]], most: int) -> Iterator[Block]:
-    """Cut units into blocks of at most `most` elements; what no segment touches is left out at the ends.
+def cut_blocks(
+    units: Sequence[tuple[int, Sequence[Any]]], most: int, *, whole: Collection[int] = ()
+) -> Iterator[Block]:
+    """Cut units into blocks of at most `most` elements; what no segment touches is left out.
 
     Args:
         units: elements of each unit's shard, and its segments: sorted and disjoint, each with `start` and `stop`.
         most: of a block.
+        whole: positions of units of which nothing is left out.
     """
     for position, (numel, segments) in enumerate(units):
         starts = [
             start
             for start in range(0, numel, most)
-            if any(segment.start < min(start + most, numel) and start < segment.stop for segment in segments)
+            if position in whole
+            or any(segment.start < min(start + most, numel) and start < segment.stop for segment in segments)
         ]
         for start in starts:
             stop = min(start + most, numel)

@@ -105,6 +105,11 @@ class HostStore:
             self.used_bytes -= raw.numel()
             self._free[raw.numel()].append(raw)
 
+    def swap(self, name: str, other: str) -> None:
+        """Have each of two tensors under the other's name from now on; views stay what they are."""
+        first, second = self.view(name), self.view(other)
+        self._tensors[name], self._tensors[other] = second, first
+
     def flush(self) -> None:
         """Nothing is on its way that a `view` would miss."""
         if self.pin:

@@ -241,6 +241,18 @@ class NvmeStore:
             place.drive.free.setdefault(_pages(place.nbytes), []).append(place.offset)
 
     @_one_at_a_time
+    def swap(self, name: str, other: str) -> None:
+        """Have each of two tensors under the other's name from now on; nothing is moved, views stay what they are."""
+        first, second = self._place(name), self._place(other)
+        for each in (name, other):
+            self.forget(each)
+        self._places[name], self._places[other] = second, first
+        writes = self._writes.pop(name, []), self._writes.pop(other, [])
+        for each, its in zip((other, name), writes, strict=True):
+            if its:
+                self._writes[each] = its
+
+    @_one_at_a_time
     def flush(self) -> None:
         """Return when all that was put is in the files.
 

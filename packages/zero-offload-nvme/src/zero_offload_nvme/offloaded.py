@@ -2,42 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from zero_core import LossScaler, ShardedOptimizer, sharded
+from zero_core import LossScaler, ShardedOptimizer, ZeroStateError, sharded
+from zero_core.flat_unit import FlatUnit
+from zero_core.hooks import Lane
 
+from .early import EarlyCount
 from .errors import OffloadConfigError
-from .store_stepper import StoreStepper
+from .last_backward import LastBackwardStepper
+from .speculation import SpeculativeStepper
 from .zenflow import ZenFlow
 from .zenflow_stepper import ZenFlowStepper
 
 
 class OffloadedOptimizer(ShardedOptimizer):
-    """Steps a model that was sharded with `store=`; with `overlap="exact"` its results are bit for bit those without.
+    """Steps a model that was sharded with `store=`; its results are bit for bit those without, but for "zenflow".
 
     Args:
         model: a model that `zero_core.shard(..., store=...)` returned.
         optimizer: torch's AdamW, Adam, Adagrad or SGD on its parameters; for "zenflow" AdamW or Adam.
-        overlap: "exact": a step ends when all is stepped. "zenflow": what matters most is stepped at once, the rest a
-            window of steps at a time, in a thread while training goes on.
+        overlap: "exact": a step begins when all is known (see `last_backward`), and ends when all is stepped.
+            "speculative": a unit's step begins in a thread as soon as its gradient is reduced, and counts if it is not
+            clipped, does not overflow, and nothing else is otherwise than it was taken for; else it is done again.
+            "zenflow": what matters most is stepped at once, the rest a window of steps at a time, in a thread while
+            training goes on.
         zenflow: for "zenflow"; None: as `ZenFlow()`.
         scaler: as for `zero_core.ShardedOptimizer`.
         window_bytes: host memory for blocks of states on their way from and to a drive.
+        shadow_bytes: for "speculative" and `last_backward`: room for results that do not count yet, in stores and host
+            memory together. Units that find none, of those whose gradients come last, are stepped when backward is
+            over. None: as much as it takes.
 
     Raises:
-        OffloadConfigError: an optimizer that no kernel steps block by block; `zenflow` without its `overlap`, or
-            without any optimizer state in a store.
+        OffloadConfigError: an optimizer that no kernel steps block by block; `zenflow` without its `overlap`;
+            "zenflow" or "speculative" without any optimizer state in a store, or with a store that has no `swap`.
         zero_core.ZeroConfigError: as `zero_core.ShardedOptimizer`.
 
     Bytes per rank: `window_bytes`, whatever the size of the model; in the store 4 bytes an element of the shard for
-    each state, and 4 for the master where that is separate. With "zenflow" besides, in host memory: 4 bytes an element
+    each state, and 4 for the master where that is separate. With "speculative" all of these twice, and the shard
+    itself; with `last_backward` the shard alone twice. With "zenflow" besides, in host memory: 4 bytes an element
     for sums of gradients, and with `overlap_step` 4 more and the parameter's own size; on the device 16 bytes for each
     element that is stepped at once.
     Source: ZeRO-Offload (Ren et al., 2021), section 4; ZeRO-Infinity (Rajbhandari et al., 2021), section 5.2; ZenFlow
-    (Lan et al., 2025).
+    (Lan et al., 2025); SuperOffload (Lian et al., 2026).
     """
 
     def __init__(
@@ -45,35 +58,128 @@ class OffloadedOptimizer(ShardedOptimizer):
         model: nn.Module,
         optimizer: Optimizer,
         *,
-        overlap: Literal["exact", "zenflow"] = "exact",
+        overlap: Literal["exact", "speculative", "zenflow"] = "exact",
         zenflow: ZenFlow | None = None,
         scaler: LossScaler | None = None,
         window_bytes: int = 192 << 20,
+        shadow_bytes: int | None = None,
     ) -> None:
-        if overlap not in ("exact", "zenflow"):
-            raise OffloadConfigError(f"overlap: expected 'exact' or 'zenflow', got {overlap!r}")
+        if overlap not in ("exact", "speculative", "zenflow"):
+            raise OffloadConfigError(
+                f"overlap: expected 'exact', 'speculative' or 'zenflow', got {overlap!r}"
+            )
         if zenflow is not None and overlap != "zenflow":
             raise OffloadConfigError(
                 f"zenflow=... with overlap={overlap!r} would have no effect; say overlap='zenflow', or leave it out"
             )
+        if shadow_bytes is not None and (overlap == "zenflow" or shadow_bytes < 0):
+            raise OffloadConfigError(
+                f"shadow_bytes={shadow_bytes} with overlap={overlap!r}: expected bytes, 0 or more, for 'speculative' "
+                "or 'exact'"
+            )
+        state = sharded(model)
+        if overlap != "exact" and not any(unit.trainable and unit.stores.optimizer for unit in state.units):
+            raise OffloadConfigError(
+                f"overlap={overlap!r}: expected optimizer state in a store, and all of this model's is on the device, "
+                "where nothing would be late; shard with store=HostStore() or Stores(optimizer=...)"
+            )
         self._zenflow: ZenFlowStepper | None = None
+        self._speculative: SpeculativeStepper | None = None
+        self._exact: LastBackwardStepper | None = None
         if overlap == "zenflow":
-            state = sharded(model)
-            if not any(unit.trainable and unit.stores.optimizer for unit in state.units):
-                raise OffloadConfigError(
-                    "overlap='zenflow': expected optimizer state in a store, and all of this model's is on the device, "
-                    "where nothing would be late; shard with store=HostStore() or Stores(optimizer=...)"
-                )
             self._zenflow = ZenFlowStepper(
                 optimizer, zenflow or ZenFlow(), state.wire, window_bytes=window_bytes
             )
-        stepper = self._zenflow or StoreStepper(optimizer, window_bytes=window_bytes)
+        elif overlap == "speculative":
+            _check_stores(state.units)
+            self._speculative = SpeculativeStepper(
+                optimizer, window_bytes=window_bytes, shadow_bytes=shadow_bytes
+            )
+        else:
+            self._exact = LastBackwardStepper(optimizer, window_bytes=window_bytes, shadow_bytes=shadow_bytes)
+        stepper = self._zenflow or self._speculative or self._exact
+        assert stepper is not None
+        self._in_thread: ZenFlowStepper | SpeculativeStepper | LastBackwardStepper = stepper
         super().__init__(model, optimizer, scaler=scaler, stepper=stepper)
+        self._early = self._speculative or self._exact
+        if self._early is not None:
+            self._early.early.slots = self.slots
+            state.reducer.watch(self._reduced)
+
+    @property
+    def early_steps(self) -> EarlyCount:
+        """What the thread has been given during backward, and what became of it, on this rank."""
+        return EarlyCount() if self._early is None else self._early.early.count
+
+    @contextmanager
+    def last_backward(self) -> Iterator[None]:
+        """Around the last backward before `step`, under "exact": units are stepped as they are reduced, in a thread.
+
+        What is promised: nothing between this and `step` will change gradients, rates, parameters or states, and
+        neither clipping nor a scaler the factor of gradients. New values of parameters show after `step`, as always.
+        The first step of all makes states, and begins in `step`.
+
+        Raises:
+            zero_core.ZeroStateError: another `overlap`; a scaler; gradients that are to be clipped. Later, from
+                whatever breaks the promise (`clip_grad_norm`, `zero_grad`, `state_dict`, ...), or from `step`.
+            OffloadConfigError: no optimizer state in a store, or a store that has no `swap`.
+            OSError, OffloadMemoryError: a store has no room for values that do not show yet; nothing has begun.
+        """
+        if self._exact is None:
+            raise ZeroStateError(
+                "last_backward() is for overlap='exact'; 'speculative' finds out by itself, 'zenflow' steps later"
+            )
+        if self.scaler is not None or self._max_norm is not None:
+            what = "a scaler may skip the step" if self.scaler is not None else "gradients are to be clipped"
+            raise ZeroStateError(f"last_backward(): {what}; leave it out, or use overlap='speculative'")
+        units = [lane.unit for lane in reversed(self._lanes) if lane.unit.stores.optimizer is not None]
+        if not units:
+            raise OffloadConfigError("last_backward(): no optimizer state of this model is in a store")
+        _check_stores(units)
+        with self._exact.promised(units):
+            yield
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """See `zero_core.ShardedOptimizer.step`.
+
+        Raises:
+            OSError: what a store could not do, now or in the thread since the last call. If it was the thread of
+                "speculative", parameters, states and counts are as they were, and this may be called again.
+        """
+        if self._speculative is None:
+            return super().step(closure)
+        self._speculative.early.check()
+        try:
+            return super().step(closure)
+        finally:  # a step that was skipped, or ended with an error
+            self._speculative.early.drop_all()
+
+    def clip_grad_norm(self, max_norm: float) -> torch.Tensor:
+        """See `zero_core.ShardedOptimizer.clip_grad_norm`."""
+        if self._exact is not None:
+            self._exact.check_unchanged("clip_grad_norm")
+        return super().clip_grad_norm(max_norm)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """See `zero_core.ShardedOptimizer.zero_grad`."""
+        if self._exact is not None:
+            self._exact.check_unchanged("zero_grad")
+        super().zero_grad(set_to_none)
+
+    def _reduced(self, lane: Lane) -> None:
+        """A gradient has been reduced, during backward or in `step`."""
+        unit, claimed = lane.unit, self._claimed.get(lane.unit.index, set())
+        wanted = {index for index, param in enumerate(unit.params) if param.requires_grad}
+        if unit.stores.optimizer is None or not wanted <= claimed:
+            return
+        if self._speculative is not None:
+            self._speculative.reduced(lane, self._unscale())
+        elif self._exact is not None and wanted <= lane.bucket.used:
+            self._exact.reduced(lane, self._unscale())
 
     def settle(self) -> None:
         """See `zero_core.ShardedOptimizer.settle`; waits for the thread, and raises what it met."""
-        if self._zenflow is not None:
-            self._zenflow.settle()
+        self._in_thread.settle()
 
     @torch.no_grad()
     def flush(self) -> None:
@@ -100,8 +206,7 @@ class OffloadedOptimizer(ShardedOptimizer):
 
     def close(self) -> None:
         """End the thread, when it has done what it was given; raises what it met. Steps that need one then raise."""
-        if self._zenflow is not None:
-            self._zenflow.close()
+        self._in_thread.close()
 
     def __enter__(self) -> OffloadedOptimizer:
         return self
@@ -122,6 +227,8 @@ class OffloadedOptimizer(ShardedOptimizer):
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See `zero_core.ShardedOptimizer.load_state_dict`."""
+        if self._early is not None:
+            self._early.early.forget()
         super().load_state_dict(state_dict)
         values = state_dict.get("values", {})
         for unit in self._ahead():
@@ -136,3 +243,14 @@ class OffloadedOptimizer(ShardedOptimizer):
         """Units whose masters may know values that the parameters have yet to take."""
         units = [unit for unit in self._sharded.units if unit.index in self._claimed]
         return [unit for unit in units if unit.has_separate_master and unit.stores.optimizer is not None]
+
+
+def _check_stores(units: Sequence[FlatUnit]) -> None:
+    """Refuse stores in which results cannot wait."""
+    stores = [store for unit in units for store in (unit.stores.optimizer, unit.stores.params)]
+    wrong = {type(store).__name__ for store in stores if store is not None and not hasattr(store, "swap")}
+    if wrong:
+        raise OffloadConfigError(
+            f"{', '.join(sorted(wrong))}: expected a store with swap(name, other), as HostStore and NvmeStore have, so "
+            "that results can wait there until they count"
+        )

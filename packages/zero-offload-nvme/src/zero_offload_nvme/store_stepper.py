@@ -7,7 +7,7 @@ which step on the device, element by element the same; only where the numbers re
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,19 +38,37 @@ class FlatStep:
     scale: float
     has_low: bool
 
+    @property
+    def goes_elsewhere(self) -> bool:
+        """Whether results go to other places than operands come from; what does not move goes there too."""
+        return any(operand.to is not None for operand in self.operands)
 
-def run(rule: FusedRule, window: Window, steps: Sequence[FlatStep]) -> Iterator[int]:
-    """Step units block by block; yields the position of each that moved, when it is final and given to its store."""
+
+def _always() -> bool:
+    return True
+
+
+def run(
+    rule: FusedRule, window: Window, steps: Sequence[FlatStep], is_wanted: Callable[[], bool] = _always
+) -> Iterator[int]:
+    """Step units block by block; yields the position of each that moved, when it is final and given to its store.
+
+    Ends between two blocks when it is no longer wanted.
+    """
     final = None
     runs = [(each.numel, merge(each.segments) if each.segments else []) for each in steps]
-    blocks = cut_blocks(runs, window.block_elements)
+    whole = {position for position, each in enumerate(steps) if each.goes_elsewhere}
+    blocks = cut_blocks(runs, window.block_elements, whole=whole)
     for block, tensors in window.through(blocks, [each.operands for each in steps]):
+        if not is_wanted():
+            return
         step = steps[block.unit]
         if final is not None:
             yield final
         master, grad, *rest = tensors
         low = rest.pop() if step.has_low else None
-        rule.run(master, grad, rest, block.segments, step.scale, low)
+        if block.segments:
+            rule.run(master, grad, rest, block.segments, step.scale, low)
         final = block.unit if block.last else None
     if final is not None:
         yield final
@@ -101,7 +119,7 @@ class StoreStepper:
         steps = []
         for item in stored:
             segments = [self.rule.advance(self.inner, slot) for slot in item.slots]
-            operands = self.operands(item.unit, item.slots, self._grad(item))
+            operands = self.operands(item.unit, item.slots, self.grad(item.unit, item.grad))
             steps.append(
                 FlatStep(item.grad.numel(), operands, segments, factor, item.unit.has_separate_master)
             )
@@ -143,7 +161,7 @@ class StoreStepper:
         if unit.has_separate_master:
             assert unit.shard is not None
             if unit.resting is not None:
-                found.append(_in(unit.resting.store, unit.resting.name, unit.shard, read=False))
+                found.append(in_store(unit.resting.store, unit.resting.name, unit.shard, read=False))
             else:
                 found.append(Operand(_near(unit.shard), unit.shard.dtype, read=False))
         return found
@@ -152,9 +170,9 @@ class StoreStepper:
         """What a step of the unit updates."""
         assert unit.master is not None
         if unit.has_separate_master and unit.stores.optimizer is not None:
-            return _in(unit.stores.optimizer, unit.key("master"), unit.master)
+            return in_store(unit.stores.optimizer, unit.key("master"), unit.master)
         if unit.resting is not None and not unit.has_separate_master:
-            return _in(unit.resting.store, unit.resting.name, unit.master)
+            return in_store(unit.resting.store, unit.resting.name, unit.master)
         return Operand(_near(unit.master), unit.master.dtype)
 
     def states(self, unit: FlatUnit, slots: Sequence[ShardSlot]) -> list[Operand]:
@@ -162,25 +180,30 @@ class StoreStepper:
         if unit.stores.optimizer is None:
             return [Operand(_near(state), state.dtype) for state in self._resident.flat_state(unit, slots)]
         placed = self.placed(unit, slots)
-        return [_in(unit.stores.optimizer, unit.key(name), state) for name, state in placed]
+        return [in_store(unit.stores.optimizer, unit.key(name), state) for name, state in placed]
 
-    def _grad(self, item: UnitStep) -> Operand:
-        grads = item.unit.stores.grads
+    def grad(self, unit: FlatUnit, grad: torch.Tensor) -> Operand:
+        """The gradient of a unit where it rests."""
+        grads = unit.stores.grads
         if grads is not None:
-            return _in(grads, item.unit.key("grad"), item.grad, written=False)
-        return Operand(_near(item.grad), item.grad.dtype, written=False)
+            return in_store(grads, unit.key("grad"), grad, written=False)
+        return Operand(_near(grad), grad.dtype, written=False)
 
     def placed(self, unit: FlatUnit, slots: Sequence[ShardSlot]) -> list[tuple[str, torch.Tensor]]:
         """The unit's states in the store: name and view; what lies elsewhere in `inner.state` is moved in."""
-        self.reserve(unit)
-        found = []
-        for name in self.rule.states(self.inner.param_groups[0]):
+        found = self.kept(unit)
+        for name, flat in found:
             key = unit.key(name)
             for slot in slots:
-                self._move_in(slot, name, self._states[key], fresh=key in self._fresh)
+                self._move_in(slot, name, flat, fresh=key in self._fresh)
             self._fresh.discard(key)
-            found.append((name, self._states[key]))
         return found
+
+    def kept(self, unit: FlatUnit) -> list[tuple[str, torch.Tensor]]:
+        """The unit's states in the store as they are: name and view."""
+        self.reserve(unit)
+        names = self.rule.states(self.inner.param_groups[0])
+        return [(name, self._states[unit.key(name)]) for name in names]
 
     def reserve(self, unit: FlatUnit) -> None:
         """Have room in the store for the unit's states."""
@@ -192,6 +215,19 @@ class StoreStepper:
                 store.reserve(key, unit.master.numel(), torch.float32)
                 self._states[key] = store.view(key)
                 self._fresh.add(key)
+
+    def is_placed(self, unit: FlatUnit) -> bool:
+        """Whether the unit's states are in the store, and each has been handed out."""
+        keys = [unit.key(name) for name in self.rule.states(self.inner.param_groups[0])]
+        return all(key in self._states and key not in self._fresh for key in keys)
+
+    def adopt(self, unit: FlatUnit, slots: Sequence[ShardSlot], name: str, flat: torch.Tensor) -> None:
+        """Have a state of these slots lie in `flat` from now on, which the store keeps under the state's name."""
+        self._states[unit.key(name)] = flat
+        for slot in slots:
+            state = self.inner.state.get(slot.master, {})
+            if name in state:
+                state[name] = flat[slot.place.start : slot.place.stop]
 
     def _move_in(self, slot: ShardSlot, name: str, flat: torch.Tensor, *, fresh: bool) -> None:
         state = self.inner.state[slot.master]
@@ -215,7 +251,9 @@ def _near(tensor: torch.Tensor) -> torch.Tensor | OnDevice:
     return tensor if tensor.is_cpu else OnDevice(tensor)
 
 
-def _in(store: Any, name: str, view: torch.Tensor, *, read: bool = True, written: bool = True) -> Operand:
+def in_store(
+    store: Any, name: str, view: torch.Tensor, *, read: bool = True, written: bool = True
+) -> Operand:
     """An operand in a store: in place where that is memory."""
     at = view if store.in_memory else InStore(store, name)
     return Operand(at, view.dtype, read, written)

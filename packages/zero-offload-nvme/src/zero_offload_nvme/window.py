@@ -47,7 +47,7 @@ class InStore:
 
 @dataclass(frozen=True)
 class OnDevice:
-    """A tensor on a device."""
+    """A tensor that is copied to where it is computed on, and back."""
 
     tensor: torch.Tensor
 
@@ -68,12 +68,19 @@ class Operand:
         at: in host memory, or where its ranges are.
         dtype: of its elements.
         read, written: what the step does with it; what it does not write in a block must be read all the same.
+        to: where results go, when not back to `at`.
     """
 
     at: torch.Tensor | Place
     dtype: torch.dtype
     read: bool = True
     written: bool = True
+    to: torch.Tensor | Place | None = None
+
+    @property
+    def target(self) -> torch.Tensor | Place:
+        """Where results go."""
+        return self.at if self.to is None else self.to
 
 
 class _Room:
@@ -143,8 +150,8 @@ class Window:
                 coming.popleft()
                 yield block, tensors
                 for tensor, operand in zip(tensors, operands[block.unit], strict=True):
-                    if operand.written and not isinstance(operand.at, torch.Tensor):
-                        room.writes.append(operand.at.put(tensor, block.start))
+                    if operand.written and not isinstance(operand.target, torch.Tensor):
+                        room.writes.append(operand.target.put(tensor, block.start))
                 free.append(room)
             finished = True
         finally:
@@ -174,10 +181,14 @@ def _read(block: Block, room: _Room, operands: Sequence[Operand]) -> tuple[list[
     tensors: list[torch.Tensor] = []
     reads: list[Handle] = []
     for number, operand in enumerate(operands):
-        if isinstance(operand.at, torch.Tensor):
-            tensors.append(operand.at[block.start : block.stop])
+        at, target = operand.at, operand.target
+        if isinstance(target, torch.Tensor):
+            tensors.append(target[block.start : block.stop])
+        else:
+            tensors.append(room.buffer(number, block.stop - block.start, operand.dtype))
+        if at is target and isinstance(at, torch.Tensor):
             continue
-        tensors.append(room.buffer(number, block.stop - block.start, operand.dtype))
         if operand.read or not block.is_covered:
-            reads.append(operand.at.fetch(tensors[-1], block.start))
+            place = OnDevice(at) if isinstance(at, torch.Tensor) else at
+            reads.append(place.fetch(tensors[-1], block.start))
     return tensors, reads

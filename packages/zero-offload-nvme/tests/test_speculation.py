@@ -8,7 +8,15 @@ import zero_core as zero
 from stored_models import WIDTH, Net, batch, build, loss_of, stores, train
 from torch import nn
 from zero_core.testing import run_ranks
-from zero_offload_nvme import HostStore, NvmeStore, OffloadConfigError, OffloadedOptimizer, OffloadStateError
+from zero_offload_nvme import (
+    HostStore,
+    NvmeStore,
+    OffloadConfigError,
+    OffloadedOptimizer,
+    OffloadStateError,
+    Tiers,
+    plan_tiers,
+)
 
 LOOSE, TIGHT = 1e9, 1e-3
 CLIPPING = {
@@ -213,6 +221,29 @@ def room(rank: int, folder: str) -> None:
 
 def test_room_is_bounded(tmp_path) -> None:
     run_ranks(room, 1, str(tmp_path))
+
+
+def planned(rank: int, folder: str) -> None:
+    """`plan_tiers` counts what waits, to the byte."""
+    for stage, what in ((2, "optimizer"), (3, "all"), (3, "params+optimizer")):
+        for dtype in (torch.float32, torch.bfloat16):
+            model, opt = build(stores("nvme", what, stage, folder), stage, dtype, overlap="speculative")
+            store = next(unit.stores.optimizer for unit in opt._sharded.units)
+            train(model, opt, rank, range(2), clip=None)
+            kinds = dict.fromkeys(
+                ["params", "grads", "optimizer"] if what == "all" else what.split("+"), "nvme"
+            )
+            with torch.device("meta"):
+                plan = plan_tiers(
+                    Net(), stage=stage, world=2, precision=zero.Precision(compute=dtype),
+                    tiers=Tiers(**kinds, speculative=True),
+                )  # fmt: skip
+            assert plan.total("nvme") == store.used_bytes, (stage, what, dtype)
+            assert plan.nbytes["nvme"]["in_flight"]
+
+
+def test_what_waits_is_planned(tmp_path) -> None:
+    run_ranks(planned, 2, str(tmp_path))
 
 
 def refusals(rank: int) -> None:

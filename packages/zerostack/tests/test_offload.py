@@ -85,7 +85,21 @@ def refusals(rank, folder):
         (2, {"param": disk}, "offload_param: needs stage 3"),
         (3, {"param": {"device": "nvme"}}, "nvme_path is missing"),
         (1, {"optimizer": {"device": "disk"}}, "device"),
-        (1, {"optimizer": {"device": "cpu", "super_offload": True}}, "super_offload"),
+        (
+            1,
+            {"optimizer": {"device": "none", "super_offload": True}},
+            "super_offload: no optimizer state is offloaded",
+        ),
+        (
+            1,
+            {"optimizer": {"device": "cpu", "super_offload": True, "ratio": 0.0}},
+            "super_offload: no optimizer state",
+        ),
+        (
+            1,
+            {"optimizer": {"device": "cpu", "super_offload": True, "ratio": 1e-9}},
+            "all of this model's is on the",
+        ),
         (1, {"optimizer": {"device": "cpu", "ratio": 2.0}}, "ratio"),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -104,3 +118,40 @@ def refusals(rank, folder):
 
 def test_what_cannot_be_is_refused_before_anything_moves(tmp_path):
     run_ranks(refusals, 1, str(tmp_path))
+
+
+def steps_early(rank, stage):
+    """Speculation, and the exact step where nothing can change a gradient any more: the same losses, really early."""
+    for more in ({}, {"gradient_clipping": 0.0}, {"fp16": {"enabled": True, "initial_scale_power": 4}}):
+        more = {"gradient_accumulation_steps": 2, "gradient_clipping": 1e3, **more}
+        plain = train(made(stage, **more), rank, range(8))
+        for where in ({"super_offload": True}, {"super_offload": True, "ratio": 0.7}, {}):
+            engine = made(stage, optimizer={"device": "cpu", **where}, **more)
+            assert train(engine, rank, range(8)) == plain, (where, more)
+            count = engine.parts.optimizer.early_steps
+            early = where or (stage < 3 and "fp16" not in more and not engine.config.gradient_clipping)
+            assert bool(count.committed) == bool(early), (where, more, count)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_steps_that_begin_during_backward(stage):
+    run_ranks(steps_early, 2, stage)
+
+
+def twice(rank):
+    """Two losses, each with a backward of its own: no backward is taken for the last one."""
+    losses = []
+    for where in (None, {"device": "cpu"}):
+        engine = made(2, optimizer=where, gradient_clipping=0.0)
+        for step in range(4):
+            for part in range(2):
+                loss = engine(batch(2 * step + part, rank))
+                engine.backward(loss)
+            engine.step()
+            losses.append(loss.item())
+    assert losses[:4] == losses[4:]
+    assert not engine.parts.optimizer.early_steps.begun
+
+
+def test_two_backwards_of_one_micro_batch():
+    run_ranks(twice, 1)

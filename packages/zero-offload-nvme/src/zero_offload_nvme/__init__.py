@@ -13,6 +13,8 @@ The modules, in the order in which data flows:
 - `host_store`, `nvme_store`: where shards of zero-core rest.
 - `tiers`, `forecast` (pure), `free_bytes`, `speeds` -> `preflight`: what all that will take, before it does.
 - `blocks` (pure) -> `window` -> `store_stepper` -> `offloaded`: the step of an optimizer whose state rests there.
+- `shadow` -> `early` -> `speculation`, `last_backward`: the same, begun during backward; `tail` (pure): how much of it
+  backward hides.
 - `zenflow`, `zenflow_schedule`, `importance` (pure) -> `row_set`, `background` -> `compact_rows` ->
   `zenflow_unit` -> `zenflow_choice`, `zenflow_stepper`: the same, with what matters least stepped later.
 """
@@ -20,6 +22,7 @@ The modules, in the order in which data flows:
 from .adagrad import CPUAdagrad
 from .adam import CPUAdam, CPUAdamW
 from .binding import BoundCores, bind_rank
+from .early import EarlyCount
 from .errors import (
     BindingError,
     OffloadConfigError,
@@ -36,6 +39,7 @@ from .nvme_store import NvmeStore
 from .offloaded import OffloadedOptimizer
 from .preflight import Preflight, preflight
 from .store_stepper import StoreStepper
+from .tail import hidden_ratio
 from .tiers import Tier, TierPlan, Tiers, Traffic, plan_tiers
 from .topology import CoreSet
 from .version import __version__
@@ -49,6 +53,7 @@ __all__ = [
     "CPUAdamW",
     "CPULion",
     "CoreSet",
+    "EarlyCount",
     "Forecast",
     "Free",
     "HostStore",
@@ -70,6 +75,7 @@ __all__ = [
     "__version__",
     "bind_rank",
     "forecast",
+    "hidden_ratio",
     "plan_tiers",
     "preflight",
 ]

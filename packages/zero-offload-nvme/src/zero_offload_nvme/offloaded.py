@@ -83,6 +83,7 @@ class OffloadedOptimizer(ShardedOptimizer):
                 f"overlap={overlap!r}: expected optimizer state in a store, and all of this model's is on the device, "
                 "where nothing would be late; shard with store=HostStore() or Stores(optimizer=...)"
             )
+        self.overlap = overlap
         self._zenflow: ZenFlowStepper | None = None
         self._speculative: SpeculativeStepper | None = None
         self._exact: LastBackwardStepper | None = None
@@ -105,6 +106,11 @@ class OffloadedOptimizer(ShardedOptimizer):
         if self._early is not None:
             self._early.early.slots = self.slots
             state.reducer.watch(self._reduced)
+
+    @property
+    def has_stored_state(self) -> bool:
+        """Whether any state of this optimizer rests in a store."""
+        return any(lane.unit.stores.optimizer is not None for lane in self._lanes)
 
     @property
     def early_steps(self) -> EarlyCount:
@@ -132,9 +138,9 @@ class OffloadedOptimizer(ShardedOptimizer):
         if self.scaler is not None or self._max_norm is not None:
             what = "a scaler may skip the step" if self.scaler is not None else "gradients are to be clipped"
             raise ZeroStateError(f"last_backward(): {what}; leave it out, or use overlap='speculative'")
-        units = [lane.unit for lane in reversed(self._lanes) if lane.unit.stores.optimizer is not None]
-        if not units:
+        if not self.has_stored_state:
             raise OffloadConfigError("last_backward(): no optimizer state of this model is in a store")
+        units = [lane.unit for lane in reversed(self._lanes) if lane.unit.stores.optimizer is not None]
         _check_stores(units)
         with self._exact.promised(units):
             yield

@@ -133,6 +133,8 @@ def preflight(
     grads: Tier = "device",
     optimizer: Tier = "device",
     optimizer_ratio: float = 1.0,
+    keep_first: bool = False,
+    speculative: bool = False,
     optimizer_kind: str = "adamw",
     precision: Precision | None = None,
     units: UnitChoice = None,
@@ -160,6 +162,8 @@ def preflight(
         grads: likewise.
         optimizer: likewise.
         optimizer_ratio: as `zero_core.Stores`.
+        keep_first: likewise.
+        speculative: as `Tiers`; bytes alone, the seconds are those of a step that begins after backward.
         optimizer_kind: as `zero_core.plan_memory`'s `optimizer`.
         precision: as for `zero_core.shard`.
         units: as for `zero_core.shard`.
@@ -198,6 +202,8 @@ def preflight(
         grads=grads,
         optimizer=optimizer,
         optimizer_ratio=optimizer_ratio,
+        keep_first=keep_first,
+        speculative=speculative,
         device=device or _device(),
         window_bytes=window_bytes,
         cache_bytes=cache_bytes,

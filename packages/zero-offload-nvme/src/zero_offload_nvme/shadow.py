@@ -44,8 +44,8 @@ class Twin:
 
     @property
     def target(self) -> torch.Tensor | Place:
-        """The other one, for `Operand.to`; what the thread writes is no edit, and does not count as a version of it."""
-        return in_store(self.store, _other(self.name), self.other.data).at
+        """The other one, for `Operand.to`."""
+        return _unversioned(in_store(self.store, _other(self.name), self.other).at)
 
     def swap(self) -> None:
         """Each has the other's name from now on."""
@@ -59,6 +59,11 @@ class Twin:
 
 def _other(name: str) -> str:
     return f"{name}.next"
+
+
+def _unversioned(at: torch.Tensor | Place) -> torch.Tensor | Place:
+    """The same memory; what the thread writes is no edit, and must not look like one."""
+    return at.data if isinstance(at, torch.Tensor) else at
 
 
 class Shadow:
@@ -114,7 +119,10 @@ class Shadow:
         names.append("shard")  # the last operand where there is a separate master
         if not self.unit.has_separate_master:
             names[0] = "shard"
-        return [replace(operand, to=self._target(name)) for name, operand in zip(names, found, strict=False)]
+        return [
+            replace(operand, at=_unversioned(operand.at), to=self._target(name))
+            for name, operand in zip(names, found, strict=False)
+        ]
 
     def commit(self, slots: Sequence[ShardSlot]) -> None:
         """What the step wrote is the unit's from now on.

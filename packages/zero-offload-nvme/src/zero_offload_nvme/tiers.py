@@ -37,7 +37,8 @@ class Tiers:
         params: shards of parameters (stage 3).
         grads: reduced gradients (stages 2 and 3).
         optimizer: separate masters and the optimizer's state (stages 1 to 3).
-        optimizer_ratio: as `zero_core.Stores`.
+        optimizer_ratio, keep_first: as `zero_core.Stores`.
+        speculative: with `OffloadedOptimizer(overlap="speculative")`, and as much room as it takes.
         device: type of the device that computes; "cpu": the device's tier is host memory too.
         window_bytes: as `OffloadedOptimizer`.
         cache_bytes: as `NvmeStore`.
@@ -47,6 +48,8 @@ class Tiers:
     grads: Tier = "device"
     optimizer: Tier = "device"
     optimizer_ratio: float = 1.0
+    keep_first: bool = False
+    speculative: bool = False
     device: str = "cpu"
     window_bytes: int = 192 << 20
     cache_bytes: int = 256 << 20
@@ -65,7 +68,8 @@ class Tiers:
         """As zero-core sees it, with tiers in the place of stores."""
         named: dict[str, Any] = {name: getattr(self, name) for name in ("params", "grads", "optimizer")}
         stored = {name: tier for name, tier in named.items() if tier != "device"}
-        return zero.Stores.of(zero.Stores(**stored, optimizer_ratio=self.optimizer_ratio), stage)
+        stores = zero.Stores(**stored, optimizer_ratio=self.optimizer_ratio, keep_first=self.keep_first)
+        return zero.Stores.of(stores, stage)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,6 +206,8 @@ def plan_tiers(
     for unit, its in zip(sized, stores.of_units(sizes), strict=True):
         as_in_paper = not isinstance(model_or_n_params, nn.Module)
         _hold(found, unit, its, stage, world, precision, optimizer, as_in_paper=as_in_paper)
+        if tiers.speculative:
+            _hold_shadow(found, unit, its, world, precision, optimizer)
         elements = block_elements(tiers.window_bytes, most)
         traffic += _traffic(unit, its, stage, world, precision, optimizer, tiers.device, elements)
     found.hold("device", "in_flight", whole.in_flight)
@@ -248,6 +254,20 @@ def _hold(
         found.hold(_tier(stores.optimizer), "master", plan.master)
         found.hold(_tier(stores.optimizer), "optimizer", plan.optimizer, STATE_BYTES[optimizer] // 4)
     return None
+
+
+def _hold_shadow(
+    found: _Sum, unit: _Sized, stores: zero.Stores, world: int, precision: zero.Precision, optimizer: str
+) -> None:
+    """What a step writes before it counts, see `shadow`: beside what it will replace, or in host memory."""
+    if stores.optimizer is None or not (unit.trainable and unit.numel):
+        return
+    numel, num_states = -(-unit.numel // world), STATE_BYTES[optimizer] // 4
+    master = precision.master_dtype(unit.params)
+    num_states += master != unit.params
+    found.hold(_tier(stores.optimizer), "in_flight", 4 * numel * num_states, num_states)
+    params = "host" if stores.params is None else _tier(stores.params)
+    found.hold(params, "in_flight", numel * unit.params.itemsize)
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,7 @@ def initialize(
         )
     scaler = policies.loss_scaler(settings.config)
     check_offload(settings.config)
-    stepper = policies.stepper(settings.config, made, whole_tensors)
+    policies.check_offloaded(settings.config, made, whole_tensors)
 
     model = zero.shard(
         model,
@@ -131,7 +131,7 @@ def initialize(
         placement=placement,
         store=stores(settings.config),
     )
-    sharded = zero.ShardedOptimizer(model, made, scaler=scaler, stepper=stepper, whole_tensors=whole_tensors)
+    sharded = policies.sharded_optimizer(settings.config, model, made, scaler, whole_tensors)
     scheduler = _scheduler(settings, sharded, lr_scheduler)
     loader = None
     if training_data is not None and not isinstance(training_data, DataLoader):

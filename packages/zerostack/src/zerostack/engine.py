@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 import zero_core as zero
+from zero_offload_nvme import OffloadedOptimizer
 
-from . import snapshot
+from . import policies, snapshot
 from .clock import Clock, peak_bytes
 from .errors import ConfigError, EngineStateError
 from .facts import Facts
@@ -35,9 +36,12 @@ class Engine(Facts):
     clock: Clock = field(init=False)
     _pending_backward: bool = field(default=False, init=False)
     _reported_step: int | None = field(default=None, init=False)
+    _num_backwards: int = field(default=0, init=False)
+    _steps_early: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         self.clock = Clock(enabled=self.config.wall_clock_breakdown, device=self.device)
+        self._steps_early = policies.steps_early(self.config, self.parts.optimizer)
 
     # -- training ---------------------------------------------------------------------------------------------
 
@@ -61,6 +65,10 @@ class Engine(Facts):
             retain_graph: As `torch.Tensor.backward`.
             scale_wrt_gas: Divide the loss by the number of accumulated micro-batches.
 
+        With offloaded optimizer state at stages 1 and 2, without clipping and loss scale, the last one before an update
+        steps parts of the model as their gradients come (`OffloadedOptimizer.last_backward`): `step()` must follow. Who
+        wants to look at gradients first, or to drop them, sets "super_offload".
+
         Returns:
             `loss`, as it was given.
         """
@@ -70,15 +78,22 @@ class Engine(Facts):
         with self.clock.span("backward"), self._accumulation():
             scaled.backward(retain_graph=retain_graph)
         self._pending_backward = True
+        self._num_backwards += 1
+        if self._num_backwards > 1:  # none of a loop's backwards is known to be the last
+            self._steps_early = False
         return loss
 
     def _accumulation(self) -> AbstractContextManager[None]:
         """Stages 0 and 1 hold full gradients anyway, so nothing travels before the last micro-batch.
 
-        Stages 2 and 3 reduce every micro-batch: full gradients would have to live from the first to the last.
+        Stages 2 and 3 reduce every micro-batch: full gradients would have to live from the first to the last. In the
+        last one, offloaded units are stepped as they are reduced, where nothing can change their gradients any more.
         """
-        early = not self.is_gradient_accumulation_boundary()
-        if early and self.zero_optimization_stage() <= 1:
+        if self.is_gradient_accumulation_boundary():
+            optimizer = self.parts.optimizer
+            if self._steps_early and isinstance(optimizer, OffloadedOptimizer):
+                return optimizer.last_backward()
+        elif self.zero_optimization_stage() <= 1:
             return zero.no_sync(self.module)
         return nullcontext()
 
@@ -92,7 +107,7 @@ class Engine(Facts):
             raise EngineStateError(
                 "step() before backward(): call engine.backward(loss) for every micro-batch first"
             )
-        self._pending_backward = False
+        self._pending_backward, self._num_backwards = False, 0
         boundary = self.is_gradient_accumulation_boundary()
         self.progress.micro_steps += 1
         if boundary:
@@ -141,7 +156,7 @@ class Engine(Facts):
     def zero_grad(self) -> None:
         """Forget the gradients that have accumulated; the next micro-batch is the first of an update again."""
         self.parts.optimizer.zero_grad()
-        self._pending_backward = False
+        self._pending_backward, self._num_backwards = False, 0
         self.progress.micro_steps -= self.micro_steps % self.gradient_accumulation_steps()
 
     def train(self, mode: bool = True) -> Engine:

@@ -163,8 +163,12 @@ _ZERO: Rows = {
         "pipeline": no_effect(_PIPELINE),
         "pipeline_read": no_effect(_PIPELINE),
         "pipeline_write": no_effect(_PIPELINE),
-        "super_offload": refused("steps begin when all gradients are there", False),
-        "cpuadam_cores_perc": no_effect("concerns super_offload; see zero_offload_nvme.bind_rank"),
+        "super_offload": honoured(
+            'zero_offload_nvme.OffloadedOptimizer(overlap="speculative"); with ratio, zero_core.Stores(keep_first=True)'
+        ),
+        "cpuadam_cores_perc": no_effect(
+            "the thread that steps has as many cores as torch has threads; zero_offload_nvme.bind_rank chooses which"
+        ),
     },
     "zenflow": refused(
         'for loops of your own: zero_offload_nvme.OffloadedOptimizer(overlap="zenflow")',

@@ -19,9 +19,16 @@ def check_offload(config: Config) -> None:
     """Refuse what cannot rest where it is asked to.
 
     Raises:
-        ConfigError: a stage that does not shard it, or a drive without a path.
+        ConfigError: a stage that does not shard it, a drive without a path, or `super_offload` of nothing.
     """
     section = config.zero_optimization
+    if section.offload_optimizer.super_offload and (
+        section.offload_optimizer.device == "none" or not section.offload_optimizer.ratio
+    ):
+        raise ConfigError(
+            "zero_optimization.offload_optimizer.super_offload: no optimizer state is offloaded; "
+            'give device ("cpu" or "nvme") and a ratio above 0, or leave it out'
+        )
     for name, asked, stage in (
         ("offload_optimizer", section.offload_optimizer, 1),
         ("offload_param", section.offload_param, 3),
@@ -64,6 +71,7 @@ def stores(config: Config) -> zero.Stores | None:
         grads=optimizer if section.stage >= 2 else None,
         optimizer=optimizer,
         optimizer_ratio=section.offload_optimizer.ratio,
+        keep_first=section.offload_optimizer.super_offload,
     )
 
 

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 import zero_core as zero
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from zero_offload_nvme import OffloadConfigError, StoreStepper
+from zero_offload_nvme import OffloadConfigError, OffloadedOptimizer, StoreStepper
 
 from . import schedules
 from .errors import ConfigError
@@ -66,24 +67,67 @@ def overlap(config: Config, *, publish_late: bool = False) -> zero.Overlap:
     return zero.Overlap(enabled=True if wanted is None else wanted, publish_late=publish_late, **sizes)
 
 
-def stepper(config: Config, optimizer: Optimizer, whole_tensors: bool | None) -> StoreStepper | None:
-    """What steps the optimizer's state where it rests; None: zero-core chooses.
+def is_offloaded(config: Config) -> bool:
+    """Whether anything that an optimizer steps rests in a store."""
+    section = config.zero_optimization
+    return not section.offload_optimizer.device == section.offload_param.device == "none"
+
+
+def check_offloaded(config: Config, optimizer: Optimizer, whole_tensors: bool | None) -> None:
+    """Refuse, before the model changes, what cannot be stepped where it is to rest.
 
     Raises:
         ConfigError: the state is to be offloaded, and no kernel steps this optimizer block by block.
     """
-    section = config.zero_optimization
-    if section.offload_optimizer.device == section.offload_param.device == "none":
-        return None
+    if not is_offloaded(config):
+        return
     if zero.steps_whole_tensors(optimizer, whole_tensors):
         raise ConfigError(
             f"offload_optimizer, offload_param: {type(optimizer).__name__} looks at whole tensors, and offloaded "
             "state is stepped block by block; use AdamW, Adam, Adagrad or SGD"
         )
     try:
-        return StoreStepper(optimizer)
+        StoreStepper(optimizer)
     except OffloadConfigError as error:
         raise ConfigError(f"offload_optimizer, offload_param: {error}") from error
+
+
+def sharded_optimizer(
+    config: Config,
+    model: nn.Module,
+    optimizer: Optimizer,
+    scaler: zero.LossScaler | None,
+    whole_tensors: bool | None,
+) -> zero.ShardedOptimizer:
+    """The optimizer of a sharded model, which steps what is offloaded where it rests.
+
+    Raises:
+        ConfigError: `super_offload`, and the ratio leaves all optimizer state on the device.
+    """
+    if not is_offloaded(config):
+        return zero.ShardedOptimizer(model, optimizer, scaler=scaler, whole_tensors=whole_tensors)
+    early = config.zero_optimization.offload_optimizer.super_offload
+    try:
+        return OffloadedOptimizer(
+            model, optimizer, overlap="speculative" if early else "exact", scaler=scaler
+        )
+    except OffloadConfigError as error:
+        raise ConfigError(f"offload_optimizer: {error}") from error
+
+
+def steps_early(config: Config, optimizer: zero.ShardedOptimizer) -> bool:
+    """Whether the last backward of an update may step units: nothing will clip, skip or add to their gradients.
+
+    Not at stage 3, where gradients may come after a unit's reduction.
+    """
+    return (
+        isinstance(optimizer, OffloadedOptimizer)
+        and optimizer.overlap == "exact"
+        and optimizer.scaler is None
+        and not config.gradient_clipping
+        and config.zero_optimization.stage < 3
+        and optimizer.has_stored_state
+    )
 
 
 def loss_scaler(config: Config) -> zero.LossScaler | None:

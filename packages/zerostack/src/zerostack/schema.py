@@ -209,6 +209,7 @@ class OffloadOptimizer(Offload):
     pipeline: bool = False
     pipeline_read: bool = False
     pipeline_write: bool = False
+    super_offload: bool = False
     cpuadam_cores_perc: Annotated[float, Field(gt=0, le=1)] = 0.8
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import zero_core as zero
+from zero_core.api import sharded
 from zero_core.steppers import FusedStepper
 from zero_core.testing import run_ranks
 from zero_core_models import Net, batches, dp_mesh, loss_of, relative_error, seeded
@@ -129,6 +130,53 @@ def ratios(rank: int) -> list[int]:
         zero.ShardedOptimizer(model, inner, stepper=FusedStepper(inner))
         found.append(sum(tensor.numel() for tensor in shelf.kept.values()))
     return [100 * each // found[-1] for each in found]
+
+
+def test_which_units_keep_their_state_on_the_device() -> None:
+    sizes = [5, 1, 4, 0, 10]
+    for ratio, first, last in (
+        (0.0, "", ""),
+        (0.5, "0123", "4"),
+        (0.75, "0123", "1234"),
+        (1.0, "01234", "01234"),
+    ):
+        for keep_first, expected in ((False, first), (True, last)):
+            found = zero.Stores(optimizer=Shelf(), optimizer_ratio=ratio, keep_first=keep_first).of_units(
+                sizes
+            )
+            stored = "".join(str(number) for number, each in enumerate(found) if each.optimizer)
+            assert stored.replace("3", "") == expected.replace("3", ""), (ratio, keep_first)
+
+
+def watched(rank: int) -> None:
+    """Every unit once a backward, when its gradient shard is final; a watcher that is gone is not called."""
+    model = zero.shard(seeded(Net), dp_mesh(1), stage=2)
+    reducer, seen = sharded(model).reducer, []
+
+    class Watcher:
+        def saw(self, lane) -> None:
+            assert lane.shard.value is not None
+            seen.append((lane.unit.index, lane.shard.num_reduced))
+
+    watcher = Watcher()
+    reducer.watch(watcher.saw)
+    for number in (1, 2):
+        loss_of(model, next(iter(batches(rank, 1)))).backward()
+        assert sorted(seen) == [
+            (lane.unit.index, number) for lane in sorted(reducer.lanes, key=lambda e: e.unit.index)
+        ]
+        seen.clear()
+    versions = [lane.shard.version for lane in reducer.lanes]
+    model.zero_grad()
+    assert all(lane.shard.num_reduced == 0 for lane in reducer.lanes)
+    assert all(lane.shard.version > old for lane, old in zip(reducer.lanes, versions, strict=True))
+    del watcher
+    loss_of(model, next(iter(batches(rank, 1)))).backward()
+    assert not seen
+
+
+def test_a_watcher_sees_reduced_gradients() -> None:
+    run_ranks(watched, 1)
 
 
 def test_a_ratio_of_the_optimizer_state() -> None:

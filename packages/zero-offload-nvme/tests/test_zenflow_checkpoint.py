@@ -81,19 +81,21 @@ def resumed(
 @pytest.mark.parametrize(
     "steps", [4, 6]
 )  # inside a window; between two, where channels are about to be chosen
-@pytest.mark.parametrize(("stage", "dtype"), [(2, torch.float32), (2, torch.bfloat16), (3, torch.bfloat16)])
-def test_exact_on_the_same_ranks(tmp_path, stage: int, dtype, steps: int, overlap: bool) -> None:
-    for kind in KINDS:
-        case = (stage, dtype, kind, overlap, steps)
-        ranks = run_ranks(begun, 2, *case, False, str(tmp_path))
-        tensors = whole([parts for parts, *_ in ranks])
-        scalars = {name: of for _, found, *_ in ranks for name, of in found.items()}
-        own = [state for _, _, state, *_ in ranks]
-        for by in (None, own):
-            found = run_ranks(resumed, 2, *case, tensors, scalars, by, 2, str(tmp_path))
-            for (losses, state), (*_, expected_losses, expected) in zip(found, ranks, strict=True):
-                assert losses == expected_losses, (kind, by is None)
-                assert all(torch.equal(state[name], expected[name]) for name in expected), (kind, by is None)
+@pytest.mark.parametrize(
+    ("stage", "dtype", "kind"),
+    [(2, torch.float32, KINDS[0]), (2, torch.bfloat16, KINDS[1]), (3, torch.bfloat16, KINDS[1])],
+)
+def test_exact_on_the_same_ranks(tmp_path, stage: int, dtype, kind, steps: int, overlap: bool) -> None:
+    case = (stage, dtype, kind, overlap, steps)
+    ranks = run_ranks(begun, 2, *case, False, str(tmp_path))
+    tensors = whole([parts for parts, *_ in ranks])
+    scalars = {name: of for _, found, *_ in ranks for name, of in found.items()}
+    own = [state for _, _, state, *_ in ranks]
+    for by in (None, own):
+        found = run_ranks(resumed, 2, *case, tensors, scalars, by, 2, str(tmp_path))
+        for (losses, state), (*_, expected_losses, expected) in zip(found, ranks, strict=True):
+            assert losses == expected_losses, by is None
+            assert all(torch.equal(state[name], expected[name]) for name in expected), by is None
 
 
 def test_what_waits_is_carried_to_other_ranks(tmp_path) -> None:
@@ -108,8 +110,7 @@ def test_what_waits_is_carried_to_other_ranks(tmp_path) -> None:
         assert all(state.keys() == found[0][1].keys() for _, state in found)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize(("overlap", "dtype"), [(True, torch.float32), (False, torch.bfloat16)])
 def test_flushed_state_is_a_plain_optimizers(tmp_path, overlap: bool, dtype) -> None:
     case = (2, dtype, KINDS[0], overlap, 7)
     ranks = run_ranks(begun, 2, *case, True, str(tmp_path))

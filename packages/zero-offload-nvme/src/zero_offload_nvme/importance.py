@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from zero_core.layout import LocalSlot
 
 # Note [Channels are rows]
 # A channel is one index of the first dimension: contiguous in the flat buffer, so that nearly every channel lies on one
@@ -69,6 +70,11 @@ def rows_of(shape: Sequence[int], part_start: int, param_start: int, numel: int)
         found.append(Rows(part_start + at - param_start, channel, num, length))
         at += num * length
     return found
+
+
+def rows_in(place: LocalSlot) -> list[Rows]:
+    """`rows_of` a parameter's part in a shard."""
+    return rows_of(place.slot.shape, place.start, place.param_start, place.numel)
 
 
 def importance(grad: torch.Tensor, rows: Sequence[Rows], channels: int) -> torch.Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 from zero_core import LossScaler, ShardedOptimizer, sharded
+from zero_core.late import LateArrivals
 
 from .errors import OffloadConfigError
 from .store_stepper import StoreStepper
@@ -64,8 +65,9 @@ class OffloadedOptimizer(ShardedOptimizer):
                     "overlap='zenflow': expected optimizer state in a store, and all of this model's is on the device, "
                     "where nothing would be late; shard with store=HostStore() or Stores(optimizer=...)"
                 )
+            self._arrivals = state.late or LateArrivals(state.units)
             self._zenflow = ZenFlowStepper(
-                optimizer, zenflow or ZenFlow(), state.wire, window_bytes=window_bytes
+                optimizer, zenflow or ZenFlow(), state.wire, self._arrivals, window_bytes=window_bytes
             )
         stepper = self._zenflow or StoreStepper(optimizer, window_bytes=window_bytes)
         super().__init__(model, optimizer, scaler=scaler, stepper=stepper)
@@ -101,7 +103,11 @@ class OffloadedOptimizer(ShardedOptimizer):
     def close(self) -> None:
         """End the thread, when it has done what it was given; raises what it met. Steps that need one then raise."""
         if self._zenflow is not None:
-            self._zenflow.close()
+            try:
+                self._zenflow.close()
+            finally:
+                if self._arrivals is not self._sharded.late:
+                    self._arrivals.close()
 
     def __enter__(self) -> OffloadedOptimizer:
         return self

@@ -29,7 +29,7 @@ from .errors import ConfigError
 from .explain import explain
 from .facts import Parts
 from .loader import EpochLoader
-from .offload import check_offload, stores
+from .offload import check_offload, sharded_optimizer, stores, zenflow
 from .resolve import Effective, effective
 
 log = logging.getLogger(__name__)
@@ -121,6 +121,7 @@ def initialize(
     scaler = policies.loss_scaler(settings.config)
     check_offload(settings.config)
     stepper = policies.stepper(settings.config, made, whole_tensors)
+    late = zenflow(settings.config, made)
 
     model = zero.shard(
         model,
@@ -131,7 +132,9 @@ def initialize(
         placement=placement,
         store=stores(settings.config),
     )
-    sharded = zero.ShardedOptimizer(model, made, scaler=scaler, stepper=stepper, whole_tensors=whole_tensors)
+    sharded = sharded_optimizer(
+        model, made, late, scaler=scaler, stepper=stepper, whole_tensors=whole_tensors
+    )
     scheduler = _scheduler(settings, sharded, lr_scheduler)
     loader = None
     if training_data is not None and not isinstance(training_data, DataLoader):

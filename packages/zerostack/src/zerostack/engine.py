@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import zero_core as zero
+from zero_offload_nvme import OffloadedOptimizer
 
 from . import snapshot
 from .clock import Clock, peak_bytes
@@ -153,6 +154,20 @@ class Engine(Facts):
         """Put the model in evaluation mode."""
         return self.train(False)
 
+    def flush(self) -> None:
+        """Apply updates that "zenflow" has yet to apply; all ranks call it. With an exact step there are none.
+
+        Checkpoints and exports do it by themselves. An evaluation sees the parameters as the next forward would, some
+        of them as of an earlier step; call this before one that is to see every gradient.
+        """
+        if isinstance(self.parts.optimizer, OffloadedOptimizer):
+            self.parts.optimizer.flush()
+
+    def close(self) -> None:
+        """End the thread of "zenflow", when it has done what it was given; raises what it met."""
+        if isinstance(self.parts.optimizer, OffloadedOptimizer):
+            self.parts.optimizer.close()
+
     # -- checkpoints ------------------------------------------------------------------------------------------
 
     def save_checkpoint(
@@ -180,6 +195,7 @@ class Engine(Facts):
             CheckpointError: For a value of `client_state` that cannot be stored; or if a rank could not write. What was
                 there before is still there.
         """
+        self.flush()  # what waits is described for as many ranks alone
         name = f"global_step{self.global_steps}" if tag is None else str(tag)
         return snapshot.save(
             self,
@@ -216,6 +232,7 @@ class Engine(Facts):
             CheckpointError: If the checkpoint is damaged or does not fit; nothing was changed.
         """
         self._reported_step = None
+        self.flush()  # or updates under way would come over what is loaded
         return snapshot.load(
             self,
             Path(load_dir),
@@ -239,6 +256,7 @@ class Engine(Facts):
                 f"save_16bit_model: expected a file name that ends in .safetensors, got {save_filename!r}; nothing "
                 "here writes pickles"
             )
+        self.flush()
         dtype = torch.float16 if self.fp16_enabled() else torch.bfloat16 if self.bfloat16_enabled() else None
         return save_full_model(self.module, Path(save_dir) / save_filename, dtype, self.parts.group)
 

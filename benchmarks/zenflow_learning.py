@@ -130,10 +130,10 @@ def page(record: dict[str, Any]) -> str:
     lines = [
         "# ZenFlow: how it learns",
         "",
-        f"GPT of {record['parameters'] / 1e6:.2f} M parameters, batches of 16 x {CONFIG.sequence_length} characters, clip "
-        f"1.0, windows of four steps; {record['pretraining']} steps of exact AdamW on Python's reference manual, then the "
-        f"source of argparse. Held-out loss, mean and standard deviation over {len(SEEDS)} seeds; {record['date']}; torch "
-        f"{record['versions']['torch']}.",
+        f"GPT of {record['parameters'] / 1e6:.2f} M parameters, batches of 16 x {CONFIG.sequence_length} characters, "
+        f"clip 1.0, windows of four steps; {record['pretraining']} steps of exact AdamW on Python's reference manual, "
+        f"then the source of argparse. Held-out loss, mean and standard deviation over {len(SEEDS)} seeds; "
+        f"{record['date']}; torch {record['versions']['torch']}.",
         "",
         "| | rate | | half-way | at the end | beyond exact AdamW | in its standard deviations | largest at any point |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",

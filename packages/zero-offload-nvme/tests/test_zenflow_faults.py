@@ -63,7 +63,7 @@ def failing(rank: int, call: str, folder: str) -> None:
     train(model, opt, rank, range(3))
     opt._zenflow._late.wait()
     store.fails = True
-    train(model, opt, rank, range(3, 4))  # ends a window: the thread begins to step the rest
+    train(model, opt, rank, range(3, 4))  # ends a window: a thread begins to step the rest
     loss_of(model, batch(4, rank)).backward()
     opt._zenflow._late._late._future.exception(timeout=30)
     calls = {
@@ -86,7 +86,7 @@ def threads(rank: int) -> None:
     assert not running()
     with opt:
         train(model, opt, rank, range(4))
-        assert len(running()) == 1
+        assert len(running()) == 2
     assert not running()
     opt.close()
     opt.flush()  # needs none

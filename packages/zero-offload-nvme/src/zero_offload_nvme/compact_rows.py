@@ -57,16 +57,13 @@ class CompactRows:
         if self._low is not None:
             self.rows.take(shard, self._low)
 
-    def step(
-        self, slots: Sequence[ShardSlot], counts: Mapping[int, int], rule: FusedRule, scale: float
-    ) -> None:
-        """Step the rows of these slots.
+    def segments(self, slots: Sequence[ShardSlot], counts: Mapping[int, int], rule: FusedRule) -> list[Any]:
+        """What steps the rows of these slots, with the hyper-parameters of this moment.
 
         Args:
             slots: that move.
             counts: slot -> how many steps it has taken with this one.
             rule: the optimizer's.
-            scale: of gradients.
         """
         runs: list[tuple[int, int, dict[str, Any], int]] = []
         for slot in slots:
@@ -76,8 +73,11 @@ class CompactRows:
                 start = runs.pop()[0]
             if start < stop:
                 runs.append((start, stop, slot.group, count))
-        if runs:
-            segments = [rule.segment(*each) for each in runs]
+        return [rule.segment(*each) for each in runs]
+
+    def step(self, segments: Sequence[Any], rule: FusedRule, scale: float) -> None:
+        """Step them with what `take_gradient` took."""
+        if segments:
             rule.run(self.values, self.grads, self._moments, segments, scale, self._low)
 
     def publish(self, shard: torch.Tensor) -> None:

@@ -1,7 +1,8 @@
 """What goes on while training does: sums of gradients, the late step, and the landing of its values.
 
-In: units and what is to be done with them. Out: the same done in one thread, in the order in which it was given; a
-landing becomes visible to whoever touches the unit's parameters first. Next: `zenflow_stepper` gives the work.
+In: units and what is to be done with them. Out: the same done in two threads, each in the order in which it was given:
+one for what waits, one for what writes parameters, for which whoever touches them first waits. Next: `zenflow_stepper`
+gives the work.
 """
 
 from __future__ import annotations
@@ -46,26 +47,29 @@ class LateWork:
         self._stepper = stepper
         self._arrivals = arrivals
         self._background = Background("zenflow")
+        self._arriving = Background("zenflow-arrivals")  # not behind a late step, which may take long
         self._adding: list[Callable[[], None]] = []
         self._sums = _Sums([])
         self._sums.add()
         self._late: Job | None = None
+        self._landing: Job | None = None
 
     def check(self) -> None:
-        """Raise what the thread has met."""
+        """Raise what a thread has met."""
         self._background.check()
+        self._arriving.check()
 
     def close(self) -> None:
-        """End the thread when it has done what it was given; raises what it met."""
-        self._background.close()
+        """End the threads when they have done what they were given; raises what they met."""
+        try:
+            self._background.close()
+        finally:
+            self._arriving.close()
 
-    def land(self, zen: ZenUnit) -> None:
-        """Have what a finished late step computed for a unit become visible where it is next used."""
-        slots, zen.waiting.under_way = zen.waiting.under_way, []
-        if slots:
-            self._arrivals.expect(zen.unit, self._submit(partial(zen.land, slots), zen))
-        else:
-            zen.publish()
+    def arrive(self, zen: ZenUnit, *work: Callable[[], None]) -> None:
+        """Have work that writes a unit's parameters done; whoever uses them first waits for it."""
+        self._landing = self._submit(partial(_each, work), zen, self._arriving)
+        self._arrivals.expect(zen.unit, self._landing)
 
     def add(self, adding: Callable[[], None]) -> None:
         """Add a gradient to its window's sum, after the next `begin_adding`."""
@@ -85,7 +89,11 @@ class LateWork:
             return
         window = self._stepper.window_for(zens[0].unit)
 
+        landing = self._landing
+
         def work() -> None:
+            if landing is not None:
+                landing.wait()  # it reads what this step writes; and those before it are done
             for zen in zens:
                 zen.waiting.prepare()
             for _ in run(self._stepper.rule, window, steps):
@@ -110,14 +118,21 @@ class LateWork:
         self.wait_for_sums()
         self.wait_for_late_step()
 
-    def _submit(self, work: Callable[[], None], zen: ZenUnit | None = None) -> Job:
+    def _submit(
+        self, work: Callable[[], None], zen: ZenUnit | None = None, thread: Background | None = None
+    ) -> Job:
         stream = nullcontext() if zen is None else _current_stream(zen.unit.device)
 
         def inside() -> None:
             with torch.no_grad(), stream:
                 work()
 
-        return self._background.submit(inside)
+        return (thread or self._background).submit(inside)
+
+
+def _each(work: Sequence[Callable[[], None]]) -> None:
+    for each in work:
+        each()
 
 
 def _current_stream(device: torch.device) -> AbstractContextManager[object]:

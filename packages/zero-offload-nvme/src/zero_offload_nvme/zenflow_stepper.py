@@ -6,7 +6,7 @@ too. What a step does is `zenflow_schedule`'s to say, how one unit does it `zenf
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TypeAlias
@@ -100,7 +100,8 @@ class ZenFlowStepper:
         if self._select(stored, factor) or is_new:
             self._learn(is_new=is_new)
         for item in stored:
-            self._units[item.unit.index].take(item.grad)
+            if not self._arrives_late(self._units[item.unit.index]):
+                self._units[item.unit.index].take(item.grad)
         ends = ends_window(self.policy, self.progress, is_ripe=self._is_ripe(factor))
         yield from self._step(work, scale, factor, ends=ends)
         self.progress = self.progress.stepped(ended=ends)
@@ -153,24 +154,20 @@ class ZenFlowStepper:
         others = [_nothing(zen.unit) for zen in self._active() if zen.unit.index not in at_work]
         if ends and overlap:
             self._late.wait_for_late_step()
-            self._is_whole = not all(map(self._lands_late, self._active()))
+            self._is_whole = not all(map(self._arrives_late, self._active()))
         for item in [*work, *others]:
             zen = self._units.get(item.unit.index)
             if zen is None:
                 yield from self.exact.step([item], scale)
                 continue
-            if item.unit.index in at_work:
-                zen.step(item, factor)
-                self._accumulate(zen, item, factor)
+            at_once = [] if item.unit.index not in at_work else self._at_once(zen, item, factor)
             if ends and not overlap:
+                _each(at_once)
                 continue
-            if ends and self._lands_late(zen):
-                self._late.land(zen)
-            elif ends:
-                zen.unit.settle()
-                zen.land_under_way()
-            else:
-                zen.publish()
+            if not self._arrives_late(zen):
+                _each([*at_once, zen.landing() if ends else zen.publish])
+            elif at_once or ends:
+                self._late.arrive(zen, *at_once, zen.landing() if ends else zen.publish)
             if not self._sends_rows(zen):
                 yield item
         if self._rows is not None and not self._is_whole and not (ends and not overlap):
@@ -184,14 +181,16 @@ class ZenFlowStepper:
                 zen.publish()
                 yield items[zen.unit.index]
 
-    def _accumulate(self, zen: ZenUnit, item: UnitStep, factor: float) -> None:
-        if not item.slots or not zen.waiting.slots:
-            return
-        add = zen.waiting.accumulation(factor)
-        if self.policy.overlap_step:
-            self._late.add(partial(add, item.lend()))
-        else:
-            add(item.grad)
+    def _at_once(self, zen: ZenUnit, item: UnitStep, factor: float) -> list[Callable[[], None]]:
+        """What steps the chosen rows of a unit; the others' gradient is added, or to be added later."""
+        grad = item.lend() if self.policy.overlap_step and item.slots else item.grad
+        todo: list[Callable[[], None]] = [zen.stepping(item, factor)]
+        if self._arrives_late(zen):
+            todo.insert(0, partial(zen.take, grad))
+        if item.slots and zen.waiting.slots:
+            add = partial(zen.waiting.accumulation(factor), grad)
+            self._late.add(add) if self.policy.overlap_step else add()
+        return todo
 
     def _late_steps(self, zens: Sequence[ZenUnit]) -> Iterator[ZenUnit]:
         """Step the rest of units here and now; yields every unit, in order, when it is final."""
@@ -238,9 +237,10 @@ class ZenFlowStepper:
 
     # -- what is visible ---------------------------------------------------------------------------------------
 
-    def _lands_late(self, zen: ZenUnit) -> bool:
-        """Whether nobody but who uses the unit's parameters needs its values: no other rank, and no gather of them."""
-        return self._world_size == 1 and 0 < zen.unit.stage < 3
+    def _arrives_late(self, zen: ZenUnit) -> bool:
+        """Whether nobody but who uses the unit's parameters needs its values: no other rank, no gather, no measure."""
+        waits = self._world_size > 1 or self.policy.update_interval == "auto"
+        return self.policy.overlap_step and not waits and 0 < zen.unit.stage < 3
 
     def _sends_rows(self, zen: ZenUnit) -> bool:
         """See Note [What is published]."""
@@ -252,7 +252,7 @@ class ZenFlowStepper:
         self._late.wait_for_late_step()
         for zen in self._active():
             zen.unit.settle()
-            zen.land_under_way()
+            zen.landing()()
         self._is_whole = True
 
     def _take_edits(self) -> None:
@@ -322,6 +322,11 @@ class ZenFlowStepper:
         for index, zen in self._units.items():
             if zen.is_settled:
                 zen.resume(moving.get(index, ()))
+
+
+def _each(work: Sequence[Callable[[], None]]) -> None:
+    for each in work:
+        each()
 
 
 def _nothing(unit: FlatUnit) -> UnitStep:

@@ -7,7 +7,8 @@ both right for one row, see Note [Two forms]. Next: `zenflow_stepper` says when 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 
 import torch
 from zero_core import ShardSlot, UnitStep
@@ -67,15 +68,17 @@ class ZenUnit:
     # -- the chosen rows ---------------------------------------------------------------------------------------
 
     def take(self, grad: torch.Tensor) -> None:
-        """The chosen rows of a gradient; kept for `step`."""
+        """The chosen rows of a gradient; kept for what `stepping` returns."""
         self._compact.take_gradient(grad)
 
-    def step(self, item: UnitStep, scale: float) -> None:
-        """Step the chosen rows with what `take` took, and count the step of every slot that moves."""
+    def stepping(self, item: UnitStep, scale: float) -> Callable[[], None]:
+        """Count the step of every slot that moves; what is returned steps the chosen rows with what `take` took."""
         for slot in item.slots:
             self._num_steps[slot.place.index] += 1
-        self._compact.step(item.slots, self._num_steps, self._stepper.rule, scale)
         self.waiting.hold(item.slots)
+        rule = self._stepper.rule
+        segments = self._compact.segments(item.slots, self._num_steps, rule)
+        return partial(self._compact.step, segments, rule, scale)
 
     def publish(self) -> None:
         """Write the chosen rows to the shard."""
@@ -102,15 +105,15 @@ class ZenUnit:
         squares = sum_of_squares(parts) - sum_of_squares(chosen)
         return max(squares, 0.0), float(sum(p.numel() for p in parts) - sum(c.numel() for c in chosen))
 
-    def land_under_way(self) -> None:
-        """`land` all that is under way, here and now."""
+    def landing(self) -> Callable[[], None]:
+        """What is returned makes visible what a finished late step computed; it went over chosen rows too."""
         slots, self.waiting.under_way = self.waiting.under_way, []
-        self.land(slots)
 
-    def land(self, slots: Iterable[ShardSlot]) -> None:
-        """What a finished late step computed for these becomes visible; it went over chosen rows too."""
-        self.waiting.land(self._shard(), slots)
-        self.publish()
+        def land() -> None:
+            self.waiting.land(self._shard(), slots)
+            self.publish()
+
+        return land
 
     # -- edits and choices -------------------------------------------------------------------------------------
 

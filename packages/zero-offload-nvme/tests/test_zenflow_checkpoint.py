@@ -9,7 +9,7 @@ import torch
 import zero_core as zero
 from stored_models import build, stores, train
 from zero_core.testing import run_ranks
-from zero_offload_nvme import ZenFlow
+from zero_offload_nvme import HostStore, ZenFlow
 
 POLICY = {"topk_ratio": 0.1, "update_interval": 3, "select_strategy": "step", "select_interval": 6}
 KINDS = [("host", "optimizer"), ("nvme", "all")]
@@ -158,3 +158,35 @@ def flushes(rank: int, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_flush_applies_what_waits(dtype) -> None:
     run_ranks(flushes, 2, dtype)
+
+
+def without_any(rank: int):
+    """A matrix so small that the second rank holds padding alone."""
+    net = lambda: torch.nn.Linear(4, 3, bias=False)  # noqa: E731
+    policy = ZenFlow(topk_ratio=0.4, update_interval=3, full_warm_up_rounds=2)
+
+    def go_on(model, opt, steps):
+        for step in steps:
+            x = torch.randn(2, 4, generator=torch.Generator().manual_seed(step))
+            model(x).square().mean().backward()
+            opt.step()
+            opt.zero_grad()
+        return zero.full_state_dict(model)["weight"].clone()
+
+    expected, again = (
+        build(zero.Stores(optimizer=HostStore()), 2, zenflow=policy, net=net) for _ in range(2)
+    )
+    assert bool(expected[1].slots.get(0)) == (rank == 0)
+    go_on(*expected, range(4))  # inside a window
+    shared = expected[1].state_dict() if rank == 0 else None  # only whoever has something saves it
+    mine = shared if rank == 0 else again[1].state_dict()
+    again[1].load_state_dict(copy.deepcopy(mine))
+    found = [go_on(*each, range(4, 12)) for each in (expected, again)]
+    for _, opt in (expected, again):
+        opt.close()
+    return found
+
+
+def test_a_rank_that_holds_nothing_hears_how_far_training_has_come() -> None:
+    for expected, found in run_ranks(without_any, 2):
+        assert torch.equal(found, expected)

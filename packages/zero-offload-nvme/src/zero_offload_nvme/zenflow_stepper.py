@@ -9,24 +9,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch.optim import Adam, AdamW, Optimizer
-from zero_core import ShardSlot, UnitStep
-from zero_core.collectives import PlainCollectives, Wire
+from zero_core import UnitStep
+from zero_core.collectives import Wire
 from zero_core.flat_unit import FlatUnit
 from zero_core.late import LateArrivals
 
 from .errors import OffloadConfigError
 from .late_work import LateWork
-from .row_publisher import RowPublisher, learn_choices
 from .store_stepper import StoreStepper, run
 from .zenflow import ZenFlow
 from .zenflow_choice import most_important_channels
-from .zenflow_schedule import Progress, Selection, ends_window, is_ripe, is_stale, is_warming_up, selection
+from .zenflow_schedule import Selection, ends_window, is_ripe, is_stale, is_warming_up, selection
 from .zenflow_unit import ZenUnit
+from .zenflow_units import Part, ZenUnits
 
 # Note [When the rest changes]
 # Values of the rest become visible at the end of a window alone: without overlap those of this window, with overlap
@@ -36,9 +35,6 @@ from .zenflow_unit import ZenUnit
 # Note [What is published]
 # Between two ends of windows nothing but chosen rows changes: stages 1 and 2 send those alone, and yield no unit to be
 # gathered. Where values of the rest have landed, whole units are. Stage 3 sends nothing in a step.
-
-
-Part: TypeAlias = "tuple[FlatUnit, Sequence[ShardSlot]]"
 
 
 class ZenFlowStepper:
@@ -67,13 +63,10 @@ class ZenFlowStepper:
             )
         self.policy = policy
         self.exact = StoreStepper(inner, window_bytes=window_bytes)
-        self.progress = Progress()
         self._wire = wire
         self._world_size = wire.group.size()
-        self._units: dict[int, ZenUnit] = {}
+        self._units = ZenUnits(self.exact, policy, wire)
         self._late = LateWork(self.exact, arrivals)
-        self._rows: RowPublisher | None = None
-        self._moved: dict[int, set[int]] = {}
         self._is_whole = False
 
     def step(self, work: Sequence[UnitStep], scale: torch.Tensor | float) -> Iterator[UnitStep]:
@@ -85,10 +78,10 @@ class ZenFlowStepper:
         self.exact.check()
         self._late.check()
         stored = [item for item in work if item.unit.stores.optimizer is not None]
-        is_new = self._agree_on_progress(stored)
-        if is_warming_up(self.policy, self.progress):
+        is_new = self._units.agree(stored)
+        if is_warming_up(self.policy, self._units.progress):
             yield from self.exact.step(work, scale)
-            self.progress = self.progress.stepped(exact=True)
+            self._units.progress = self._units.progress.stepped(exact=True)
             return
         factor = float(scale)
         self._resume([(item.unit, item.slots) for item in stored])
@@ -98,21 +91,19 @@ class ZenFlowStepper:
         if is_new and not self.policy.overlap_step:  # a state with overlap may have been loaded
             self._land_now()
         if self._select(stored, factor) or is_new:
-            self._learn(is_new=is_new)
+            self._units.learn(is_new=is_new)
         for item in stored:
-            if not self._arrives_late(self._units[item.unit.index]):
-                self._units[item.unit.index].take(item.grad)
-        ends = ends_window(self.policy, self.progress, is_ripe=self._is_ripe(factor))
+            if not self._arrives_late(self._units.by_index[item.unit.index]):
+                self._units.by_index[item.unit.index].take(item.grad)
+        ends = ends_window(self.policy, self._units.progress, is_ripe=self._is_ripe(factor))
         yield from self._step(work, scale, factor, ends=ends)
-        self.progress = self.progress.stepped(ended=ends)
+        self._units.progress = self._units.progress.stepped(ended=ends)
 
     @torch.no_grad()
     def settle(self) -> None:
         """Have `inner.state` and masters say all that there is; the next step takes it from there."""
         self._late.wait()
-        for zen in self._active():
-            zen.unit.settle()
-            zen.settle(self.progress)
+        self._units.settle()
 
     @torch.no_grad()
     def flush(self, parts: Sequence[Part]) -> None:
@@ -122,7 +113,7 @@ class ZenFlowStepper:
             parts: units with optimizer state in a store, and this rank's slots of them; to be published afterwards.
         """
         self._late.wait()
-        self._read_progress(parts)
+        self._units.read_progress(parts)
         state = self.exact.inner.state
         waiting = [
             (unit, [s for s in slots if "zenflow_num_steps" in state.get(s.master, {})])
@@ -131,14 +122,14 @@ class ZenFlowStepper:
         self._resume([part for part in waiting if part[1]])
         self._take_edits()
         self._land_now()
-        active = self._active()
-        if self.progress.num_held:
+        active = list(self._units)
+        if self._units.progress.num_held:
             for _ in self._late_steps(active):
                 pass
         for zen in active:
             zen.publish()
             zen.forget()
-        self.progress = replace(self.progress, num_held=0, selection_age=None)
+        self._units.progress = replace(self._units.progress, num_held=0, selection_age=None)
 
     def close(self) -> None:
         """End the thread when it has done what it was given; raises what it met."""
@@ -151,12 +142,12 @@ class ZenFlowStepper:
     ) -> Iterator[UnitStep]:
         """Every unit that moves; at the end of a window also those that moved in it before."""
         overlap, at_work = self.policy.overlap_step, {item.unit.index for item in work}
-        others = [_nothing(zen.unit) for zen in self._active() if zen.unit.index not in at_work]
+        others = [_nothing(zen.unit) for zen in self._units if zen.unit.index not in at_work]
         if ends and overlap:
             self._late.wait_for_late_step()
-            self._is_whole = not all(map(self._arrives_late, self._active()))
+            self._is_whole = not all(map(self._arrives_late, self._units))
         for item in [*work, *others]:
-            zen = self._units.get(item.unit.index)
+            zen = self._units.by_index.get(item.unit.index)
             if zen is None:
                 yield from self.exact.step([item], scale)
                 continue
@@ -170,14 +161,14 @@ class ZenFlowStepper:
                 self._late.arrive(zen, *at_once, zen.landing() if ends else zen.publish)
             if not self._sends_rows(zen):
                 yield item
-        if self._rows is not None and not self._is_whole and not (ends and not overlap):
-            self._rows.publish(self._active())
+        if self._units.rows is not None and not self._is_whole and not (ends and not overlap):
+            self._units.rows.publish(self._units)
         self._late.begin_adding()
         if ends and overlap:
-            self._late.begin_late_step(self._active())
+            self._late.begin_late_step(list(self._units))
         elif ends:
             items = {item.unit.index: item for item in [*work, *others]}
-            for zen in self._late_steps(self._active()):
+            for zen in self._late_steps(list(self._units)):
                 zen.publish()
                 yield items[zen.unit.index]
 
@@ -210,26 +201,26 @@ class ZenFlowStepper:
 
     def _select(self, stored: Sequence[UnitStep], factor: float) -> bool:
         """Choose channels, if it is time to; whether it was."""
-        todo = selection(self.policy, self.progress)
+        todo = selection(self.policy, self._units.progress)
         if todo is Selection.KEEP:
             return False
-        best, held = most_important_channels(stored, self._units, self.policy.topk_ratio, self._wire)
+        best, held = most_important_channels(stored, self._units.by_index, self.policy.topk_ratio, self._wire)
         best_sum = sum(float(values[chosen].sum()) for values, chosen in best.values())
         if todo is Selection.IF_STALE and not is_stale(self.policy, held=held, best=best_sum):
             return False
         self._land_now()
         for index in {item.unit.index for item in stored}:
-            self._units[index].choose(
+            self._units.by_index[index].choose(
                 {slot: chosen for (unit, slot), (_, chosen) in best.items() if unit == index}
             )
-        self.progress = self.progress.selected()
+        self._units.progress = self._units.progress.selected()
         return True
 
     def _is_ripe(self, factor: float) -> bool:
         """Whether the rest has become important, on all ranks together."""
-        if self.policy.update_interval != "auto" or not self.progress.num_held:
+        if self.policy.update_interval != "auto" or not self._units.progress.num_held:
             return False
-        pairs = [(*zen.rest(), *zen.at_once(factor)) for zen in self._active()]
+        pairs = [(*zen.rest(), *zen.at_once(factor)) for zen in self._units]
         sums = torch.tensor(pairs, dtype=torch.float64).view(-1, 4).sum(0).to(self._wire.device)
         self._wire.all_reduce("importance of the rest", sums, dist.ReduceOp.SUM).wait()
         rest, num_rest, chosen, num_chosen_elements = sums.tolist()
@@ -244,84 +235,29 @@ class ZenFlowStepper:
 
     def _sends_rows(self, zen: ZenUnit) -> bool:
         """See Note [What is published]."""
-        is_plain = isinstance(self._wire.collectives, PlainCollectives)
-        return is_plain and 0 < zen.unit.stage < 3 and not self._is_whole
+        return self._units.is_plain and 0 < zen.unit.stage < 3 and not self._is_whole
 
     def _land_now(self) -> None:
         """Take over what is under way, now; whole units are published then, on all ranks."""
         self._late.wait_for_late_step()
-        for zen in self._active():
+        for zen in self._units:
             zen.unit.settle()
             zen.landing()()
         self._is_whole = True
 
     def _take_edits(self) -> None:
         """What somebody wrote to parameters counts; what was computed from the old values does not."""
-        edited = [zen for zen in self._active() if zen.is_edited]
+        edited = [zen for zen in self._units if zen.is_edited]
         if edited:
             self._late.wait_for_late_step()
         for zen in edited:
             zen.take_edits()
 
-    # -- forms of the state ------------------------------------------------------------------------------------
-
-    def _active(self) -> list[ZenUnit]:
-        return [zen for _, zen in sorted(self._units.items()) if not zen.is_settled]
-
-    def _agree_on_progress(self, stored: Sequence[UnitStep]) -> bool:
-        """How far training has come, as states say that may have been loaded; ranks without any hear it from others.
-
-        Returns:
-            Whether any rank has yet to take the form of its states from `inner.state`.
-        """
-        is_new = self._read_progress([(item.unit, item.slots) for item in stored])
-        for item in stored:
-            moved = self._moved.setdefault(item.unit.index, set())
-            is_new |= not moved.issuperset(item.moving)
-            moved.update(item.moving)
-        if self._world_size > 1:
-            knows = any(item.slots for item in stored)
-            numbers = [int(is_new), *(self.progress.numbers if knows else (-1, -1, -1))]
-            told = torch.tensor(numbers, device=self._wire.device)
-            self._wire.all_reduce("progress", told, dist.ReduceOp.MAX).wait()
-            is_new, *numbers = told.tolist()
-            self.progress = Progress.from_numbers(numbers)
-        return bool(is_new)
-
-    def _learn(self, *, is_new: bool) -> None:
-        """Other ranks' choices, where they are not known, and what follows from them."""
-        sending = [zen for zen in self._active() if 0 < zen.unit.stage < 3]
-        if self._world_size == 1 or not sending:
-            return
-        if is_new:
-            learn_choices(sending, self._wire)
-        self._rows = RowPublisher(sending, self._wire)
-
-    def _read_progress(self, parts: Sequence[Part]) -> bool:
-        """Where states may have been loaded: how far training has come, as they say; whether they may."""
-        if self._active():
-            return False
-        for _, slots in parts:
-            for slot in slots:
-                state = self.exact.inner.state.get(slot.master, {})
-                if "zenflow_num_steps" in state:
-                    self.progress = Progress.from_numbers([float(state[key]) for key in Progress.KEYS])
-                    return True
-        self.progress = replace(self.progress, num_held=0, selection_age=None)
-        return True
-
     def _resume(self, parts: Sequence[Part]) -> None:
-        """Have every unit in two forms, with these slots and all others that have moved so far."""
-        moving = {unit.index: slots for unit, slots in parts}
-        for unit, _ in parts:
-            if unit.index not in self._units:
-                self._units[unit.index] = ZenUnit(unit, self.exact, self.policy)
-        for index, zen in self._units.items():
-            if not zen.is_settled and not zen.knows(moving.get(index, ())):
-                self.settle()
-        for index, zen in self._units.items():
-            if zen.is_settled:
-                zen.resume(moving.get(index, ()))
+        """Have every unit in two forms; what has moved before settles first where there is more to hold."""
+        if self._units.knows_less_than(parts):
+            self.settle()
+        self._units.resume(parts)
 
 
 def _each(work: Sequence[Callable[[], None]]) -> None:

@@ -15,7 +15,7 @@ from zero_core import ShardSlot, UnitStep
 from zero_core.flat_unit import FlatUnit
 
 from .compact_rows import CompactRows, sum_of_squares
-from .importance import num_channels, pick, rows_in
+from .importance import as_mask, from_mask, pick, rows_in
 from .row_set import RowSet
 from .store_stepper import StoreStepper
 from .waiting_rows import WaitingRows
@@ -159,10 +159,7 @@ class ZenUnit:
         for slot in self.slots:
             place, index = slot.place, slot.place.index
             state = self._stepper.inner.state[slot.master]
-            mask = torch.zeros(self._numel, dtype=torch.uint8)
-            for rows, pieces in pick(rows_in(place), self.chosen[index]):
-                rows.view(mask)[pieces] = 1
-            state["zenflow_chosen"] = mask[place.start : place.stop].clone()
+            state["zenflow_chosen"] = as_mask(place, self.chosen[index])
             for name, flat in (("zenflow_sum", waiting.sum), ("zenflow_next", waiting.next)):
                 if flat is not None:
                     state[name] = flat[place.start : place.stop]
@@ -191,7 +188,7 @@ class ZenUnit:
         waiting.held.clear()
         for slot in self.slots:
             index, state = slot.place.index, self._stepper.inner.state[slot.master]
-            self.chosen[index] = self._chosen_in(slot, state.get("zenflow_chosen"))
+            self.chosen[index] = from_mask(slot.place, state.get("zenflow_chosen"))
             self._num_steps[index] = int(state.get("step", 0))
             waiting.num_steps[index] = int(state.get("zenflow_late_step", self._num_steps[index]))
             if state.get("zenflow_held"):
@@ -226,30 +223,12 @@ class ZenUnit:
 
     # -- inside ------------------------------------------------------------------------------------------------
 
-    @property
-    def _numel(self) -> int:
-        start, stop = self.unit.local
-        return stop - start
-
     def _shard(self) -> torch.Tensor:
         """The shard, to be written; waits for what is on its way to a store."""
         unit = self.unit
         assert unit.shard is not None
         unit.forget_prefetched()
         return unit.shard if unit.resting is None else unit.resting.view()
-
-    def _chosen_in(self, slot: ShardSlot, mask: torch.Tensor | None) -> torch.Tensor:
-        """Which channels of a slot are chosen, by a mask over this rank's part; all, where none is chosen among."""
-        place = slot.place
-        chosen = torch.zeros(num_channels(place.slot.shape) or 1, dtype=torch.bool)
-        if not num_channels(place.slot.shape):
-            return ~chosen
-        if mask is not None:
-            flat = torch.zeros(self._numel, dtype=torch.bool)
-            flat[place.start : place.stop] = mask.cpu() != 0
-            for rows in rows_in(place):
-                chosen[rows.first : rows.first + rows.num] |= rows.view(flat)[:, 0]
-        return chosen
 
     def _row_set(self, channels: Mapping[int, torch.Tensor]) -> RowSet:
         places = [slot.place for slot in self.slots if slot.place.index in channels]

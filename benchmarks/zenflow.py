@@ -4,8 +4,9 @@
     python3 tools/dev.py bench zenflow --quick
 
 A GPT at ZeRO stage 2, with its optimizer state in host memory or on a drive. Contestants take turns, one window of
-steps each; a stall is the time inside `step`, a window's is that of all its steps. Also shown is the time of the whole
-window, forward and backward included: on a CPU the thread takes cores from them, on a GPU it would not.
+steps each; a stall is the time inside `step`, and what forward and backward then wait for values that are still on
+their way; a window's is that of all its steps. Also shown is the time of the whole window, forward and backward
+included: on a CPU the threads take cores from them, on a GPU they would not.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +73,15 @@ class Contestant:
         self.optimizer = off.OffloadedOptimizer(self.model, inner, overlap=overlap, zenflow=policy)
         self.times = Times()
         self.seed = 0
+        self.waited_s = 0.0
+        for unit in zero.sharded(self.model).units:
+            unit.settle = partial(self._settle, unit.settle)  # type: ignore[method-assign]
+
+    def _settle(self, settle: Callable[[], None]) -> None:
+        """Wait for a unit's values, and count the time."""
+        begun = time.perf_counter()
+        settle()
+        self.waited_s += time.perf_counter() - begun
 
     def window(self, job: Job, *, counts: bool) -> None:
         """Train for a window of steps."""
@@ -78,10 +89,11 @@ class Contestant:
         for _ in range(job.window):
             tokens, targets = random_batch(self.config, sequences=job.sequences, seed=self.seed)
             self.seed += 1
+            self.waited_s = 0.0
             self.model(tokens, targets).backward()
-            before = time.perf_counter()
+            waited_s, before = self.waited_s, time.perf_counter()
             self.optimizer.step()
-            steps.append(time.perf_counter() - before)
+            steps.append(waited_s + time.perf_counter() - before)
             self.optimizer.zero_grad()
         if counts:
             self.times.windows.append(time.perf_counter() - begun)
@@ -166,7 +178,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a tiny model, to see that it runs")
     parser.add_argument("--preset", choices=sorted(PRESETS), default="25m")
     parser.add_argument("--stores", nargs="+", choices=["host", "nvme"], default=["host", "nvme"])
-    parser.add_argument("--ranks", nargs="+", type=int, default=[1])
+    parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--sequences", type=int, default=1, help="a rank and step")
     parser.add_argument("--window", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)

@@ -27,9 +27,11 @@ class DenseZenFlow:
         betas=(0.9, 0.999),
         eps=1e-8,
         decay=0.01,
+        late_step="window",
     ) -> None:
         self.params, self.lr, self.ratio, self.every, self.window = params, lr, ratio, every, window
         self.overlap, self.betas, self.eps, self.decay = overlap, betas, eps, decay
+        self.late_step = late_step
         self.now, self.late, self.held, self.age = 0, 0, 0, None
         zeros = lambda: {name: torch.zeros_like(p) for name, p in params.items()}  # noqa: E731
         self.m, self.v, self.sum = zeros(), zeros(), zeros()
@@ -55,9 +57,10 @@ class DenseZenFlow:
         self.held += 1
         if self.held == self.window:
             self._land()
-            self.late += 1
+            ahead = self.held if self.late_step == "window" else 1  # how many steps this one stands for
+            self.late += ahead
             for name in grads:
-                value, m, v = self._adam(name, self.sum[name] / self.held, self.late)
+                value, m, v = self._adam(name, self.sum[name] / self.held, self.late, ahead)
                 self.m[name] = torch.where(self.chosen[name], self.m[name], m)
                 self.v[name] = torch.where(self.chosen[name], self.v[name], v)
                 self.coming[name] = value
@@ -86,9 +89,10 @@ class DenseZenFlow:
                 moment.copy_(torch.where(before & ~after, moment / ahead, moment))
         self.chosen[name] = after.clone()
 
-    def _adam(self, name: str, grad: torch.Tensor, count: int):
+    def _adam(self, name: str, grad: torch.Tensor, count: int, ahead: int = 1):
         beta1, beta2 = self.betas
-        m = beta1 * self.m[name] + (1 - beta1) * grad
-        v = beta2 * self.v[name] + (1 - beta2) * grad**2
+        m = beta1**ahead * self.m[name] + (1 - beta1**ahead) * grad
+        v = beta2**ahead * self.v[name] + (1 - beta2**ahead) * grad**2
         unit = (m / (1 - beta1**count)) / ((v / (1 - beta2**count)).sqrt() + self.eps)
-        return self.params[name] * (1 - self.lr * self.decay) - self.lr * unit, m, v
+        shrunk = self.params[name] * (1 - ahead * self.lr * self.decay)
+        return shrunk - ahead**0.75 * self.lr * unit, m, v

@@ -9,7 +9,7 @@ import torch
 import zero_core as zero
 from stored_models import build, stores, train
 from zero_core.testing import run_ranks
-from zero_offload_nvme import ZenFlow
+from zero_offload_nvme import HostStore, ZenFlow
 
 POLICY = {"topk_ratio": 0.1, "update_interval": 3, "select_strategy": "step", "select_interval": 6}
 KINDS = [("host", "optimizer"), ("nvme", "all")]
@@ -77,23 +77,31 @@ def resumed(
     return losses, state
 
 
-@pytest.mark.parametrize("overlap", [False, True])
+PLAIN, LOW, SHARDS = (
+    (2, torch.float32, KINDS[0]),
+    (2, torch.bfloat16, KINDS[1]),
+    (3, torch.bfloat16, KINDS[1]),
+)
+
+
 @pytest.mark.parametrize(
-    "steps", [4, 6]
-)  # inside a window; between two, where channels are about to be chosen
-@pytest.mark.parametrize(("stage", "dtype"), [(2, torch.float32), (2, torch.bfloat16), (3, torch.bfloat16)])
-def test_exact_on_the_same_ranks(tmp_path, stage: int, dtype, steps: int, overlap: bool) -> None:
-    for kind in KINDS:
-        case = (stage, dtype, kind, overlap, steps)
-        ranks = run_ranks(begun, 2, *case, False, str(tmp_path))
-        tensors = whole([parts for parts, *_ in ranks])
-        scalars = {name: of for _, found, *_ in ranks for name, of in found.items()}
-        own = [state for _, _, state, *_ in ranks]
-        for by in (None, own):
-            found = run_ranks(resumed, 2, *case, tensors, scalars, by, 2, str(tmp_path))
-            for (losses, state), (*_, expected_losses, expected) in zip(found, ranks, strict=True):
-                assert losses == expected_losses, (kind, by is None)
-                assert all(torch.equal(state[name], expected[name]) for name in expected), (kind, by is None)
+    ("place", "steps", "overlap"),  # 4: inside a window; 6: between two, where channels are about to be chosen
+    [
+        (PLAIN, 4, True), (LOW, 4, True), (SHARDS, 4, True), (PLAIN, 6, True), (SHARDS, 6, True),
+        (PLAIN, 6, False), (LOW, 4, False),
+    ],
+)  # fmt: skip
+def test_exact_on_the_same_ranks(tmp_path, place, steps: int, overlap: bool) -> None:
+    case = (*place, overlap, steps)
+    ranks = run_ranks(begun, 2, *case, False, str(tmp_path))
+    tensors = whole([parts for parts, *_ in ranks])
+    scalars = {name: of for _, found, *_ in ranks for name, of in found.items()}
+    own = [state for _, _, state, *_ in ranks]
+    for by in (None, own):
+        found = run_ranks(resumed, 2, *case, tensors, scalars, by, 2, str(tmp_path))
+        for (losses, state), (*_, expected_losses, expected) in zip(found, ranks, strict=True):
+            assert losses == expected_losses, by is None
+            assert all(torch.equal(state[name], expected[name]) for name in expected), by is None
 
 
 def test_what_waits_is_carried_to_other_ranks(tmp_path) -> None:
@@ -108,8 +116,7 @@ def test_what_waits_is_carried_to_other_ranks(tmp_path) -> None:
         assert all(state.keys() == found[0][1].keys() for _, state in found)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize(("overlap", "dtype"), [(True, torch.float32), (False, torch.bfloat16)])
 def test_flushed_state_is_a_plain_optimizers(tmp_path, overlap: bool, dtype) -> None:
     case = (2, dtype, KINDS[0], overlap, 7)
     ranks = run_ranks(begun, 2, *case, True, str(tmp_path))
@@ -157,3 +164,35 @@ def flushes(rank: int, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_flush_applies_what_waits(dtype) -> None:
     run_ranks(flushes, 2, dtype)
+
+
+def without_any(rank: int):
+    """A matrix so small that the second rank holds padding alone."""
+    net = lambda: torch.nn.Linear(4, 3, bias=False)  # noqa: E731
+    policy = ZenFlow(topk_ratio=0.4, update_interval=3, full_warm_up_rounds=2)
+
+    def go_on(model, opt, steps):
+        for step in steps:
+            x = torch.randn(2, 4, generator=torch.Generator().manual_seed(step))
+            model(x).square().mean().backward()
+            opt.step()
+            opt.zero_grad()
+        return zero.full_state_dict(model)["weight"].clone()
+
+    expected, again = (
+        build(zero.Stores(optimizer=HostStore()), 2, zenflow=policy, net=net) for _ in range(2)
+    )
+    assert bool(expected[1].slots.get(0)) == (rank == 0)
+    go_on(*expected, range(4))  # inside a window
+    shared = expected[1].state_dict() if rank == 0 else None  # only whoever has something saves it
+    mine = shared if rank == 0 else again[1].state_dict()
+    again[1].load_state_dict(copy.deepcopy(mine))
+    found = [go_on(*each, range(4, 12)) for each in (expected, again)]
+    for _, opt in (expected, again):
+        opt.close()
+    return found
+
+
+def test_a_rank_that_holds_nothing_hears_how_far_training_has_come() -> None:
+    for expected, found in run_ranks(without_any, 2):
+        assert torch.equal(found, expected)

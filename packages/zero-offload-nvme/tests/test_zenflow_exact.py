@@ -22,7 +22,7 @@ POLICIES = {
 def rank_of(rank: int, cases, stage: int, dtype: torch.dtype, folder: str):
     found = {}
     for policy in (None, *POLICIES):
-        for kind, what in cases:
+        for kind, what in cases if policy else cases[:1]:
             zenflow = None if policy is None else POLICIES[policy]
             model, opt = build(stores(kind, what, stage, folder), stage, dtype, zenflow=zenflow)
             losses = train(model, opt, rank, range(5), accumulate=2)
@@ -31,10 +31,12 @@ def rank_of(rank: int, cases, stage: int, dtype: torch.dtype, folder: str):
     return found
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("stage", "dtype"),
+    [(1, torch.bfloat16), (2, torch.float32), (3, torch.float32), (3, torch.bfloat16)],
+)
 def test_bit_for_bit(tmp_path, stage: int, dtype: torch.dtype) -> None:
-    cases = [(kind, what) for kind in ("host", "nvme") for what in ("optimizer", "all")]
+    cases = [("host", "all"), ("nvme", "optimizer" if dtype == torch.float32 else "all")]
     found = run_ranks(rank_of, 2, cases, stage, dtype, str(tmp_path))[0]
     losses, expected = found[None, "host", "all"]
     assert losses[-1] != losses[0]

@@ -63,9 +63,9 @@ def failing(rank: int, call: str, folder: str) -> None:
     train(model, opt, rank, range(3))
     opt._zenflow._late.wait()
     store.fails = True
-    train(model, opt, rank, range(3, 4))  # ends a window: the thread begins to step the rest
+    train(model, opt, rank, range(3, 4))  # ends a window: a thread begins to step the rest
     loss_of(model, batch(4, rank)).backward()
-    opt._zenflow._late._future.exception(timeout=30)
+    opt._zenflow._late._late._future.exception(timeout=30)
     calls = {
         "step": opt.step,
         "flush": opt.flush,
@@ -86,7 +86,7 @@ def threads(rank: int) -> None:
     assert not running()
     with opt:
         train(model, opt, rank, range(4))
-        assert len(running()) == 1
+        assert len(running()) == 2
     assert not running()
     opt.close()
     opt.flush()  # needs none
@@ -104,7 +104,7 @@ def edits(rank: int, stage: int, dtype: torch.dtype, whole: bool) -> None:
     """New values for the parameters, while the old ones' update is under way."""
     model, opt = build(HostStore(), stage, dtype, zenflow=POLICY)
     train(model, opt, rank, range(4))
-    assert opt._zenflow._late is not None
+    assert opt._zenflow._late._late is not None
     wanted = {name: torch.full_like(value, 0.25) for name, value in zero.full_state_dict(model).items()}
     if whole:
         zero.load_full_state_dict(model, wanted)

@@ -132,7 +132,7 @@ def test_explain_shows_value_source_and_bytes(capsys, tmp_path):
                 "zero_optimization": {
                     "stage": 2,
                     "contiguous_gradients": True,
-                    "zenflow": None,
+                    "zero_quantized_weights": False,
                 },
             }
         )
@@ -148,7 +148,7 @@ def test_explain_shows_value_source_and_bytes(capsys, tmp_path):
     assert "gradient_clipping 1.0 default" in words
     assert "optimizer.params.lr auto auto: from the optimizer or args.learning_rate, at initialize()" in words
     assert any(line.startswith("zero_optimization.contiguous_gradients gradients always") for line in words)
-    assert any(line.startswith("zero_optimization.zenflow would be refused") for line in words)
+    assert any(line.startswith("zero_optimization.zero_quantized_weights would be refused") for line in words)
     assert "params 2 GB" in words
     assert "optimizer 2 GB" in words
     assert "total 5.5 GB" in words

@@ -31,6 +31,7 @@ VALID = {
         "reduce_bucket_size": 5e7,
         "offload_param": {"device": "none", "pin_memory": True},
         "zenflow": None,
+        "zeropp_loco_param": None,
     },
     "tensorboard": {"enabled": False, "output_path": "x", "job_name": "y"},
     "data_efficiency": {"enabled": False, "data_sampling": {"curriculum_learning": {"enabled": False}}},
@@ -66,7 +67,7 @@ def test_a_valid_configuration_resolves():
     assert result.sources["zero_optimization.stage3_prefetch_bucket_size"] == "default: zero-core decides"
     assert result.sources["gradient_accumulation_steps"].startswith("derived: train_batch_size 32 / (")
     assert set(result.findings.switched_off) == {
-        "zero_optimization.zenflow",
+        "zero_optimization.zeropp_loco_param",
         "tensorboard",
         "data_efficiency",
     }

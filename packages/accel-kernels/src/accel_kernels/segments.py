@@ -75,7 +75,7 @@ class _Segment:
 class AdamSegment(_Segment):
     """AdamW (``decoupled``) or Adam with L2 regularization, for elements ``[start, stop)``.
 
-    ``step`` counts from 1 and serves bias correction only. Sources: arXiv:1412.6980 algorithm 1,
+    ``step`` counts from 1, need not be whole, and serves bias correction only. Sources: arXiv:1412.6980 algorithm 1,
     arXiv:1711.05101 algorithm 2.
     """
 
@@ -83,7 +83,7 @@ class AdamSegment(_Segment):
     beta2: float = 0.999
     eps: float = 1e-8
     weight_decay: float = 0.0
-    step: int
+    step: float
     decoupled: bool = True
 
     def __post_init__(self) -> None:

@@ -175,6 +175,7 @@ class FlatUnit:
 
     def values(self) -> torch.Tensor:
         """This rank's part in the parameters' dtype, [local numel]: the shard, or a copy of what the master says."""
+        self.settle()
         if self.shard is not None:
             return self.shard
         assert self.master is not None

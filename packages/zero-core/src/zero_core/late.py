@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from .collectives import Pending
+from .collectives import Handle
 from .flat_unit import FlatUnit
 from .params import arriving_class
 
@@ -36,9 +36,9 @@ class LateArrivals:
                 anchor.register_forward_pre_hook(hook, prepend=True) for anchor in unit.anchors
             ]
 
-    def expect(self, unit: FlatUnit, gather: Pending) -> None:
-        """`unit` is being gathered, and nobody waits for it yet."""
-        unit.arrive_late(gather.wait, self._arriving)
+    def expect(self, unit: FlatUnit, values: Handle) -> None:
+        """New values of `unit` are on their way (such as its gather), and nobody waits for them yet."""
+        unit.arrive_late(values.wait, self._arriving)
 
     def close(self) -> None:
         """Remove the hooks; what is on its way still arrives where it is touched."""

@@ -108,7 +108,7 @@ class FusedRule:
     """How one torch optimizer maps to a fused kernel: its state tensors, and a slot's segment."""
 
     states: Callable[[dict[str, Any]], tuple[str, ...]]
-    segment: Callable[[int, int, dict[str, Any], int], Any]
+    segment: Callable[[int, int, dict[str, Any], float], Any]
     kernel: Callable[..., None]
     initial: Callable[[dict[str, Any]], float] = lambda group: 0.0
 
@@ -146,7 +146,7 @@ def _num_steps(state: dict[str, Any]) -> Any:
 
 
 def _adam_segment(
-    start: int, stop: int, group: dict[str, Any], step: int, *, decoupled: bool
+    start: int, stop: int, group: dict[str, Any], step: float, *, decoupled: bool
 ) -> ak.AdamSegment:
     beta1, beta2 = group["betas"]
     return ak.AdamSegment(
@@ -155,14 +155,14 @@ def _adam_segment(
     )  # fmt: skip
 
 
-def _adagrad_segment(start: int, stop: int, group: dict[str, Any], step: int) -> ak.AdagradSegment:
+def _adagrad_segment(start: int, stop: int, group: dict[str, Any], step: float) -> ak.AdagradSegment:
     return ak.AdagradSegment(
         start=start, stop=stop, lr=float(group["lr"]), lr_decay=group["lr_decay"], eps=group["eps"],
-        weight_decay=group["weight_decay"], step=step,
+        weight_decay=group["weight_decay"], step=int(step),
     )  # fmt: skip
 
 
-def _sgd_segment(start: int, stop: int, group: dict[str, Any], step: int) -> ak.SgdSegment:
+def _sgd_segment(start: int, stop: int, group: dict[str, Any], step: float) -> ak.SgdSegment:
     return ak.SgdSegment(
         start=start, stop=stop, lr=float(group["lr"]), momentum=group["momentum"], dampening=group["dampening"],
         weight_decay=group["weight_decay"], nesterov=group["nesterov"], first_step=step == 1,

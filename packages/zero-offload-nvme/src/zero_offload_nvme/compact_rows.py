@@ -6,15 +6,15 @@ Next: `zenflow_unit` keeps them beside the full form of the others.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import accel_kernels as ak
 import torch
 from zero_core import ShardSlot
+from zero_core.steppers import FusedRule
 
 from .row_set import RowSet
-from .store_stepper import StoreStepper
 
 
 class CompactRows:
@@ -40,6 +40,11 @@ class CompactRows:
         self._moments = [rows.take(full, torch.empty_like(self.values)) for full in moments]
         self._low = torch.empty_like(self.values, dtype=dtype) if has_master else None
 
+    @property
+    def published(self) -> torch.Tensor:
+        """Values in the parameters' dtype, compact."""
+        return self.values if self._low is None else self._low
+
     def take_gradient(self, grad: torch.Tensor) -> None:
         """The rows of a flat gradient, in its dtype."""
         if self.grads.dtype != grad.dtype:
@@ -52,26 +57,32 @@ class CompactRows:
         if self._low is not None:
             self.rows.take(shard, self._low)
 
-    def step(self, slots: Sequence[ShardSlot], stepper: StoreStepper, scale: float) -> None:
-        """Step the rows of these slots, and count the step of each, with rows here or without."""
+    def segments(self, slots: Sequence[ShardSlot], counts: Mapping[int, int], rule: FusedRule) -> list[Any]:
+        """What steps the rows of these slots, with the hyper-parameters of this moment.
+
+        Args:
+            slots: that move.
+            counts: slot -> how many steps it has taken with this one.
+            rule: the optimizer's.
+        """
         runs: list[tuple[int, int, dict[str, Any], int]] = []
         for slot in slots:
-            state = stepper.inner.state[slot.master]
-            if "step" not in state:
-                state["step"] = torch.tensor(0.0)
-            state["step"] += 1
-            count, (start, stop) = int(state["step"]), self.rows.spans[slot.place.index]
+            index = slot.place.index
+            count, (start, stop) = counts[index], self.rows.spans[index]
             if runs and runs[-1][1] == start and runs[-1][2] is slot.group and runs[-1][3] == count:
                 start = runs.pop()[0]
             if start < stop:
                 runs.append((start, stop, slot.group, count))
-        if runs:
-            segments = [stepper.rule.segment(*each) for each in runs]
-            stepper.rule.run(self.values, self.grads, self._moments, segments, scale, self._low)
+        return [rule.segment(*each) for each in runs]
+
+    def step(self, segments: Sequence[Any], rule: FusedRule, scale: float) -> None:
+        """Step them with what `take_gradient` took."""
+        if segments:
+            rule.run(self.values, self.grads, self._moments, segments, scale, self._low)
 
     def publish(self, shard: torch.Tensor) -> None:
         """Write the rows to the shard, in its dtype."""
-        self.rows.put(self.values if self._low is None else self._low, shard)
+        self.rows.put(self.published, shard)
 
     def write(self, moments: Sequence[torch.Tensor], master: torch.Tensor | None) -> None:
         """Write moments, and values where there is a separate master, to flat tensors."""

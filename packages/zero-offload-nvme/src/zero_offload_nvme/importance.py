@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from zero_core.layout import LocalSlot
 
 # Note [Channels are rows]
 # A channel is one index of the first dimension: contiguous in the flat buffer, so that nearly every channel lies on one
@@ -71,6 +72,11 @@ def rows_of(shape: Sequence[int], part_start: int, param_start: int, numel: int)
     return found
 
 
+def rows_in(place: LocalSlot) -> list[Rows]:
+    """`rows_of` a parameter's part in a shard."""
+    return rows_of(place.slot.shape, place.start, place.param_start, place.numel)
+
+
 def importance(grad: torch.Tensor, rows: Sequence[Rows], channels: int) -> torch.Tensor:
     """Squared norm of each channel's gradient, as far as it lies in this shard.
 
@@ -112,3 +118,30 @@ def pick(rows: Sequence[Rows], chosen: torch.Tensor) -> list[tuple[Rows, torch.T
     """
     found = [(each, chosen[each.first : each.first + each.num].nonzero().flatten()) for each in rows]
     return [(each, pieces) for each, pieces in found if len(pieces)]
+
+
+def as_mask(place: LocalSlot, chosen: torch.Tensor) -> torch.Tensor:
+    """Which elements of a parameter's part belong to chosen channels, uint8 [numel]: how a choice is saved."""
+    mask = torch.zeros(place.stop, dtype=torch.uint8)
+    for rows, pieces in pick(rows_in(place), chosen):
+        rows.view(mask)[pieces] = 1
+    return mask[place.start :].clone()
+
+
+def from_mask(place: LocalSlot, mask: torch.Tensor | None) -> torch.Tensor:
+    """The way back, as far as this part says; bool [channels]; all, where none is chosen among.
+
+    Args:
+        place: the part.
+        mask: what `as_mask` returned; None: nothing has been chosen.
+    """
+    channels = num_channels(place.slot.shape)
+    if not channels:
+        return torch.ones(1, dtype=torch.bool)
+    chosen = torch.zeros(channels, dtype=torch.bool)
+    if mask is not None:
+        flat = torch.zeros(place.stop, dtype=torch.bool)
+        flat[place.start :] = mask.cpu() != 0
+        for rows in rows_in(place):
+            chosen[rows.first : rows.first + rows.num] |= rows.view(flat)[:, 0]
+    return chosen

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from zero_core import LossScaler, ShardedOptimizer, ZeroStateError, sharded
 from zero_core.flat_unit import FlatUnit
 from zero_core.hooks import Lane
+from zero_core.late import LateArrivals
 
 from .early import EarlyCount
 from .errors import OffloadConfigError
@@ -85,11 +86,13 @@ class OffloadedOptimizer(ShardedOptimizer):
             )
         self.overlap = overlap
         self._zenflow: ZenFlowStepper | None = None
+        self._arrivals: LateArrivals | None = None
         self._speculative: SpeculativeStepper | None = None
         self._exact: LastBackwardStepper | None = None
         if overlap == "zenflow":
+            self._arrivals = state.late or LateArrivals(state.units)
             self._zenflow = ZenFlowStepper(
-                optimizer, zenflow or ZenFlow(), state.wire, window_bytes=window_bytes
+                optimizer, zenflow or ZenFlow(), state.wire, self._arrivals, window_bytes=window_bytes
             )
         elif overlap == "speculative":
             _check_stores(state.units)
@@ -212,7 +215,11 @@ class OffloadedOptimizer(ShardedOptimizer):
 
     def close(self) -> None:
         """End the thread, when it has done what it was given; raises what it met. Steps that need one then raise."""
-        self._in_thread.close()
+        try:
+            self._in_thread.close()
+        finally:
+            if self._arrivals is not None and self._arrivals is not self._sharded.late:
+                self._arrivals.close()
 
     def __enter__(self) -> OffloadedOptimizer:
         return self

@@ -1,32 +1,59 @@
 """Chosen rows of a unit's flat tensors: out into a compact tensor, and back.
 
 In: for each parameter, runs of rows and which of them. Out: a `RowSet`, which knows where each lies in a compact tensor
-of their elements alone. Next: `zenflow_unit` keeps such tensors on the device.
+of their elements alone. Next: `compact_rows` keeps such tensors on the device, `row_publisher` sends them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 
 from .importance import Rows
 
+_SHORT = 64
+"""Elements of a piece: shorter ones cost more than a further call."""
 
-@dataclass(frozen=True)
-class _Run:
-    rows: Rows
-    pieces: torch.Tensor
+
+@dataclass
+class _Band:
+    """Neighbouring runs as pieces of one width, so that one call moves them all.
+
+    Attributes:
+        base: element of the shard where pieces begin to be counted.
+        width: of a piece; divides the width of every row and the distance of every run.
+        at: first element in the compact tensor.
+        rows: the chosen rows: where they begin, from `base`, and how long each is.
+        pieces: their numbers.
+    """
+
+    base: int
+    width: int
     at: int
+    rows: list[tuple[torch.Tensor, int]]
+    pieces: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
-    @property
-    def is_all(self) -> bool:
-        return self.pieces.numel() == self.rows.num
+    def widths_with(self, rows: Rows) -> int:
+        return math.gcd(self.width, rows.width, rows.start - self.base)
+
+    def end(self, device: torch.device) -> int:
+        """Count the pieces; returns where the next band begins in the compact tensor."""
+        numbers = [
+            (starts // self.width).view(-1, 1) + torch.arange(length // self.width)
+            for starts, length in self.rows
+        ]
+        self.pieces = torch.cat([each.flatten() for each in numbers]).to(device)
+        return self.at + self.pieces.numel() * self.width
+
+    def of(self, flat: torch.Tensor) -> torch.Tensor:
+        num = (flat.numel() - self.base) // self.width
+        return flat[self.base : self.base + num * self.width].view(num, self.width)
 
     def inside(self, compact: torch.Tensor) -> torch.Tensor:
-        return compact[self.at : self.at + self.pieces.numel() * self.rows.width].view(-1, self.rows.width)
+        return compact[self.at : self.at + self.pieces.numel() * self.width].view(-1, self.width)
 
 
 class RowSet:
@@ -48,46 +75,43 @@ class RowSet:
         self.numel = 0
         self.device = device
         self.spans: dict[int, tuple[int, int]] = {}
-        self._runs: list[_Run] = []
-        self._known: tuple[torch.Tensor, torch.Tensor, list[Any]] | None = None
+        self._bands: list[_Band] = []
+        at = 0
         for slot, runs in picked.items():
-            start = self.numel
+            start = at
             for rows, pieces in runs:
-                self._runs.append(_Run(rows, pieces.to(device), self.numel))
-                self.numel += len(pieces) * rows.width
-            self.spans[slot] = (start, self.numel)
+                self._append(rows, pieces, at)
+                at += len(pieces) * rows.width
+            self.spans[slot] = (start, at)
+        for band in self._bands:
+            self.numel = band.end(device)
+
+    def _append(self, rows: Rows, pieces: torch.Tensor, at: int) -> None:
+        last = self._bands[-1] if self._bands else None
+        width = 0 if last is None else last.widths_with(rows)
+        if last is None or width < min(_SHORT, last.width, rows.width):
+            last = _Band(rows.start, rows.width, at, [])
+            self._bands.append(last)
+        else:
+            last.width = width
+        last.rows.append((pieces * rows.width + (rows.start - last.base), rows.width))
 
     def take(self, flat: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """Fill `out`, compact, from a shard; either may be on the host, and of any dtype."""
-        for run in self._runs:
-            source, inside = run.rows.view(flat), run.inside(out)
-            if run.is_all:
-                inside.copy_(source)
-            elif flat.device == out.device and flat.dtype == out.dtype:
-                torch.index_select(source, 0, run.pieces, out=inside)
+        is_like = flat.device == out.device and flat.dtype == out.dtype
+        for band in self._bands:
+            source, inside = band.of(flat), band.inside(out)
+            if is_like:
+                torch.index_select(source, 0, band.pieces, out=inside)
             else:
-                inside.copy_(source.index_select(0, run.pieces.to(flat.device)))
+                inside.copy_(source.index_select(0, band.pieces.to(flat.device)))
         return out
 
     def put(self, compact: torch.Tensor, flat: torch.Tensor) -> None:
         """Write compact values to their rows of a shard, in its dtype."""
-        for target, inside, pieces in self._pairs(compact, flat):
-            if pieces is None:
-                target.copy_(inside)
-            else:
-                target.index_copy_(0, pieces.to(flat.device), inside.to(flat.device, flat.dtype))
-
-    def _pairs(
-        self, compact: torch.Tensor, flat: torch.Tensor
-    ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
-        """Rows of a shard, their values, and which of the rows; those of the last pair of tensors are kept."""
-        if self._known is None or self._known[0] is not compact or self._known[1] is not flat:
-            found = [
-                (run.rows.view(flat), run.inside(compact), None if run.is_all else run.pieces)
-                for run in self._runs
-            ]
-            self._known = compact, flat, found
-        return self._known[2]
+        for band in self._bands:
+            inside = band.inside(compact).to(flat.device, flat.dtype)
+            band.of(flat).index_copy_(0, band.pieces.to(flat.device), inside)
 
     def scale(self, flat: torch.Tensor, factors: Mapping[int, float]) -> None:
         """Multiply rows of a shard by a factor for each slot."""

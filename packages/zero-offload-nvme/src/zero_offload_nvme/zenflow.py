@@ -28,6 +28,10 @@ class ZenFlow:
             until their sum is as important as what is stepped at once, see `auto_ratio`.
         full_warm_up_rounds: steps at the beginning that step everything, exactly.
         overlap_step: the host steps the rest in a thread while training goes on; its update is one window late.
+        late_step: what the rest takes for a window of S gradients. "window": as far as S steps would have gone, for
+            rates of fine-tuning: the betas to the power S, and the rate times S^(3/4), between the square root of S
+            (gradients that are all noise) and S (that all agree). "one": one ordinary step, for rates so high that
+            what is late must be small.
         steps_per_epoch: for "epoch".
         auto_ratio: for `update_interval="auto"`: a window ends when the mean square of the accumulated gradients of the
             rest has come to this part of the mean square of the gradients that are stepped at once.
@@ -38,6 +42,7 @@ class ZenFlow:
         OffloadConfigError: a value out of range, or one that the others leave without an effect.
 
     Source: ZenFlow (Lan et al., 2025, arXiv:2505.12242), sections 3 and 4; names as in DeepSpeed's documentation.
+    `late_step` is not the paper's; how Adam's rate and betas go with the batch: Malladi et al., 2022, arXiv:2205.10287.
     """
 
     topk_ratio: float = 0.05
@@ -46,6 +51,7 @@ class ZenFlow:
     update_interval: int | Literal["auto"] = 4
     full_warm_up_rounds: int = 0
     overlap_step: bool = True
+    late_step: Literal["window", "one"] = "window"
     steps_per_epoch: int | None = None
     auto_ratio: float = 0.99
     max_update_interval: int = 16
@@ -86,6 +92,8 @@ class ZenFlow:
             _refuse(
                 "select_strategy", "'auto', 'step' or 'epoch'", self.select_strategy, "choose one of them"
             )
+        if self.late_step not in ("window", "one"):
+            _refuse("late_step", "'window' or 'one'", self.late_step, "choose one of them")
         for name in ("select_interval", "update_interval", "max_update_interval", "steps_per_epoch"):
             value = getattr(self, name)
             may_be_auto = name in ("select_interval", "update_interval")

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from zero_core import UnitStep
 from zero_core.collectives import Wire
 
-from .importance import importance, most_important, num_channels, num_chosen, rows_of
+from .importance import importance, most_important, num_channels, num_chosen, rows_in
 from .zenflow_unit import ZenUnit
 
 
@@ -44,7 +44,7 @@ def most_important_channels(
             values = torch.zeros(channels)
             if index in mine:
                 place = mine[index]
-                rows = rows_of(shape, place.start, place.param_start, place.numel)
+                rows = rows_in(place)
                 values = importance(item.grad, rows, channels).cpu()
                 held += values[units[item.unit.index].chosen[index]].sum()
             parts[item.unit.index, index] = values

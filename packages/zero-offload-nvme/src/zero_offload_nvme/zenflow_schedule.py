@@ -6,8 +6,10 @@ computes the same from the same. Next: `zenflow_stepper` does it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from typing import Any, ClassVar
 
 from .zenflow import ZenFlow
 
@@ -33,6 +35,24 @@ class Progress:
     num_steps: int = 0
     num_held: int = 0
     selection_age: int | None = None
+
+    KEYS: ClassVar = ("zenflow_num_steps", "zenflow_num_held", "zenflow_selection_age")
+    """Its names in the state of an optimizer, where it is kept with every parameter."""
+
+    @property
+    def numbers(self) -> list[int]:
+        """By which it can be compared: the further one has the larger ones."""
+        return [self.num_steps, self.num_held, -1 if self.selection_age is None else self.selection_age]
+
+    @classmethod
+    def from_numbers(cls, numbers: Sequence[float]) -> Progress:
+        """The way back."""
+        num_steps, num_held, age = map(int, numbers)
+        return cls(num_steps=num_steps, num_held=num_held, selection_age=None if age < 0 else age)
+
+    def as_state(self) -> dict[str, int]:
+        """Under its names."""
+        return dict(zip(self.KEYS, self.numbers, strict=True))
 
     def stepped(self, *, exact: bool = False, ended: bool = False) -> Progress:
         """After a step.
@@ -104,3 +124,39 @@ def is_stale(policy: ZenFlow, *, held: float, best: float) -> bool:
         best: of as many that are the most important now.
     """
     return held < policy.reselect_share * best
+
+
+def late_group(policy: ZenFlow, group: dict[str, Any], num_held: int, *, decoupled: bool) -> dict[str, Any]:
+    """A group's options for the step that a window's mean gradient takes.
+
+    Args:
+        policy: its `late_step` counts.
+        group: of an Adam.
+        num_held: gradients of the window.
+        decoupled: weight decay is AdamW's, and goes with the rate: S steps shrink by S times as much, whatever theirs.
+    """
+    if policy.late_step == "one" or num_held == 1:
+        return group
+    beta1, beta2 = group["betas"]
+    ahead = num_held**0.75
+    return group | {
+        "lr": float(group["lr"]) * ahead,
+        "betas": (float(beta1) ** num_held, float(beta2) ** num_held),
+        "weight_decay": group["weight_decay"] * (num_held / ahead if decoupled else 1),
+    }
+
+
+def late_count(policy: ZenFlow, before: int, num_held: int) -> tuple[int, float]:
+    """Of the rest's steps, for Adam's bias correction.
+
+    Args:
+        policy: its `late_step` counts.
+        before: steps so far.
+        num_held: gradients of the window.
+
+    Returns:
+        Steps afterwards, in steps of the group's own betas; and in steps of the betas of `late_group`.
+    """
+    if policy.late_step == "one":
+        return before + 1, before + 1
+    return before + num_held, (before + num_held) / num_held

@@ -9,30 +9,32 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch.optim import Adam, AdamW, Optimizer
-from zero_core import ShardSlot, UnitStep
+from zero_core import UnitStep
 from zero_core.collectives import Wire
 from zero_core.flat_unit import FlatUnit
+from zero_core.late import LateArrivals
 
-from .background import Background, Job
 from .errors import OffloadConfigError
+from .late_work import LateWork
 from .store_stepper import StoreStepper, run
 from .zenflow import ZenFlow
 from .zenflow_choice import most_important_channels
-from .zenflow_schedule import Progress, Selection, ends_window, is_ripe, is_stale, is_warming_up, selection
+from .zenflow_schedule import Selection, ends_window, is_ripe, is_stale, is_warming_up, selection
 from .zenflow_unit import ZenUnit
+from .zenflow_units import Part, ZenUnits
 
 # Note [When the rest changes]
 # Values of the rest become visible at the end of a window alone: without overlap those of this window, with overlap
 # those of the window before, which the thread has computed meanwhile. So training sees the same numbers however fast
 # the thread is. Before channels are chosen anew, what is under way lands first.
 
-
-Part: TypeAlias = "tuple[FlatUnit, Sequence[ShardSlot]]"
+# Note [What is published]
+# Between two ends of windows nothing but chosen rows changes: stages 1 and 2 send those alone, and yield no unit to be
+# gathered. Where values of the rest have landed, whole units are. Stage 3 sends nothing in a step.
 
 
 class ZenFlowStepper:
@@ -42,6 +44,7 @@ class ZenFlowStepper:
         inner: torch's AdamW or Adam, with options that the fused kernels know.
         policy: what is stepped when.
         wire: the ranks that share one set of shards.
+        arrivals: of the units' parameters.
         window_bytes: as for `StoreStepper`.
 
     Raises:
@@ -50,7 +53,9 @@ class ZenFlowStepper:
 
     casts = True
 
-    def __init__(self, inner: Optimizer, policy: ZenFlow, wire: Wire, *, window_bytes: int) -> None:
+    def __init__(
+        self, inner: Optimizer, policy: ZenFlow, wire: Wire, arrivals: LateArrivals, *, window_bytes: int
+    ) -> None:
         if type(inner) not in (AdamW, Adam):
             raise OffloadConfigError(
                 f"overlap='zenflow' with {type(inner).__name__}: expected AdamW or Adam, whose moments can be carried "
@@ -58,13 +63,11 @@ class ZenFlowStepper:
             )
         self.policy = policy
         self.exact = StoreStepper(inner, window_bytes=window_bytes)
-        self.progress = Progress()
         self._wire = wire
-        self._units: dict[int, ZenUnit] = {}
-        self._background = Background("zenflow")
-        self._accumulating: list[Job] = []
-        self._sums_to_do: list[Callable[[], None]] = []
-        self._late: Job | None = None
+        self._world_size = wire.group.size()
+        self._units = ZenUnits(self.exact, policy, wire)
+        self._late = LateWork(self.exact, arrivals)
+        self._is_whole = False
 
     def step(self, work: Sequence[UnitStep], scale: torch.Tensor | float) -> Iterator[UnitStep]:
         """See `zero_core.ShardOptimizer.step`.
@@ -73,33 +76,34 @@ class ZenFlowStepper:
             OSError: a store cannot read or write, now or in the thread since the last call; go on from a checkpoint.
         """
         self.exact.check()
-        self._background.check()
+        self._late.check()
         stored = [item for item in work if item.unit.stores.optimizer is not None]
-        parts = [(item.unit, item.slots) for item in stored]
-        self._read_progress(parts)
-        if is_warming_up(self.policy, self.progress):
+        is_new = self._units.agree(stored)
+        if is_warming_up(self.policy, self._units.progress):
             yield from self.exact.step(work, scale)
-            self.progress = self.progress.stepped(exact=True)
+            self._units.progress = self._units.progress.stepped(exact=True)
             return
         factor = float(scale)
-        self._resume(parts)
-        self._wait_for_sums()
+        self._resume([(item.unit, item.slots) for item in stored])
+        self._late.wait_for_sums()
         self._take_edits()
-        if not self.policy.overlap_step:  # a state with overlap may have been loaded
-            self._land([zen for zen in self._active() if zen.under_way])
-        self._select(stored, factor)
+        self._is_whole = False
+        if is_new and not self.policy.overlap_step:  # a state with overlap may have been loaded
+            self._land_now()
+        if self._select(stored, factor) or is_new:
+            self._units.learn(is_new=is_new)
         for item in stored:
-            self._units[item.unit.index].take(item.grad)
-        ends = ends_window(self.policy, self.progress, is_ripe=self._is_ripe(factor))
+            if not self._arrives_late(self._units.by_index[item.unit.index]):
+                self._units.by_index[item.unit.index].take(item.grad)
+        ends = ends_window(self.policy, self._units.progress, is_ripe=self._is_ripe(factor))
         yield from self._step(work, scale, factor, ends=ends)
-        self.progress = self.progress.stepped(ended=ends)
+        self._units.progress = self._units.progress.stepped(ended=ends)
 
     @torch.no_grad()
     def settle(self) -> None:
         """Have `inner.state` and masters say all that there is; the next step takes it from there."""
-        self._wait()
-        for zen in self._active():
-            zen.settle(self.progress)
+        self._late.wait()
+        self._units.settle()
 
     @torch.no_grad()
     def flush(self, parts: Sequence[Part]) -> None:
@@ -108,7 +112,8 @@ class ZenFlowStepper:
         Args:
             parts: units with optimizer state in a store, and this rank's slots of them; to be published afterwards.
         """
-        self._wait()
+        self._late.wait()
+        self._units.read_progress(parts)
         state = self.exact.inner.state
         waiting = [
             (unit, [s for s in slots if "zenflow_num_steps" in state.get(s.master, {})])
@@ -116,19 +121,19 @@ class ZenFlowStepper:
         ]
         self._resume([part for part in waiting if part[1]])
         self._take_edits()
-        active = self._active()
-        self._land(active)
-        if self.progress.num_held:
+        self._land_now()
+        active = list(self._units)
+        if self._units.progress.num_held:
             for _ in self._late_steps(active):
                 pass
         for zen in active:
             zen.publish()
             zen.forget()
-        self.progress = replace(self.progress, num_held=0, selection_age=None)
+        self._units.progress = replace(self._units.progress, num_held=0, selection_age=None)
 
     def close(self) -> None:
         """End the thread when it has done what it was given; raises what it met."""
-        self._background.close()
+        self._late.close()
 
     # -- parts of a step ---------------------------------------------------------------------------------------
 
@@ -136,56 +141,56 @@ class ZenFlowStepper:
         self, work: Sequence[UnitStep], scale: torch.Tensor | float, factor: float, *, ends: bool
     ) -> Iterator[UnitStep]:
         """Every unit that moves; at the end of a window also those that moved in it before."""
-        at_work = {item.unit.index for item in work}
-        others = (
-            [_nothing(zen.unit) for zen in self._active() if zen.unit.index not in at_work] if ends else []
-        )
-        overlap = self.policy.overlap_step
+        overlap, at_work = self.policy.overlap_step, {item.unit.index for item in work}
+        others = [_nothing(zen.unit) for zen in self._units if zen.unit.index not in at_work]
         if ends and overlap:
-            self._wait_for_late()
+            self._late.wait_for_late_step()
+            self._is_whole = not all(map(self._arrives_late, self._units))
         for item in [*work, *others]:
-            zen = self._units.get(item.unit.index)
+            zen = self._units.by_index.get(item.unit.index)
             if zen is None:
                 yield from self.exact.step([item], scale)
                 continue
-            zen.step(item, factor)
-            zen.hold(item.slots)
-            if item.slots and zen.has_rest:
-                self._accumulate(zen, item, factor)
+            at_once = [] if item.unit.index not in at_work else self._at_once(zen, item, factor)
             if ends and not overlap:
+                _each(at_once)
                 continue
-            if ends:
-                self._land([zen])
-            else:
-                zen.publish()
-            yield item
-        self._begin_sums()
+            if not self._arrives_late(zen):
+                _each([*at_once, zen.landing() if ends else zen.publish])
+            elif at_once or ends:
+                self._late.arrive(zen, *at_once, zen.landing() if ends else zen.publish)
+            if not self._sends_rows(zen):
+                yield item
+        if self._units.rows is not None and not self._is_whole and not (ends and not overlap):
+            self._units.rows.publish(self._units)
+        self._late.begin_adding()
         if ends and overlap:
-            self._begin_late_steps()
+            self._late.begin_late_step(list(self._units))
         elif ends:
             items = {item.unit.index: item for item in [*work, *others]}
-            for zen in self._late_steps(self._active()):
+            for zen in self._late_steps(list(self._units)):
                 zen.publish()
                 yield items[zen.unit.index]
 
-    def _accumulate(self, zen: ZenUnit, item: UnitStep, factor: float) -> None:
-        add = zen.accumulation(factor)
-        if self.policy.overlap_step:
-            self._sums_to_do.append(partial(add, item.lend()))
-        else:
-            add(item.grad)
-
-    def _begin_sums(self) -> None:
-        """Not before the step is over: the thread would take memory bandwidth from it."""
-        self._accumulating += [self._background.submit(each) for each in self._sums_to_do]
-        self._sums_to_do.clear()
+    def _at_once(self, zen: ZenUnit, item: UnitStep, factor: float) -> list[Callable[[], None]]:
+        """What steps the chosen rows of a unit; the others' gradient is added, or to be added later."""
+        grad = item.lend() if self.policy.overlap_step and item.slots else item.grad
+        todo: list[Callable[[], None]] = [zen.stepping(item, factor)]
+        if self._arrives_late(zen):
+            todo.insert(0, partial(zen.take, grad))
+        if item.slots and zen.waiting.slots:
+            add = partial(zen.waiting.accumulation(factor), grad)
+            self._late.add(add) if self.policy.overlap_step else add()
+        return todo
 
     def _late_steps(self, zens: Sequence[ZenUnit]) -> Iterator[ZenUnit]:
         """Step the rest of units here and now; yields every unit, in order, when it is final."""
-        steps = [zen.late_step(late=False) for zen in zens]
+        steps = [zen.waiting.step(zen.slots, late=False) for zen in zens]
         moving = [(zen, step) for zen, step in zip(zens, steps, strict=True) if step is not None]
         left = iter(zens)
         if moving:
+            for zen, _ in moving:
+                zen.waiting.prepare()
             window = self.exact.window_for(zens[0].unit)
             for position in run(self.exact.rule, window, [step for _, step in moving]):
                 for zen in left:
@@ -194,117 +199,70 @@ class ZenFlowStepper:
                         break
         yield from left
 
-    def _begin_late_steps(self) -> None:
-        """Have the thread step the rest of all units, after the sums that it was given."""
-        zens = self._active()
-        steps = [step for zen in zens if (step := zen.late_step(late=True)) is not None]
-        if not steps:
-            return
-        window = self.exact.window_for(zens[0].unit)
-
-        def work() -> None:
-            for zen in zens:
-                zen.prepare_next()
-            for _ in run(self.exact.rule, window, steps):
-                pass
-
-        self._late = self._background.submit(torch.no_grad()(work))
-
-    def _select(self, stored: Sequence[UnitStep], factor: float) -> None:
-        """Choose channels, if it is time to."""
-        todo = selection(self.policy, self.progress)
+    def _select(self, stored: Sequence[UnitStep], factor: float) -> bool:
+        """Choose channels, if it is time to; whether it was."""
+        todo = selection(self.policy, self._units.progress)
         if todo is Selection.KEEP:
-            return
-        best, held = most_important_channels(stored, self._units, self.policy.topk_ratio, self._wire)
+            return False
+        best, held = most_important_channels(stored, self._units.by_index, self.policy.topk_ratio, self._wire)
         best_sum = sum(float(values[chosen].sum()) for values, chosen in best.values())
         if todo is Selection.IF_STALE and not is_stale(self.policy, held=held, best=best_sum):
-            return
-        self._wait_for_late()
-        self._land(self._active())
-        for item in stored:
-            zen, unit = self._units[item.unit.index], item.unit.index
-            zen.choose({
-                slot.place.index: best[unit, slot.place.index][1]
-                for slot in item.slots
-                if (unit, slot.place.index) in best
-            })  # fmt: skip
-        self.progress = self.progress.selected()
+            return False
+        self._land_now()
+        for index in {item.unit.index for item in stored}:
+            self._units.by_index[index].choose(
+                {slot: chosen for (unit, slot), (_, chosen) in best.items() if unit == index}
+            )
+        self._units.progress = self._units.progress.selected()
+        return True
 
     def _is_ripe(self, factor: float) -> bool:
         """Whether the rest has become important, on all ranks together."""
-        if self.policy.update_interval != "auto" or not self.progress.num_held:
+        if self.policy.update_interval != "auto" or not self._units.progress.num_held:
             return False
-        pairs = [(*zen.rest(), *zen.at_once(factor)) for zen in self._active()]
+        pairs = [(*zen.rest(), *zen.at_once(factor)) for zen in self._units]
         sums = torch.tensor(pairs, dtype=torch.float64).view(-1, 4).sum(0).to(self._wire.device)
         self._wire.all_reduce("importance of the rest", sums, dist.ReduceOp.SUM).wait()
         rest, num_rest, chosen, num_chosen_elements = sums.tolist()
         return is_ripe(self.policy, rest=(rest, num_rest), chosen=(chosen, num_chosen_elements))
 
-    # -- forms of the state ------------------------------------------------------------------------------------
+    # -- what is visible ---------------------------------------------------------------------------------------
 
-    def _active(self) -> list[ZenUnit]:
-        return [zen for _, zen in sorted(self._units.items()) if not zen.is_settled]
+    def _arrives_late(self, zen: ZenUnit) -> bool:
+        """Whether nobody but who uses the unit's parameters needs its values: no other rank, no gather, no measure."""
+        waits = self._world_size > 1 or self.policy.update_interval == "auto"
+        return self.policy.overlap_step and not waits and 0 < zen.unit.stage < 3
 
-    def _read_progress(self, parts: Sequence[Part]) -> None:
-        """Where states may have been loaded: how far training has come, as they say."""
-        if self._active():
-            return
-        for _, slots in parts:
-            for slot in slots:
-                state = self.exact.inner.state.get(slot.master, {})
-                if "zenflow_num_steps" in state:
-                    age = int(state["zenflow_selection_age"])
-                    self.progress = Progress(
-                        num_steps=int(state["zenflow_num_steps"]),
-                        num_held=int(state["zenflow_num_held"]),
-                        selection_age=None if age < 0 else age,
-                    )
-                    return
-        self.progress = replace(self.progress, num_held=0, selection_age=None)
+    def _sends_rows(self, zen: ZenUnit) -> bool:
+        """See Note [What is published]."""
+        return self._units.is_plain and 0 < zen.unit.stage < 3 and not self._is_whole
 
-    def _resume(self, parts: Sequence[Part]) -> None:
-        """Have every unit in two forms, with these slots and all others that have moved so far."""
-        self._read_progress(parts)
-        moving = {unit.index: slots for unit, slots in parts}
-        for unit, _ in parts:
-            if unit.index not in self._units:
-                self._units[unit.index] = ZenUnit(unit, self.exact, overlap=self.policy.overlap_step)
-        for index, zen in self._units.items():
-            if not zen.is_settled and not zen.knows(moving.get(index, ())):
-                self.settle()
-        for index, zen in self._units.items():
-            if zen.is_settled:
-                zen.resume(moving.get(index, ()))
+    def _land_now(self) -> None:
+        """Take over what is under way, now; whole units are published then, on all ranks."""
+        self._late.wait_for_late_step()
+        for zen in self._units:
+            zen.unit.settle()
+            zen.landing()()
+        self._is_whole = True
 
     def _take_edits(self) -> None:
         """What somebody wrote to parameters counts; what was computed from the old values does not."""
-        edited = [zen for zen in self._active() if zen.is_edited]
+        edited = [zen for zen in self._units if zen.is_edited]
         if edited:
-            self._wait_for_late()
+            self._late.wait_for_late_step()
         for zen in edited:
             zen.take_edits()
 
-    # -- work under way ----------------------------------------------------------------------------------------
+    def _resume(self, parts: Sequence[Part]) -> None:
+        """Have every unit in two forms; what has moved before settles first where there is more to hold."""
+        if self._units.knows_less_than(parts):
+            self.settle()
+        self._units.resume(parts)
 
-    def _land(self, zens: Sequence[ZenUnit]) -> None:
-        for zen in zens:
-            zen.unit.settle()
-            zen.land()
-            zen.publish()  # the late step went over chosen rows too
 
-    def _wait_for_sums(self) -> None:
-        while self._accumulating:
-            self._accumulating.pop().wait()
-
-    def _wait_for_late(self) -> None:
-        if self._late is not None:
-            self._late.wait()
-            self._late = None
-
-    def _wait(self) -> None:
-        self._background.check()
-        self._wait_for_sums()
-        self._wait_for_late()
+def _each(work: Sequence[Callable[[], None]]) -> None:
+    for each in work:
+        each()
 
 
 def _nothing(unit: FlatUnit) -> UnitStep:

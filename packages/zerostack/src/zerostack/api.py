@@ -29,7 +29,7 @@ from .errors import ConfigError
 from .explain import explain
 from .facts import Parts
 from .loader import EpochLoader
-from .offload import check_offload, stores
+from .offload import check_offload, stores, zenflow
 from .resolve import Effective, effective
 
 log = logging.getLogger(__name__)
@@ -121,6 +121,7 @@ def initialize(
     scaler = policies.loss_scaler(settings.config)
     check_offload(settings.config)
     policies.check_offloaded(settings.config, made, whole_tensors)
+    late = zenflow(settings.config, made)
 
     model = zero.shard(
         model,
@@ -131,7 +132,7 @@ def initialize(
         placement=placement,
         store=stores(settings.config),
     )
-    sharded = policies.sharded_optimizer(settings.config, model, made, scaler, whole_tensors)
+    sharded = policies.sharded_optimizer(settings.config, model, made, scaler, whole_tensors, late)
     scheduler = _scheduler(settings, sharded, lr_scheduler)
     loader = None
     if training_data is not None and not isinstance(training_data, DataLoader):

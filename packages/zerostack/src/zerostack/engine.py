@@ -16,7 +16,7 @@ import torch
 import zero_core as zero
 from zero_offload_nvme import OffloadedOptimizer
 
-from . import policies, snapshot
+from . import snapshot
 from .clock import Clock, peak_bytes
 from .errors import ConfigError, EngineStateError
 from .facts import Facts
@@ -36,12 +36,9 @@ class Engine(Facts):
     clock: Clock = field(init=False)
     _pending_backward: bool = field(default=False, init=False)
     _reported_step: int | None = field(default=None, init=False)
-    _num_backwards: int = field(default=0, init=False)
-    _steps_early: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         self.clock = Clock(enabled=self.config.wall_clock_breakdown, device=self.device)
-        self._steps_early = policies.steps_early(self.config, self.parts.optimizer)
 
     # -- training ---------------------------------------------------------------------------------------------
 
@@ -65,9 +62,8 @@ class Engine(Facts):
             retain_graph: As `torch.Tensor.backward`.
             scale_wrt_gas: Divide the loss by the number of accumulated micro-batches.
 
-        With offloaded optimizer state at stages 1 and 2, without clipping and loss scale, the last one before an update
-        steps parts of the model as their gradients come (`OffloadedOptimizer.last_backward`): `step()` must follow. Who
-        wants to look at gradients first, or to drop them, sets "super_offload".
+        Where optimizer state is offloaded, and neither clipping nor a loss scale changes gradients, the backward of the
+        last micro-batch may be called inside `with optimizer.last_backward():`, which steps units as they are reduced.
 
         Returns:
             `loss`, as it was given.
@@ -78,22 +74,14 @@ class Engine(Facts):
         with self.clock.span("backward"), self._accumulation():
             scaled.backward(retain_graph=retain_graph)
         self._pending_backward = True
-        self._num_backwards += 1
-        if self._num_backwards > 1:  # none of a loop's backwards is known to be the last
-            self._steps_early = False
         return loss
 
     def _accumulation(self) -> AbstractContextManager[None]:
         """Stages 0 and 1 hold full gradients anyway, so nothing travels before the last micro-batch.
 
-        Stages 2 and 3 reduce every micro-batch: full gradients would have to live from the first to the last. In the
-        last one, offloaded units are stepped as they are reduced, where nothing can change their gradients any more.
+        Stages 2 and 3 reduce every micro-batch: full gradients would have to live from the first to the last.
         """
-        if self.is_gradient_accumulation_boundary():
-            optimizer = self.parts.optimizer
-            if self._steps_early and isinstance(optimizer, OffloadedOptimizer):
-                return optimizer.last_backward()
-        elif self.zero_optimization_stage() <= 1:
+        if self.zero_optimization_stage() <= 1 and not self.is_gradient_accumulation_boundary():
             return zero.no_sync(self.module)
         return nullcontext()
 
@@ -107,7 +95,7 @@ class Engine(Facts):
             raise EngineStateError(
                 "step() before backward(): call engine.backward(loss) for every micro-batch first"
             )
-        self._pending_backward, self._num_backwards = False, 0
+        self._pending_backward = False
         boundary = self.is_gradient_accumulation_boundary()
         self.progress.micro_steps += 1
         if boundary:
@@ -156,7 +144,7 @@ class Engine(Facts):
     def zero_grad(self) -> None:
         """Forget the gradients that have accumulated; the next micro-batch is the first of an update again."""
         self.parts.optimizer.zero_grad()
-        self._pending_backward, self._num_backwards = False, 0
+        self._pending_backward = False
         self.progress.micro_steps -= self.micro_steps % self.gradient_accumulation_steps()
 
     def train(self, mode: bool = True) -> Engine:
@@ -167,6 +155,20 @@ class Engine(Facts):
     def eval(self) -> Engine:
         """Put the model in evaluation mode."""
         return self.train(False)
+
+    def flush(self) -> None:
+        """Apply updates that "zenflow" has yet to apply; all ranks call it. With an exact step there are none.
+
+        Checkpoints and exports do it by themselves. An evaluation sees the parameters as the next forward would, some
+        of them as of an earlier step; call this before one that is to see every gradient.
+        """
+        if isinstance(self.parts.optimizer, OffloadedOptimizer):
+            self.parts.optimizer.flush()
+
+    def close(self) -> None:
+        """End the thread of "zenflow", when it has done what it was given; raises what it met."""
+        if isinstance(self.parts.optimizer, OffloadedOptimizer):
+            self.parts.optimizer.close()
 
     # -- checkpoints ------------------------------------------------------------------------------------------
 
@@ -195,6 +197,7 @@ class Engine(Facts):
             CheckpointError: For a value of `client_state` that cannot be stored; or if a rank could not write. What was
                 there before is still there.
         """
+        self.flush()  # what waits is described for as many ranks alone
         name = f"global_step{self.global_steps}" if tag is None else str(tag)
         return snapshot.save(
             self,
@@ -231,6 +234,7 @@ class Engine(Facts):
             CheckpointError: If the checkpoint is damaged or does not fit; nothing was changed.
         """
         self._reported_step = None
+        self.flush()  # or updates under way would come over what is loaded
         return snapshot.load(
             self,
             Path(load_dir),
@@ -254,6 +258,7 @@ class Engine(Facts):
                 f"save_16bit_model: expected a file name that ends in .safetensors, got {save_filename!r}; nothing "
                 "here writes pickles"
             )
+        self.flush()
         dtype = torch.float16 if self.fp16_enabled() else torch.bfloat16 if self.bfloat16_enabled() else None
         return save_full_model(self.module, Path(save_dir) / save_filename, dtype, self.parts.group)
 

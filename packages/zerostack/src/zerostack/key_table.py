@@ -170,11 +170,25 @@ _ZERO: Rows = {
             "the thread that steps has as many cores as torch has threads; zero_offload_nvme.bind_rank chooses which"
         ),
     },
-    "zenflow": refused(
-        'for loops of your own: zero_offload_nvme.OffloadedOptimizer(overlap="zenflow")',
-        inside="topk_ratio select_strategy select_interval update_interval overlap_step offload auto_ratio "
-        "full_warm_up_rounds pt_reserved_cores_perc steps_per_epoch",
-    ),
+    "zenflow": {
+        "topk_ratio": honoured("zero_offload_nvme.ZenFlow(topk_ratio=): channels that are stepped at once"),
+        "select_strategy": honoured("ZenFlow(select_strategy=)"),
+        "select_interval": honoured(
+            'ZenFlow(select_interval=), in optimizer steps or epochs; "auto" with "auto"'
+        ),
+        "update_interval": honoured("ZenFlow(update_interval=), in optimizer steps"),
+        "overlap_step": honoured("ZenFlow(overlap_step=): a thread steps the rest while training goes on"),
+        "offload": refused("states of what is stepped at once stay on the device", False),
+        "auto_ratio": honoured('ZenFlow(auto_ratio=), for update_interval "auto"'),
+        "full_warm_up_rounds": honoured("ZenFlow(full_warm_up_rounds=), in optimizer steps"),
+        "pt_reserved_cores_perc": no_effect(
+            "the thread shares the process's cores; see zero_offload_nvme.bind_rank"
+        ),
+        "steps_per_epoch": honoured(
+            'ZenFlow(steps_per_epoch=), optimizer steps: needed for select_strategy "epoch"'
+        ),
+        "late_step": honoured('zerostack\'s own: ZenFlow(late_step=), "window" or "one"'),
+    },
     "cpu_offload": refused('older spelling: give offload_optimizer {"device": "cpu"}', False, None),
     "cpu_offload_param": refused('older spelling: give offload_param {"device": "cpu"}', False, None),
     "cpu_offload_use_pin_memory": refused("older spelling: give pin_memory in the two sections", False, None),

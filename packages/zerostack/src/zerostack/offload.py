@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import accel_kernels as ak
 import zero_core as zero
-from zero_offload_nvme import HostStore, NvmeStore
+from torch.optim import Adam, AdamW, Optimizer
+from zero_offload_nvme import HostStore, NvmeStore, OffloadConfigError, ZenFlow
 
 from .errors import ConfigError
 from .schema import Aio, Config, Offload
@@ -44,10 +45,49 @@ def check_offload(config: Config) -> None:
             )
 
 
+def zenflow(config: Config, optimizer: Optimizer) -> ZenFlow | None:
+    """What the section "zenflow" asks for; None: an exact step.
+
+    Raises:
+        ConfigError: values that do not go together, `super_offload`, optimizer state that rests on the device, or an
+            optimizer whose moments cannot be carried between steps now and steps later.
+    """
+    section, path = config.zero_optimization.zenflow, "zero_optimization.zenflow"
+    if not config.zero_optimization.uses_zenflow:
+        return None
+    asked_for = config.zero_optimization.offload_optimizer
+    if asked_for.super_offload:
+        raise ConfigError(
+            f"{path} and zero_optimization.offload_optimizer.super_offload: each says when states are stepped; leave "
+            "one of the two out"
+        )
+    if asked_for.device == "none" or not asked_for.ratio:
+        raise ConfigError(
+            f"{path}: all optimizer state rests on the device, where nothing would be late; give "
+            'zero_optimization.offload_optimizer {"device": "cpu"} or "nvme", or leave zenflow out'
+        )
+    if type(optimizer) not in (Adam, AdamW):
+        raise ConfigError(
+            f"{path}: expected Adam or AdamW, got {type(optimizer).__name__}; leave zenflow out"
+        )
+    if section.select_strategy == "epoch" and section.steps_per_epoch is None:
+        raise ConfigError(
+            f'{path}.steps_per_epoch: select_strategy is "epoch"; give the number of optimizer steps of an epoch: '
+            "samples / train_batch_size"
+        )
+    asked = section.model_dump(exclude={"pt_reserved_cores_perc"})
+    if section.update_interval != "auto":
+        del asked["auto_ratio"]
+    try:
+        return ZenFlow(**asked)
+    except OffloadConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
 def stores(config: Config) -> zero.Stores | None:
     """Make the stores that are asked for; None: everything stays on the device.
 
-    Reduced gradients rest with the optimizer state, as in ZeRO-Offload.
+    Reduced gradients rest with the optimizer state, as in ZeRO-Offload; under ZenFlow they are summed in host memory.
 
     Raises:
         OffloadDiskError: a folder cannot be written.
@@ -68,7 +108,7 @@ def stores(config: Config) -> zero.Stores | None:
         return None
     return zero.Stores(
         params=params,
-        grads=optimizer if section.stage >= 2 else None,
+        grads=optimizer if section.stage >= 2 and not section.uses_zenflow else None,
         optimizer=optimizer,
         optimizer_ratio=section.offload_optimizer.ratio,
         keep_first=section.offload_optimizer.super_offload,

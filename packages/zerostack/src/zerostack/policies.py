@@ -6,14 +6,14 @@ In: `resolve.Effective`. Out: objects that know nothing of JSON. Next: `api.init
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import zero_core as zero
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from zero_offload_nvme import OffloadConfigError, OffloadedOptimizer, StoreStepper
+from zero_offload_nvme import OffloadConfigError, OffloadedOptimizer, StoreStepper, ZenFlow
 
 from . import schedules
 from .errors import ConfigError
@@ -98,36 +98,22 @@ def sharded_optimizer(
     optimizer: Optimizer,
     scaler: zero.LossScaler | None,
     whole_tensors: bool | None,
+    late: ZenFlow | None,
 ) -> zero.ShardedOptimizer:
     """The optimizer of a sharded model, which steps what is offloaded where it rests.
 
     Raises:
-        ConfigError: `super_offload`, and the ratio leaves all optimizer state on the device.
+        ConfigError: `super_offload` or ZenFlow (`late`), and the ratio leaves all optimizer state on the device.
     """
     if not is_offloaded(config):
         return zero.ShardedOptimizer(model, optimizer, scaler=scaler, whole_tensors=whole_tensors)
-    early = config.zero_optimization.offload_optimizer.super_offload
+    overlap: Literal["exact", "speculative", "zenflow"] = "exact" if late is None else "zenflow"
+    if config.zero_optimization.offload_optimizer.super_offload:
+        overlap = "speculative"
     try:
-        return OffloadedOptimizer(
-            model, optimizer, overlap="speculative" if early else "exact", scaler=scaler
-        )
+        return OffloadedOptimizer(model, optimizer, overlap=overlap, zenflow=late, scaler=scaler)
     except OffloadConfigError as error:
         raise ConfigError(f"offload_optimizer: {error}") from error
-
-
-def steps_early(config: Config, optimizer: zero.ShardedOptimizer) -> bool:
-    """Whether the last backward of an update may step units: nothing will clip, skip or add to their gradients.
-
-    Not at stage 3, where gradients may come after a unit's reduction.
-    """
-    return (
-        isinstance(optimizer, OffloadedOptimizer)
-        and optimizer.overlap == "exact"
-        and optimizer.scaler is None
-        and not config.gradient_clipping
-        and config.zero_optimization.stage < 3
-        and optimizer.has_stored_state
-    )
 
 
 def loss_scaler(config: Config) -> zero.LossScaler | None:

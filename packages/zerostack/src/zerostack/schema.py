@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
 def _whole(value: Any) -> Any:
@@ -220,6 +220,21 @@ class OffloadParam(Offload):
     max_in_cpu: Size = 1_000_000_000
 
 
+class ZenFlowSection(Section):
+    """What is stepped at once on the device, and how late the rest may be; `zero_offload_nvme.ZenFlow`."""
+
+    topk_ratio: Annotated[float, Field(gt=0, le=1)] = 0.1
+    select_strategy: Literal["auto", "step", "epoch"] = "auto"
+    select_interval: Count | Literal["auto"] = "auto"
+    update_interval: Count | Literal["auto"] = "auto"
+    overlap_step: bool = False
+    auto_ratio: Annotated[float, Field(gt=0, le=1)] = 0.99
+    full_warm_up_rounds: Size = 0
+    pt_reserved_cores_perc: Annotated[float, Field(ge=0, le=1)] = 0.5
+    steps_per_epoch: Count | None = None
+    late_step: Literal["window", "one"] = "window"
+
+
 class Aio(Section):
     """How bytes travel between memory and drives."""
 
@@ -266,8 +281,22 @@ class Zero(Section):
     save_muon_momentum_buffer_in_memory: bool = False
     offload_param: Annotated[OffloadParam, BeforeValidator(_nothing)] = OffloadParam()
     offload_optimizer: Annotated[OffloadOptimizer, BeforeValidator(_nothing)] = OffloadOptimizer()
+    zenflow: ZenFlowSection = ZenFlowSection()
     mics_shard_size: Int = -1
     mics_hierarchical_params_gather: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without(cls, given: Any) -> Any:
+        """A section that is given is wanted, an empty one too; null is none."""
+        if isinstance(given, dict) and given.get("zenflow", ...) in (None, False):
+            return {name: value for name, value in given.items() if name != "zenflow"}
+        return given
+
+    @property
+    def uses_zenflow(self) -> bool:
+        """Whether the section is given."""
+        return "zenflow" in self.model_fields_set
 
 
 class Throughput(Section):

@@ -1,0 +1,142 @@
+"""What goes on while training does: sums of gradients, the late step, and the landing of its values.
+
+In: units and what is to be done with them. Out: the same done in two threads, each in the order in which it was given:
+one for what waits, one for what writes parameters, for which whoever touches them first waits. Next: `zenflow_stepper`
+gives the work.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from threading import Event
+
+import torch
+from zero_core.late import LateArrivals
+
+from .background import Background, Job
+from .store_stepper import StoreStepper, run
+from .zenflow_unit import ZenUnit
+
+
+class _Sums:
+    """Gradients of one step that are to be added; whoever comes first adds them."""
+
+    def __init__(self, adding: Sequence[Callable[[], None]]) -> None:
+        self._adding = deque(adding)
+        self.done = Event()
+
+    def add(self) -> None:
+        """In the thread alone."""
+        while self._adding:
+            self._adding.popleft()()
+        self.done.set()
+
+
+class LateWork:
+    """See the module.
+
+    Args:
+        stepper: whose rule and window the late step uses.
+        arrivals: has the parameters of a unit wait for their values where they are used.
+    """
+
+    def __init__(self, stepper: StoreStepper, arrivals: LateArrivals) -> None:
+        self._stepper = stepper
+        self._arrivals = arrivals
+        self._background = Background("zenflow")
+        self._arriving = Background("zenflow-arrivals")  # not behind a late step, which may take long
+        self._adding: list[Callable[[], None]] = []
+        self._sums = _Sums([])
+        self._sums.add()
+        self._late: Job | None = None
+        self._landing: Job | None = None
+
+    def check(self) -> None:
+        """Raise what a thread has met."""
+        self._background.check()
+        self._arriving.check()
+
+    def close(self) -> None:
+        """End the threads when they have done what they were given; raises what they met."""
+        try:
+            self._background.close()
+        finally:
+            self._arriving.close()
+
+    def arrive(self, zen: ZenUnit, *work: Callable[[], None]) -> None:
+        """Have work that writes a unit's parameters done; whoever uses them first waits for it."""
+        self._landing = self._submit(partial(_each, work), zen, self._arriving)
+        self._arrivals.expect(zen.unit, self._landing)
+
+    def add(self, adding: Callable[[], None]) -> None:
+        """Add a gradient to its window's sum, after the next `begin_adding`."""
+        self._adding.append(adding)
+
+    def begin_adding(self) -> None:
+        """Not before the step is over: the thread would take memory bandwidth from it."""
+        if self._adding:
+            self.wait_for_sums()
+            self._sums, self._adding = _Sums(self._adding), []
+            self._submit(self._sums.add)
+
+    def begin_late_step(self, zens: Sequence[ZenUnit]) -> None:
+        """Step what has waited in units, after all that was given before; sums that come meanwhile go between."""
+        steps = [step for zen in zens if (step := zen.waiting.step(zen.slots, late=True)) is not None]
+        if not steps:
+            return
+        window = self._stepper.window_for(zens[0].unit)
+
+        landing = self._landing
+
+        def work() -> None:
+            if landing is not None:
+                landing.wait()  # it reads what this step writes; and those before it are done
+            for zen in zens:
+                zen.waiting.prepare()
+            for _ in run(self._stepper.rule, window, steps):
+                self._sums.add()
+
+        self._late = self._submit(work)
+
+    def wait_for_sums(self) -> None:
+        """Return when gradients that were given have been added."""
+        while not self._sums.done.wait(0.1):
+            self.check()
+
+    def wait_for_late_step(self) -> None:
+        """Return when the late step that has begun has ended."""
+        if self._late is not None:
+            self._late.wait()
+            self._late = None
+
+    def wait(self) -> None:
+        """Return when nothing is under way."""
+        self.check()
+        self.wait_for_sums()
+        self.wait_for_late_step()
+
+    def _submit(
+        self, work: Callable[[], None], zen: ZenUnit | None = None, thread: Background | None = None
+    ) -> Job:
+        stream = nullcontext() if zen is None else _current_stream(zen.unit.device)
+
+        def inside() -> None:
+            with torch.no_grad(), stream:
+                work()
+
+        return (thread or self._background).submit(inside)
+
+
+def _each(work: Sequence[Callable[[], None]]) -> None:
+    for each in work:
+        each()
+
+
+def _current_stream(device: torch.device) -> AbstractContextManager[object]:
+    """Work in another thread goes after what is queued here: the last backward still reads old values."""
+    if device.type == "cpu":
+        return nullcontext()
+    return torch.cuda.stream(torch.cuda.current_stream(device))

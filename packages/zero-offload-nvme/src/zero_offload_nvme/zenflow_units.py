@@ -1,0 +1,119 @@
+"""All units under ZenFlow, and what every rank must know of them: how far training has come, which rows travel.
+
+In: the units of a step, and states that may have been loaded. Out: the units in two forms; the same `Progress` on all
+ranks, and a `RowPublisher` that fits. Next: `zenflow_stepper` steps them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TypeAlias
+
+import torch
+import torch.distributed as dist
+from zero_core import ShardSlot, UnitStep
+from zero_core.collectives import PlainCollectives, Wire
+from zero_core.flat_unit import FlatUnit
+
+from .row_publisher import RowPublisher, learn_choices
+from .store_stepper import StoreStepper
+from .zenflow import ZenFlow
+from .zenflow_schedule import Progress
+from .zenflow_unit import ZenUnit
+
+Part: TypeAlias = "tuple[FlatUnit, Sequence[ShardSlot]]"
+
+
+class ZenUnits:
+    """See the module.
+
+    Args:
+        stepper: steps whole shards, and knows where their states rest.
+        policy: what a late step is.
+        wire: the ranks that share one set of shards.
+
+    Attributes:
+        by_index: those that have moved so far.
+        progress: how far training has come.
+        rows: sends chosen rows; None where there is nobody to send them to.
+        is_plain: no collective changes what it sends, so that rows may travel alone.
+    """
+
+    def __init__(self, stepper: StoreStepper, policy: ZenFlow, wire: Wire) -> None:
+        self.by_index: dict[int, ZenUnit] = {}
+        self.progress = Progress()
+        self.rows: RowPublisher | None = None
+        self.is_plain = isinstance(wire.collectives, PlainCollectives)
+        self._stepper = stepper
+        self._policy = policy
+        self._wire = wire
+        self._world_size = wire.group.size()
+        self._moved: dict[int, set[int]] = {}
+
+    def __iter__(self) -> Iterator[ZenUnit]:
+        """Those in two forms, in order."""
+        return iter([zen for _, zen in sorted(self.by_index.items()) if not zen.is_settled])
+
+    def agree(self, stored: Sequence[UnitStep]) -> bool:
+        """How far training has come, as states say that may have been loaded; ranks without any hear it from others.
+
+        Returns:
+            Whether any rank has yet to take the form of its states from `inner.state`.
+        """
+        is_new = self.read_progress([(item.unit, item.slots) for item in stored])
+        for item in stored:
+            moved = self._moved.setdefault(item.unit.index, set())
+            is_new |= not moved.issuperset(item.moving)
+            moved.update(item.moving)
+        if self._world_size > 1:
+            knows = any(item.slots for item in stored)
+            numbers = [int(is_new), *(self.progress.numbers if knows else (-1, -1, -1))]
+            told = torch.tensor(numbers, device=self._wire.device)
+            self._wire.all_reduce("progress", told, dist.ReduceOp.MAX).wait()
+            is_new, *numbers = told.tolist()
+            self.progress = Progress.from_numbers(numbers)
+        return bool(is_new)
+
+    def read_progress(self, parts: Sequence[Part]) -> bool:
+        """Where states may have been loaded: how far training has come, as they say; whether they may."""
+        if list(self):
+            return False
+        for _, slots in parts:
+            for slot in slots:
+                state = self._stepper.inner.state.get(slot.master, {})
+                if "zenflow_num_steps" in state:
+                    self.progress = Progress.from_numbers([float(state[key]) for key in Progress.KEYS])
+                    return True
+        self.progress = replace(self.progress, num_held=0, selection_age=None)
+        return True
+
+    def knows_less_than(self, parts: Sequence[Part]) -> bool:
+        """Whether slots move that have not moved before: units in two forms must settle, to take them in."""
+        units = [(self.by_index.get(unit.index), slots) for unit, slots in parts]
+        return any(zen is not None and not zen.is_settled and not zen.knows(slots) for zen, slots in units)
+
+    def resume(self, parts: Sequence[Part]) -> None:
+        """Have every unit in two forms, with these slots and all others that have moved so far."""
+        moving = {unit.index: slots for unit, slots in parts}
+        for unit, _ in parts:
+            if unit.index not in self.by_index:
+                self.by_index[unit.index] = ZenUnit(unit, self._stepper, self._policy)
+        for index, zen in self.by_index.items():
+            if zen.is_settled:
+                zen.resume(moving.get(index, ()))
+
+    def settle(self) -> None:
+        """Have `inner.state` and masters say all that there is; nothing must be under way in a thread."""
+        for zen in self:
+            zen.unit.settle()
+            zen.settle(self.progress)
+
+    def learn(self, *, is_new: bool) -> None:
+        """Other ranks' choices, where they are not known, and what follows from them."""
+        sending = [zen for zen in self if 0 < zen.unit.stage < 3]
+        if self._world_size == 1 or not sending:
+            return
+        if is_new:
+            learn_choices(sending, self._wire)
+        self.rows = RowPublisher(sending, self._wire)

@@ -37,7 +37,8 @@ def measure(engines: Sequence[Engine], folder: Path, rounds: int) -> dict[str, d
     found: dict[str, dict[str, list[float]]] = {e.name: {"save": [], "load": [], "mib": []} for e in engines}
     for number in range(rounds + 1):
         say(f"round {number} of {rounds}" + " (warm-up)" * (number == 0))
-        for engine in engines:
+        first = number % len(engines)  # nobody always comes after the same other
+        for engine in [*engines[first:], *engines[:first]]:
             path = folder / f"{engine.name}-{number}"
             took: dict[str, float] = {}
             for act in ("save", "load"):

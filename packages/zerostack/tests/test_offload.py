@@ -9,7 +9,7 @@ import torch
 import zerostack
 from zero_core.testing import run_ranks
 from zerostack import ConfigError
-from zerostack_models import Small, batch, config
+from zerostack_models import Small, batch, config, train
 
 
 def made(stage, *, param=None, optimizer=None, aio=None, **more):
@@ -23,16 +23,6 @@ def made(stage, *, param=None, optimizer=None, aio=None, **more):
         raw["aio"] = aio
     torch.manual_seed(0)
     return zerostack.initialize(model=Small(), config=raw)[0]
-
-
-def train(engine, rank, steps):
-    losses = []
-    for step in steps:
-        loss = engine(batch(step, rank))
-        engine.backward(loss)
-        engine.step()
-        losses.append(loss.item())
-    return losses
 
 
 def places(folder):

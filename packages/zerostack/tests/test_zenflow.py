@@ -10,7 +10,7 @@ import zerostack
 from torch.distributed.device_mesh import init_device_mesh
 from zero_core.testing import run_ranks
 from zerostack import ConfigError
-from zerostack_models import Small, batch, config
+from zerostack_models import Small, batch, config, train
 
 KEYS = {
     "topk_ratio": 0.2, "select_strategy": "step", "select_interval": 4, "update_interval": 2,
@@ -25,16 +25,6 @@ def made(stage, zenflow, where=None, **more):
     raw["zero_optimization"] = {"stage": stage, "offload_optimizer": where, "zenflow": zenflow}
     torch.manual_seed(0)
     return zerostack.initialize(model=Small(), config=raw)[0]
-
-
-def train(engine, rank, steps):
-    losses = []
-    for step in steps:
-        loss = engine(batch(step, rank))
-        engine.backward(loss)
-        engine.step()
-        losses.append(loss.item())
-    return losses
 
 
 def by_hand(rank, stage, steps):

@@ -53,3 +53,14 @@ def config(stage, micro=2, **more):
         "zero_optimization": {"stage": stage},
         **more,
     }
+
+
+def train(engine, rank, steps):
+    """The losses of some steps of an engine."""
+    losses = []
+    for step in steps:
+        loss = engine(batch(step, rank))
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    return losses

@@ -15,8 +15,9 @@ The modules, in the order in which data flows:
 - `blocks` (pure) -> `window` -> `store_stepper` -> `offloaded`: the step of an optimizer whose state rests there.
 - `shadow` -> `early` -> `speculation`, `last_backward`: the same, begun during backward; `tail` (pure): how much of it
   backward hides.
-- `zenflow`, `zenflow_schedule`, `importance` (pure) -> `row_set`, `background` -> `compact_rows` ->
-  `zenflow_unit` -> `zenflow_choice`, `zenflow_stepper`: the same, with what matters least stepped later.
+- `zenflow`, `zenflow_schedule`, `importance` (pure) -> `row_set` -> `compact_rows`, `waiting_rows` -> `zenflow_unit` ->
+  `zenflow_choice`, `row_publisher` -> `zenflow_units`, `background` -> `late_work` -> `zenflow_stepper`: the same,
+  with what matters least stepped later.
 """
 
 from .adagrad import CPUAdagrad

@@ -5,9 +5,9 @@
     sudo python3 tools/dev.py bench net_slow_link --quick
 
 Every engine trains the same GPT on two ranks, one in each network namespace (`tools/slow_network.py`), and takes turns:
-some steps over the link as fast as the machine, some over the slow one, each time after one that is not counted. What
-its bytes take at the link's rate is the communication; what a step gets longer is the part of it that shows; of the
-rest, compute can hide no more than it lasts itself.
+some steps over the link as fast as the machine, some over the slow one, right after each other, each time after one
+that is not counted. What its bytes take at the link's rate is the communication; what a step gets longer in such a pair
+is the part of it that shows (median over pairs); of the rest, compute can hide no more than it lasts itself.
 """
 
 from __future__ import annotations
@@ -48,30 +48,29 @@ class Row:
 
 
 def measure(engines: Sequence[Engine], hosts: Lab, mbit: float, rounds: int, steps: int) -> list[Row]:
-    """Alternate between the two rates; medians."""
-    fast: dict[str, list[float]] = {engine.name: [] for engine in engines}
-    slow: dict[str, list[float]] = {engine.name: [] for engine in engines}
+    """Each engine over both rates in each round; medians."""
+    seconds: dict[str, dict[float | None, list[float]]] = {e.name: {None: [], mbit: []} for e in engines}
     sent: dict[str, float] = {}
     for number in range(rounds):
         say(f"round {number + 1} of {rounds}")
-        for rate, seconds in ((None, fast), (mbit, slow)):
-            hosts = hosts.set_rate(rate)
-            for engine in engines:
+        for engine in engines:
+            for rate in (None, mbit) if number % 2 == 0 else (mbit, None):
+                hosts = hosts.set_rate(rate)
                 before = [hosts.sent_bytes(rank) for rank in range(RANKS)]
                 engine.measure_round(steps, lead=1)
-                seconds[engine.name].append(engine.rounds[-1].seconds)
+                seconds[engine.name][rate].append(engine.rounds[-1].seconds)
                 after = [hosts.sent_bytes(rank) for rank in range(RANKS)]
                 sent[engine.name] = max(b - a for a, b in zip(before, after, strict=True)) / (steps + 1)
-    return [row(name, fast[name], slow[name], sent[name], mbit) for name in fast]
+    return [row(name, pair[None], pair[mbit], sent[name], mbit) for name, pair in seconds.items()]
 
 
 def row(name: str, fast: list[float], slow: list[float], sent_bytes: float, mbit: float) -> Row:
     """One engine's line."""
-    fast_s, slow_s = statistics.median(fast), statistics.median(slow)
     communication_s = sent_bytes * 8 / (mbit * 1e6)
-    shown_s = max(0.0, slow_s - fast_s)
+    shown_s = max(0.0, statistics.median(s - f for f, s in zip(fast, slow, strict=True)))
+    fast_s = statistics.median(fast)
     hidden = (communication_s - shown_s) / min(communication_s, fast_s)
-    return Row(name, fast_s, slow_s, sent_bytes / _measure.MIB, communication_s, hidden)
+    return Row(name, fast_s, statistics.median(slow), sent_bytes / _measure.MIB, communication_s, hidden)
 
 
 def page(rows: Sequence[Row], options: argparse.Namespace) -> str:

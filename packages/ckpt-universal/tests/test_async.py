@@ -39,13 +39,13 @@ def test_the_state_may_change_at_once(tmp_path):
 def gate(monkeypatch):
     """Writing waits until it is opened."""
     opened = threading.Event()
-    write = async_save.write_step
+    write = async_save.Writing.write
 
     def slow(*args, **kwargs):
         opened.wait(30)
         return write(*args, **kwargs)
 
-    monkeypatch.setattr(async_save, "write_step", slow)
+    monkeypatch.setattr(async_save.Writing, "write", slow)
     return opened
 
 
@@ -117,18 +117,18 @@ def one_fails_rank(rank, root):
     saver = ckpt.AsyncSaver(root)
     state = {"w": ckpt.Shard((4,), torch.float32, (2 * rank,), torch.ones(2))}
     if rank == 1:
-        original = async_save.write_step
+        original = async_save.Writing.write
 
-        def broken(target, pieces, *args, **kwargs):
+        def broken(writing, token, pieces, *args, **kwargs):
             bad = [async_save.Piece(p.name, torch.empty(2, device="meta")) for p in pieces]
-            return original(target, bad, *args, **kwargs)
+            return original(writing, token, bad, *args, **kwargs)
 
-        async_save.write_step = broken
+        async_save.Writing.write = broken
     saver.save(state, step=0)
     with pytest.raises(Exception, match=r"meta|rank 1"):
         saver.wait()
     if rank == 1:
-        async_save.write_step = original
+        async_save.Writing.write = original
     saver.save(state, step=1)
     saver.close()
     assert ckpt.read_tree(root)["w"].sum() == 4

@@ -60,7 +60,7 @@ def a_rank_dies(rank, root, where):
             os.kill(os.getpid(), signal.SIGKILL)
 
         if where == "beginning":
-            save_module.Ranks.on_first = die
+            save_module.take_apart = die
         elif where == "writing":
             save_module.write_file = die
         else:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from queue import SimpleQueue
+
+HUGE_BYTES = 2 << 20
+"""A huge page: a request of some MiB that lies in a few of them reaches the disk whole, not page by page."""
 
 
 class BufferPool:
@@ -20,7 +24,7 @@ class BufferPool:
         self.nbytes = -(-max(nbytes, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
         self._free: SimpleQueue[memoryview] = SimpleQueue()
         for _ in range(count):
-            self._free.put(memoryview(mmap.mmap(-1, self.nbytes)))
+            self._free.put(aligned_memory(self.nbytes))
 
     def take(self) -> memoryview:
         """A buffer, to be given back with `give`."""
@@ -38,3 +42,14 @@ class BufferPool:
             yield buffer
         finally:
             self.give(buffer)
+
+
+def aligned_memory(nbytes: int) -> memoryview:
+    """Memory that begins at a page; large ones at a huge page, and of huge pages where the system has them."""
+    if nbytes < HUGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return memoryview(mmap.mmap(-1, nbytes))
+    whole = mmap.mmap(-1, nbytes + HUGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without them
+        whole.madvise(mmap.MADV_HUGEPAGE)
+    start = -ctypes.addressof(ctypes.c_char.from_buffer(whole)) % HUGE_BYTES
+    return memoryview(whole)[start : start + nbytes]

@@ -131,9 +131,9 @@ def load(
     Raises:
         NotACheckpointError: There is no committed step.
         MismatchError: Names are missing or unexpected (`strict`), or shapes differ; on every rank, nothing was changed.
-        CorruptError: Bytes are missing or damaged; the state may hold old, new and damaged values: load another step.
+        CorruptError: Bytes are missing or damaged; the state may hold old and new values: load another step.
 
-    Bytes per rank: `into`, 48 MiB of buffers (six chunks, if those are larger); of the files, what it holds, in pages.
+    Bytes per rank: `into`, 24 MiB of buffers (four chunks, if they are compressed); of files, what it holds, in pages.
     """
     ranks = Ranks(group, timeout_s=timeout_s)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import os
@@ -35,10 +36,12 @@ class LocalDirectory:
         """See `Directory`."""
         return LocalDirectory(self._path / name)
 
-    def make(self) -> None:
+    def make(self) -> bool:
         """See `Directory`."""
         with _explained(self.path):
+            existed = self._path.is_dir()
             self._path.mkdir(parents=True, exist_ok=True)
+        return not existed
 
     def names(self) -> list[str]:
         """See `Directory`."""
@@ -96,7 +99,7 @@ class LocalDirectory:
             free = shutil.disk_usage(self._path).free
             if nbytes is not None and nbytes > free:
                 raise OSError(errno.ENOSPC, f"{nbytes} bytes are to be written and {free} are free")
-            return LocalSink(self._path / name, self._sync)
+            return LocalSink(self._path / name, self._sync, nbytes)
 
     def source(self, name: str) -> LocalSource:
         """See `Directory`."""
@@ -158,7 +161,7 @@ class LocalSink:
 
     num_writers = 6
 
-    def __init__(self, path: Path, sync_names: Callable[[], None]) -> None:
+    def __init__(self, path: Path, sync_names: Callable[[], None], nbytes: int | None) -> None:
         self._path = path
         self._sync_names = sync_names
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
@@ -171,6 +174,8 @@ class LocalSink:
             self.align = 1  # a file system without O_DIRECT, such as tmpfs
             path.unlink(missing_ok=True)
             self._handle = os.open(path, flags, 0o644)
+        if nbytes and self.align > 1:
+            _reserve(self._handle, nbytes)
 
     def write_at(self, offset: int, views: Sequence[memoryview]) -> None:
         """See `Sink`."""
@@ -196,6 +201,16 @@ class LocalSink:
             self._path.unlink(missing_ok=True)
 
 
+def _reserve(handle: int, nbytes: int) -> None:
+    """Room on the disk before the first write: several threads then write at once, for the file grows no more.
+
+    Not by `os.posix_fallocate`, which writes to every page where a file system knows no reservations.
+    """
+    fallocate = getattr(ctypes.CDLL(None), "fallocate64", None)
+    if fallocate is not None:  # a refusal costs only time; a full disk refuses the writes, too
+        fallocate(handle, 0, ctypes.c_int64(0), ctypes.c_int64(nbytes))
+
+
 class LocalSource:
     """A file, read by several threads past the page cache."""
 
@@ -210,17 +225,17 @@ class LocalSource:
             self.align = 1
             self._handle = os.open(path, os.O_RDONLY)
 
-    def read_into(self, offset: int, views: Sequence[memoryview], need: int) -> None:
+    def read_into(self, offset: int, buffer: memoryview, need: int) -> None:
         """See `Source`."""
-        left, done = list(views), 0
+        done = 0
         while done < need:
             try:
-                read = os.preadv(self._handle, left[:MOST_VIEWS], offset + done)
+                read = os.preadv(self._handle, [buffer[done:]], offset + done)
             except OSError as error:
                 raise CorruptError(f"{self._path}: byte {offset + done}: {error.strerror}") from error
             if read == 0:
                 raise CorruptError(f"{self._path}: ends at byte {offset + done}, before byte {offset + need}")
-            left, done = skip(left, read), done + read
+            done += read
             if done < need and done % self.align:  # a short read that O_DIRECT cannot go on from
                 raise CorruptError(f"{self._path}: ends at byte {offset + done}, before byte {offset + need}")
 

@@ -1,9 +1,12 @@
 """Chunks of a step -> straight into the tensors that want them; every page that is read is checked.
 
 In: an index, and for each wanted tensor the boxes that this rank has room for. On the way: `plan.plan_spans` says which
-bytes of which chunks, `plan.plan_extents` joins them into reads of whole pages, `vectors.lay_out` has the disk write
-into the tensors themselves where it can. Out: values in place, cast to the tensors' dtype. Several threads read, check
-and copy; the pool of buffers bounds what is held.
+bytes of which chunks, `plan.plan_extents` joins them into reads of whole pages. Out: values in place, cast to the
+tensors' dtype. Several threads read, check and copy; the pool of buffers bounds what is held.
+
+Note [Reads through huge pages]
+Where the disk could write into tensors themselves, it would: but their memory is of small pages, of which a request
+takes some hundreds, and reading into it took half as long again as reading into huge pages and copying from there.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from . import codecs
@@ -25,10 +30,9 @@ from .pages import Checksums, checksum, checksums_of, first_bad_page, num_pages
 from .plan import Extent, plan_extents, plan_spans
 from .stores import ALIGN, Directory, Source
 from .values import DTYPES
-from .vectors import DIRECT_BYTES, clip, lay_out
 
-READ_BYTES = 8 << 20
-NUM_READERS = 6
+READ_BYTES = 4 << 20
+NUM_READERS = 4
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ def read_into(
 
     Raises:
         CorruptError: a file is missing or shorter than it should be, or a page is not what was written; names file,
-            page and tensors. What was wanted holds old, new and damaged values then.
+            page and tensors. What was wanted holds old and new values then.
     """
     copies = [copy for want in wants for copy in _copies(index, want)]
     report = ReadReport(wanted_bytes=sum(copy.box.numel * copy.tensor.itemsize for copy in copies))
@@ -89,21 +93,11 @@ def read_into(
         def serve(extent: Extent) -> int:
             source, sums = files[extent.file]
             nbytes = extent.stop - extent.start
-            direct = _direct(extent, copies)
             with pool.lent() as buffer, torch.no_grad():
-                parts = [(_in_file(copy)[1] - extent.start, data) for copy, data in direct]
-                padded = -(-nbytes // source.align) * source.align
-                vector = lay_out(buffer, padded, parts, source.align)
-                source.read_into(extent.start, vector.views, nbytes)
-                _check(index, extent, clip(vector.views, nbytes), sums, copies, directory)
-                for at, data in vector.bounced:
-                    data[:] = buffer[at : at + len(data)]
-                for copy, _ in direct:
-                    copy.into.reshape(-1)[:0].zero_()  # its version has changed, for those who look at that
-                done = {id(copy) for copy, _ in direct}
+                source.read_into(extent.start, buffer[: -(-nbytes // source.align) * source.align], nbytes)
+                _check(index, extent, buffer[:nbytes], sums, copies, directory)
                 for position in extent.members:
-                    if id(copies[position]) not in done:
-                        _place(copies[position], extent, buffer, directory)
+                    _place(copies[position], extent, buffer, directory)
             if progress is not None:
                 progress(nbytes)
             return nbytes
@@ -133,21 +127,7 @@ def _copies(index: Index, want: Want) -> list[_Copy]:
     return found
 
 
-def _direct(extent: Extent, copies: Sequence[_Copy]) -> list[tuple[_Copy, memoryview]]:
-    """Members whose bytes may be read to where they are wanted, in the order of the file, with their memory."""
-    members = sorted((copies[position] for position in extent.members), key=_in_file)
-    found, reached = [], 0
-    for number, copy in enumerate(members):
-        _, start, stop = _in_file(copy)
-        alone = reached <= start and (number + 1 == len(members) or stop <= _in_file(members[number + 1])[1])
-        reached = max(reached, stop)
-        memory = _memory(copy) if alone and stop - start >= DIRECT_BYTES else None
-        if memory is not None:
-            found.append((copy, memory))
-    return found
-
-
-def _memory(copy: _Copy) -> memoryview | None:
+def _memory(copy: _Copy) -> npt.NDArray[np.uint8] | None:
     """The memory that a copy fills, if it is to hold what the file holds, byte by byte."""
     into, chunk = copy.into, copy.chunk
     same = chunk.codec == codecs.RAW and into.dtype == DTYPES[copy.tensor.dtype]
@@ -158,7 +138,7 @@ def _memory(copy: _Copy) -> memoryview | None:
         or into.is_neg()
     ):
         return None
-    data: memoryview = into.detach().reshape(-1).view(torch.uint8).numpy().data
+    data: npt.NDArray[np.uint8] = into.detach().reshape(-1).view(torch.uint8).numpy()
     return data
 
 
@@ -193,7 +173,7 @@ def read_checksums(source: Source, index: Index, number: int, where: str) -> Che
     need = record.data_bytes + length - low
     pool = BufferPool(1, need + ALIGN)
     with pool.lent() as buffer:
-        source.read_into(low, [buffer[: -(-need // ALIGN) * ALIGN]], need)
+        source.read_into(low, buffer[: -(-need // ALIGN) * ALIGN], need)
         footer = bytes(buffer[record.data_bytes - low : need])
     if checksum(footer) != record.footer:
         raise CorruptError(f"{where}: its checksums are damaged; {_holds(index, number)}")
@@ -210,12 +190,12 @@ def _holds(index: Index, number: int) -> str:
 def _check(
     index: Index,
     extent: Extent,
-    views: Sequence[memoryview],
+    data: memoryview,
     sums: Checksums,
     copies: Sequence[_Copy],
     directory: Directory,
 ) -> None:
-    bad = first_bad_page(views, extent.start // index.page_bytes, sums, index.page_bytes)
+    bad = first_bad_page([data], extent.start // index.page_bytes, sums, index.page_bytes)
     if bad is None:
         return
     low, high = bad * index.page_bytes, (bad + 1) * index.page_bytes
@@ -236,6 +216,11 @@ def _place(copy: _Copy, extent: Extent, buffer: memoryview, directory: Directory
     at = chunk.offset - extent.start
     if chunk.codec == codecs.RAW:
         data = buffer[at + copy.start : at + copy.stop]
+        memory = _memory(copy)
+        if memory is not None:
+            np.copyto(memory, np.frombuffer(data, np.uint8))
+            copy.into.reshape(-1)[:0].zero_()  # its version has changed, for those who look at that
+            return
     else:
         where = f"{directory.path}: {copy.name!r}"
         raw = chunk.box.numel * tensor.itemsize

@@ -9,7 +9,6 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from .errors import CheckpointError, CorruptError
-from .vectors import clip
 
 
 class RemoteDirectory:
@@ -26,10 +25,12 @@ class RemoteDirectory:
         """See `Directory`."""
         return RemoteDirectory(self._system, f"{self._inner}/{name}", f"{self.path}/{name}")
 
-    def make(self) -> None:
+    def make(self) -> bool:
         """See `Directory`."""
         with _remote(self.path):
+            existed = bool(self._system.isdir(self._inner))
             self._system.makedirs(self._inner, exist_ok=True)
+        return not existed
 
     def names(self) -> list[str]:
         """See `Directory`."""
@@ -137,7 +138,7 @@ class RemoteSource:
         self._path = path
         self._lock = threading.Lock()
 
-    def read_into(self, offset: int, views: Sequence[memoryview], need: int) -> None:
+    def read_into(self, offset: int, buffer: memoryview, need: int) -> None:
         """See `Source`."""
         with self._lock:
             self._file.seek(offset)
@@ -146,10 +147,7 @@ class RemoteSource:
             raise CorruptError(
                 f"{self._path}: ends at byte {offset + len(data)}, before byte {offset + need}"
             )
-        done = 0
-        for view in clip(list(views), need):
-            view[:] = data[done : done + len(view)]
-            done += len(view)
+        buffer[:need] = data
 
     def close(self) -> None:
         """See `Source`."""

@@ -11,6 +11,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -42,7 +43,7 @@ from .steps import (
     step_name,
 )
 from .stores import Directory
-from .tree import Part, flatten
+from .tree import Boxes, Part, flatten
 from .values import dtype_name, pack, unpack
 from .writer import Piece, Written, write_file
 
@@ -115,12 +116,18 @@ def save(
     policy = policy or SavePolicy()
     target = Target.of(path, step, name)
     ranks = Ranks(group, timeout_s=policy.timeout_s)
+
+    def begin() -> tuple[Taken, str]:
+        return take_apart(state), writing.begin()
+
     try:
-        taken, told = ranks.share(
-            "save: taking the state apart", lambda: take_apart(state), lambda taken: taken.told
-        )
-        agreed = Agreed.of(told, ranks.rank, policy.chunk_bytes)
-        return write_step(target, agreed.pieces(taken), taken.values, agreed, ranks, policy, progress)
+        with Writing(target, ranks) as writing:
+            (taken, _), said = ranks.share(
+                "save", begin, lambda begun: (begun[0].told, begun[0].values, begun[1])
+            )
+            told, trees, tokens = zip(*said, strict=True)
+            agreed = Agreed.of(told, ranks.rank, policy.chunk_bytes)
+            return writing.write(tokens[0], agreed.pieces(taken), trees, agreed, policy, progress)
     finally:
         ranks.close()
 
@@ -132,6 +139,11 @@ class Target:
     root: Directory
     step: int
     name: str
+
+    @property
+    def directory(self) -> Directory:
+        """Of the step."""
+        return self.root.child(self.name)
 
     @staticmethod
     def of(path: str | os.PathLike[str], step: int, name: str | None) -> Target:
@@ -145,6 +157,9 @@ class Target:
         return Target(open_directory(path), step, step_name(step) if name is None else check_name(name))
 
 
+Layout = dict[str, tuple[tuple[int, ...], torch.dtype, tuple[Box, ...]]]
+
+
 @dataclass(frozen=True)
 class Taken:
     """A state, taken apart.
@@ -152,22 +167,41 @@ class Taken:
     Attributes:
         parts: of tensors, by name; they share the state's memory.
         values: the rest, packed: independent of the objects that it came from.
-        told: what this rank holds, for the others.
+        layout: what this rank holds: shape, dtype and boxes of each part.
     """
 
     parts: dict[str, Part]
     values: bytes
-    told: bytes
+    layout: Layout
+
+    @property
+    def told(self) -> bytes:
+        """The layout, for the others."""
+        packed: bytes = msgpack.packb(
+            {
+                name: [shape, dtype_name(dtype), dtype.itemsize, [[box.start, box.sizes] for box in boxes]]
+                for name, (shape, dtype, boxes) in self.layout.items()
+            }
+        )
+        return packed
 
 
-def take_apart(state: Mapping[str, Any]) -> Taken:
+def take_apart(state: Mapping[str, Any], boxes: Boxes | None = None) -> Taken:
     """The state's tensors, and what is left when they are taken out.
+
+    Args:
+        state: the tree.
+        boxes: of an earlier one; grows.
 
     Raises:
         ConfigError: it cannot be stored.
     """
-    flat = flatten(state)
-    return Taken(flat.parts, pack(flat.values, "state"), _told(flat.parts))
+    flat = flatten(state, boxes)
+    layout = {
+        name: (part.shape, part.dtype, tuple([box for box, _ in part.pieces]))
+        for name, part in flat.parts.items()
+    }
+    return Taken(flat.parts, pack(flat.values, "state"), layout)
 
 
 @dataclass(frozen=True)
@@ -176,13 +210,11 @@ class Agreed:
 
     Attributes:
         rank: this one.
-        told: what it holds, as the others heard it.
     """
 
     rank: int
     holdings: list[dict[str, Held]]
     plan: list[list[Assignment]]
-    told: bytes
 
     @staticmethod
     def of(told: Sequence[bytes], rank: int, chunk_bytes: int) -> Agreed:
@@ -191,7 +223,7 @@ class Agreed:
         Raises:
             ConfigError: ranks disagree about a tensor, or nobody holds some part of one.
         """
-        return Agreed(rank, *_dealt_out(tuple(told), chunk_bytes), told[rank])
+        return Agreed(rank, *_dealt_out(tuple(told), chunk_bytes))
 
     def pieces(self, taken: Taken) -> list[Piece]:
         """Views of what this rank has been assigned."""
@@ -210,71 +242,95 @@ def _dealt_out(
         raise ConfigError(f"save: {error}") from None
 
 
-def write_step(
-    target: Target,
-    pieces: Sequence[Piece],
-    values: bytes,
-    agreed: Agreed,
-    ranks: Ranks,
-    policy: SavePolicy,
-    progress: Callable[[int], None] | None = None,
-) -> str:
-    """Write this rank's pieces, and commit all ranks'; see `save`."""
-    directory = target.root.child(target.name)
-    trees = ranks.gather_bytes(values, "save")
-    merged: list[Any] = []
-    claims: list[Claim] = []
+class Writing:
+    """A step being written, from the claim that the first rank has on it to its commit.
 
-    def begin() -> str:
-        merged.append(merge_values([unpack(each, "state") for each in trees]))
-        token = new_token()
-        claims.append(claim(directory, token))
-        return token
+    Its files go when the block is left by an exception. By the first rank alone, which holds the claim: another one
+    cannot know whether the first is not just committing.
+    """
 
-    try:
-        token: str = ranks.on_first("save", begin)
+    def __init__(self, target: Target, ranks: Ranks) -> None:
+        self.target = target
+        self.ranks = ranks
+        self._claim: Claim | None = None
+        self._made_root = False
+
+    def begin(self) -> str:
+        """Claim the step on the first rank; the token of its files, which that rank is to tell the others.
+
+        Raises:
+            BusyError: another run is writing it.
+        """
+        if self.ranks.rank != 0:
+            return ""
+        self._made_root = self.target.root.make()
+        self._claim = claim(self.target.directory, new_token())
+        return self._claim.token
+
+    def write(
+        self,
+        token: str,
+        pieces: Sequence[Piece],
+        trees: Sequence[bytes],
+        agreed: Agreed,
+        policy: SavePolicy,
+        progress: Callable[[int], None] | None = None,
+    ) -> str:
+        """Write this rank's pieces, and commit all ranks'; see `save`.
+
+        Args:
+            token: see `begin`.
+            pieces: what this rank has been assigned.
+            trees: the packed values of all ranks.
+            agreed: of all ranks.
+            policy: see `save`.
+            progress: see `save`.
+        """
+        directory, ranks = self.target.directory, self.ranks
         level = choose_level(policy.compress, pieces, directory, ranks)
+        sizes = [chunk.nbytes for chunk in agreed.plan[ranks.rank]]
 
-        def write() -> list[Any] | None:
+        def write_pieces() -> list[Any] | None:
             if not pieces:
                 return None
-            sizes = [chunk.nbytes for chunk in agreed.plan[ranks.rank]]
             compression = Compression(level=level)
             name = data_name(token, ranks.rank)
             return _described(
                 write_file(directory, name, pieces, sizes, compression=compression, progress=progress)
             )
 
-        said = ranks.gather_results("save: writing", write)
+        with ThreadPoolExecutor(1, thread_name_prefix="ckpt-merge") as beside:
+            # Of values alone, and on the first rank: nobody waits for it before the bytes are written.
+            values = beside.submit(_merged, trees) if ranks.rank == 0 else None
+            said = ranks.gather_results("save: writing", write_pieces)
 
         def finish() -> None:
-            commit(directory, index_name(token), _index(target.step, agreed, said, merged[0]).pack())
-            _after(target.root, target.name, policy)
+            assert values is not None
+            index = _index(self.target.step, agreed, said, values.result())
+            commit(directory, index_name(token), index.pack())
+            _after(self.target.root, self.target.name, policy)
 
         ranks.on_first("save: committing", finish)
-    except BaseException:
-        for each in claims:
-            _remove(directory, each.token)
-        raise
-    finally:
-        for each in claims:
-            each.release()
-    log.info("step %d is committed: %s", target.step, directory.path)
-    return directory.path
+        log.info("step %d is committed: %s", self.target.step, directory.path)
+        return directory.path
+
+    def __enter__(self) -> Writing:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._claim is None:
+            return
+        if kind is not None:
+            _remove(self.target.directory, self._claim.token)
+        self._claim.release()
+        if kind is not None:
+            self.target.directory.remove_empty()
+            if self._made_root:
+                self.target.root.remove_empty()
 
 
-def _told(parts: Mapping[str, Part]) -> bytes:
-    held = {
-        part.name: [
-            list(part.shape),
-            dtype_name(part.dtype),
-            part.dtype.itemsize,
-            [[list(box.start), list(box.sizes)] for box, _ in part.pieces],
-        ]
-        for part in parts.values()
-    }
-    packed: bytes = msgpack.packb(held)
-    return packed
+def _merged(trees: Sequence[bytes]) -> Any:
+    return merge_values([unpack(each, "state") for each in trees])
 
 
 def _heard(told: bytes) -> dict[str, Held]:
@@ -331,10 +387,7 @@ def _index(
 
 
 def _remove(directory: Directory, token: str) -> None:
-    """The save has failed: its files go, or else with the next save.
-
-    By the first rank alone, which holds the claim: another one cannot know whether the first is not just committing.
-    """
+    """The save has failed: its files go, or else with the next save."""
     try:
         discard(directory, token)
     except (CheckpointError, OSError) as error:

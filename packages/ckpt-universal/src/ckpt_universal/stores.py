@@ -39,8 +39,8 @@ class Source(Protocol):
 
     align: int
 
-    def read_into(self, offset: int, views: Sequence[memoryview], need: int) -> None:
-        """Fill pieces of memory from `offset` on; the first `need` bytes count, more may be written."""
+    def read_into(self, offset: int, buffer: memoryview, need: int) -> None:
+        """Fill a buffer from `offset` on; the first `need` bytes count, more may be written."""
 
     def close(self) -> None:
         """Close."""
@@ -60,8 +60,8 @@ class Directory(Protocol):
     def child(self, name: str) -> Directory:
         """The directory of this name in it; nothing is made."""
 
-    def make(self) -> None:
-        """Let it exist."""
+    def make(self) -> bool:
+        """Let it exist; whether it did not before."""
 
     def names(self) -> list[str]:
         """Of what is in it; nothing if it does not exist."""

@@ -86,7 +86,7 @@ class PerRank:
     redeal: Callable[[tuple[Any, ...], int, int], Any] = first_or_modulo
 
 
-@dataclass
+@dataclass(slots=True)
 class Part:
     """What this rank holds of one logical tensor.
 
@@ -106,7 +106,8 @@ class Part:
         return values
 
 
-Boxes = dict[tuple[int, Any, tuple[int, ...]], "Box | None"]
+Boxes = dict[tuple[int, Any, tuple[int, ...]], "tuple[Box | None, Any]"]
+"""Where this rank's part of a `DTensor` lies, by its mesh's id, placements and shape; with the mesh, to keep its id."""
 
 
 @dataclass
@@ -116,7 +117,7 @@ class Flat:
     Attributes:
         parts: by name.
         values: the tree with `TensorRef` in place of tensors, and `PerRankValues` of one in place of `PerRank`.
-        boxes: where this rank's part of a `DTensor` lies, by mesh, placements and shape; a few serve all.
+        boxes: see `Boxes`; a few serve all, and the next tree, too.
     """
 
     parts: dict[str, Part] = field(default_factory=dict)
@@ -125,13 +126,17 @@ class Flat:
 
 
 @torch.no_grad()  # a DTensor's part need not be recorded
-def flatten(state: Mapping[str, Any]) -> Flat:
+def flatten(state: Mapping[str, Any], boxes: Boxes | None = None) -> Flat:
     """Take a state tree apart.
+
+    Args:
+        state: the tree.
+        boxes: of an earlier one; grows.
 
     Raises:
         ConfigError: two leaves have one name, a tensor cannot be stored, or it is nested too deeply.
     """
-    flat = Flat()
+    flat = Flat(boxes={} if boxes is None else boxes)
     flat.values = _walk(state, (), flat)
     return flat
 
@@ -235,15 +240,18 @@ def _flat_pieces(
 
 def _part_of_dtensor(leaf: DTensor, name: str, boxes: Boxes) -> Part:
     shape = tuple(leaf.shape)
-    local: torch.Tensor = leaf.to_local().detach()
+    local: torch.Tensor = leaf.to_local()
+    if local.requires_grad:
+        local = local.detach()
     key = (id(leaf.device_mesh), leaf.placements, shape)
     if key not in boxes:
         if any(placement.is_partial() for placement in leaf.placements):
             raise ConfigError(
                 f"{name}: a DTensor with partial sums; call .redistribute() to sum them before saving"
             )
-        boxes[key] = None if leaf.device_mesh.get_coordinate() is None else _box_of(leaf)
-    box = boxes[key]
+        holds_some = leaf.device_mesh.get_coordinate() is not None
+        boxes[key] = _box_of(leaf) if holds_some else None, leaf.device_mesh
+    box = boxes[key][0]
     if box is None or not local.numel():
         return Part(name, shape, leaf.dtype, [])
     if box.sizes != tuple(local.shape):

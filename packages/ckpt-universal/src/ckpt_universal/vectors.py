@@ -1,8 +1,8 @@
 """A range of a file as pieces of memory: tensors where they lie so that the disk can reach them, a buffer elsewhere.
 
-Reads and writes past the page cache want addresses and offsets that are multiples of a page. Of a tensor whose address
-and offset differ by such a multiple, all but the two ends is read or written in place; the ends, and what is small or
-lies otherwise, pass through the buffer. PURE: nothing is copied here.
+Writes past the page cache want addresses and offsets that are multiples of a page. Of a tensor whose address and offset
+differ by such a multiple, all but the two ends is written from where it is; the ends, and what is small or lies
+otherwise, pass through the buffer. PURE: nothing is copied here.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ DIRECT_BYTES = 64 << 10
 
 @dataclass(frozen=True)
 class Vector:
-    """What `preadv` and `pwritev` take.
+    """What `pwritev` takes.
 
     Attributes:
         views: the memory of the range, in order.
-        bounced: what lies in the buffer: its place in the range, and the memory that it comes from or goes to.
+        bounced: what lies in the buffer: its place in the range, and the memory that it comes from.
     """
 
     views: list[memoryview]
@@ -67,13 +67,3 @@ def skip(views: list[memoryview], nbytes: int) -> list[memoryview]:
     while left and nbytes >= len(left[0]):
         nbytes -= len(left.pop(0))
     return [left[0][nbytes:], *left[1:]] if left else []
-
-
-def clip(views: list[memoryview], nbytes: int) -> list[memoryview]:
-    """The first bytes of a vector."""
-    found = []
-    for view in views:
-        if nbytes > 0:
-            found.append(view[:nbytes])
-            nbytes -= len(view)
-    return found

@@ -94,7 +94,7 @@ def _check_file(
             with BufferPool(1, step_bytes + ALIGN).lent() as buffer:
                 for start in range(0, record.data_bytes, step_bytes):
                     need = min(step_bytes, record.data_bytes - start)
-                    source.read_into(start, [buffer[: -(-need // source.align) * source.align]], need)
+                    source.read_into(start, buffer[: -(-need // source.align) * source.align], need)
                     problems += _bad_pages(buffer[:need], start, sums, index, number, where)
                     if progress is not None:
                         progress(need)

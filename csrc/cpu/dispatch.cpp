@@ -9,6 +9,10 @@
 #ifdef ACCEL_X86
 #include <cpuid.h>
 #endif
+#if defined(ACCEL_AMX) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace accel {
 
@@ -17,12 +21,28 @@ namespace {
 struct Isa {
     const char* name;
     Kernels kernels;
+    InferenceKernels inference;
 };
 
 #ifdef ACCEL_X86
 bool has_f16c() {
     unsigned a = 0, b = 0, c = 0, d = 0;
     return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & (1u << 29)) != 0;
+}
+#endif
+
+#ifdef ACCEL_AMX
+// Whether there are bf16 and int8 tiles, and the system lets this process use them: Linux wants to be asked.
+bool has_amx() {
+#if defined(__linux__)
+    constexpr unsigned kTiles = (1u << 22) | (1u << 24) | (1u << 25);  // bf16, tile, int8
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & kTiles) != kTiles) return false;
+    constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+    return false;
+#endif
 }
 #endif
 
@@ -33,11 +53,21 @@ const std::vector<Isa>& isas() {
         // These also ask the operating system whether it saves the wide registers.
         if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-            list.push_back({"avx512", avx512::table()});
-        }
-        if (__builtin_cpu_supports("avx2") && has_f16c()) list.push_back({"avx2", avx2::table()});
+#ifdef ACCEL_BF16
+            if (__builtin_cpu_supports("avx512bf16")) {
+#ifdef ACCEL_AMX
+                if (has_amx()) list.push_back({"amx", avx512::table(), amx::inference_table()});
 #endif
-        list.push_back({"baseline", baseline::table()});
+                list.push_back({"avx512_bf16", avx512::table(), avx512_bf16::inference_table()});
+            }
+#endif
+            list.push_back({"avx512", avx512::table(), avx512::inference_table()});
+        }
+        if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()) {
+            list.push_back({"avx2", avx2::table(), avx2::inference_table()});
+        }
+#endif
+        list.push_back({"baseline", baseline::table(), baseline::inference_table()});
         return list;
     }();
     return found;
@@ -74,13 +104,21 @@ std::vector<std::string> available_isas() {
     return names;
 }
 
-const Kernels& kernels_for(const std::string& name) {
-    if (name.empty()) return isas().front().kernels;
+namespace {
+
+const Isa& isa_of(const std::string& name) {
+    if (name.empty()) return isas().front();
     for (const Isa& isa : isas()) {
-        if (name == isa.name) return isa.kernels;
+        if (name == isa.name) return isa;
     }
     throw std::invalid_argument("instruction set '" + name + "' is not available here");
 }
+
+}  // namespace
+
+const Kernels& kernels_for(const std::string& name) { return isa_of(name).kernels; }
+
+const InferenceKernels& inference_kernels_for(const std::string& name) { return isa_of(name).inference; }
 
 bool has_openmp() {
 #ifdef _OPENMP

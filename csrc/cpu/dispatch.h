@@ -3,6 +3,7 @@
 #include <string>
 #include <vector>
 
+#include "accel/inference.h"
 #include "accel/kernels.h"
 
 namespace accel {
@@ -12,6 +13,7 @@ std::vector<std::string> available_isas();
 
 // The kernels of one of them; of the best for "". Throws std::invalid_argument for another name.
 const Kernels& kernels_for(const std::string& isa);
+const InferenceKernels& inference_kernels_for(const std::string& isa);
 
 bool has_openmp();
 

@@ -1,7 +1,8 @@
 // The few vector operations the kernels need, for the instruction set of this translation unit.
 //
 // F32 is a native vector of kLanes floats: + - * / are the compiler's own, and only what has no operator is a
-// function here. ACCEL_LEVEL (0 baseline, 1 AVX2 + F16C, 2 AVX-512 F/BW/DQ/VL) comes from CMakeLists.txt.
+// function here. ACCEL_LEVEL (0 baseline, 1 AVX2 + F16C, 2 AVX-512 F/BW/DQ/VL; for
+// inference also 3 AVX512_BF16, 4 AMX) comes from CMakeLists.txt.
 //
 // Note [Same bits everywhere]
 // Products and sums are never fused (-ffp-contract=off), divisions and square roots are the correctly rounded
@@ -21,7 +22,7 @@ namespace {  // internal linkage: one copy per instruction set, never merged by 
 
 using accel::DType;
 
-#if ACCEL_LEVEL == 2
+#if ACCEL_LEVEL >= 2
 
 using F32 = __m512;
 using U32 = __m512i;

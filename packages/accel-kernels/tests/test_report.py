@@ -9,7 +9,11 @@ import accel_kernels as ak
 import pytest
 import torch
 
-OPS = {"adam_step", "lion_step", "adagrad_step", "sgd_step", "grad_norm_scale", "cast_copy"}
+OPS = {
+    *("adam_step", "lion_step", "adagrad_step", "sgd_step", "grad_norm_scale", "cast_copy"),
+    *("paged_attention", "write_kv", "linear", "linear_int8", "linear_int4"),
+    *("rms_norm", "rotary", "silu_mul", "gelu_mul"),
+}
 
 
 def test_covers_every_op() -> None:

@@ -1,4 +1,4 @@
-"""Fused kernels for flat tensors: optimizer steps, gradient norm, casts; on CPU and CUDA, one function an op.
+"""Fused kernels on CPU and CUDA, one function an op: optimizer steps, norm, casts; the ops of a decoder's inference.
 
 Beside them a transfer engine, which moves bytes between files and memory.
 
@@ -8,9 +8,10 @@ Modules, in the order in which a call passes through them:
   packed.
 - ``ops``: the public functions, one file an op.
 - ``tables``: a list of tensors, whatever their sizes, stepped by one call.
-- ``checks``: what is demanded of tensors, before anything is written.
+- ``checks``, ``checks_inference``: what is demanded of tensors, before anything is written.
 - ``dispatch``: which back end runs a call; ``isa`` and ``report`` let a person steer and see it.
-- ``backends``: ``cpu`` (C++ extension), ``cuda`` (NVRTC through CuPy), ``portable`` (numba or plain torch).
+- ``backends``: ``cpu`` (C++ extension), ``cuda`` (NVRTC through CuPy, Triton), ``portable`` (numba or plain
+  torch); those of the inference ops in ``backends.inference``.
 - ``reference``: what each op means, in plain torch; every back end is held against it.
 - ``transfers``: files to memory and back, with many requests in flight.
 - ``errors``, ``version``.
@@ -30,9 +31,16 @@ from .isa import available_cpu_isas, set_cpu_isa
 from .ops.adagrad import adagrad_step
 from .ops.adam import adam_step
 from .ops.cast import cast_copy
+from .ops.gated import gelu_mul, silu_mul
+from .ops.linear import linear, linear_int4, linear_int8
 from .ops.lion import lion_step
 from .ops.norm import grad_norm_scale
+from .ops.paged_attention import paged_attention
+from .ops.quantize import quantize_int4, quantize_int8
+from .ops.rms_norm import rms_norm
+from .ops.rotary import rotary
 from .ops.sgd import sgd_step
+from .ops.write_kv import write_kv
 from .report import Report, report
 from .segments import AdagradSegment, AdamSegment, LionSegment, SgdSegment
 from .tables import StepTable
@@ -70,11 +78,22 @@ __all__ = [
     "aligned_empty",
     "available_cpu_isas",
     "cast_copy",
+    "gelu_mul",
     "grad_norm_scale",
+    "linear",
+    "linear_int4",
+    "linear_int8",
     "lion_step",
+    "paged_attention",
+    "quantize_int4",
+    "quantize_int8",
     "reference",
     "report",
+    "rms_norm",
+    "rotary",
     "set_cpu_isa",
     "sgd_step",
+    "silu_mul",
     "tune",
+    "write_kv",
 ]

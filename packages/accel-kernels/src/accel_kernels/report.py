@@ -8,12 +8,17 @@ from dataclasses import dataclass
 import torch
 
 from . import native
-from .dispatch import has_module, preferred, why_unavailable
+from .dispatch import (
+    INFERENCE_OPS,
+    has_module,
+    why_inference_unavailable,
+    why_unavailable,
+)
 from .isa import available_cpu_isas, chosen_cpu_isa
 from .transfers.drivers import preferred as preferred_driver
 
 _STEPS = ("adam_step", "lion_step", "adagrad_step", "sgd_step")
-OPS = (*_STEPS, "grad_norm_scale", "cast_copy")
+OPS = (*_STEPS, "grad_norm_scale", "cast_copy", *INFERENCE_OPS)
 DEVICES = ("cpu", "cuda", "other")
 
 
@@ -72,14 +77,19 @@ def report() -> Report:
 
 
 def _portable(op: str) -> str:
+    if op in INFERENCE_OPS:
+        return "plain torch"
     if op not in _STEPS:
         return "plain torch in cache-sized pieces"
     return "numba" if has_module("numba") else "plain torch in cache-sized pieces, numba not installed"
 
 
 def _cpu(op: str) -> Choice:
-    if preferred("cpu") == "portable":
-        return Choice(backend="portable", why=f"{_portable(op)}; {native.why_not}")
+    reason = native.why_not
+    if op in INFERENCE_OPS:
+        reason = why_inference_unavailable(op, "cpu", "cpu", torch.float32)
+    if reason is not None:
+        return Choice(backend="portable", why=f"{_portable(op)}; {reason}")
     threads = torch.get_num_threads() if native.cpu is not None and native.cpu.has_openmp() else 1
     isa = chosen_cpu_isa() or available_cpu_isas()[0]
     return Choice(backend="cpu", why=f"C++ {isa}, {threads} thread{'s' if threads != 1 else ''}")
@@ -90,10 +100,14 @@ def _cuda(op: str) -> Choice:
         return Choice(backend=None, why="this torch is built without CUDA")
     if not torch.cuda.is_available():
         return Choice(backend=None, why="no CUDA device")
-    reason = why_unavailable("cuda", "cuda")
+    if op in INFERENCE_OPS:
+        reason = why_inference_unavailable(op, "cuda", "cuda", torch.float32)
+    else:
+        reason = why_unavailable("cuda", "cuda")
     if reason is not None:
         return Choice(backend="portable", why=f"plain torch; {reason}")
-    return Choice(backend="cuda", why="NVRTC through CuPy, compiled at first use")
+    compiler = "Triton" if op == "paged_attention" else "NVRTC through CuPy"
+    return Choice(backend="cuda", why=f"{compiler}, compiled at first use")
 
 
 def _other() -> Choice:

@@ -1,8 +1,7 @@
-"""What every op means, in plain torch, on any device.
+"""What the optimizer steps, the norm and the casts mean.
 
 The order of the floating-point operations is part of the meaning: each line below is one rounding, nothing is
 fused, and the optimizer steps of all back ends agree with it bit for bit (the norm agrees to fp64 rounding).
-No arguments are checked here; the functions of ``ops`` check and then call this, or something faster.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .segments import (
+from ..segments import (
     AdagradSegment,
     AdamSegment,
     Flag,

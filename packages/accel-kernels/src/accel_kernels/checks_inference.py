@@ -1,0 +1,70 @@
+"""What the inference ops demand of their tensors: type, dtype, shape, device, rows without gaps.
+
+In: one tensor with what is expected of it. Out: nothing, or an error that names the argument. A step of a model
+makes hundreds of these calls, so each looks at metadata alone. Next: ``dispatch``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .errors import AccelTypeError, AccelValueError
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+SINGLE = (torch.float32,)
+INT8 = (torch.int8,)
+UINT8 = (torch.uint8,)
+INT32 = (torch.int32,)
+INT64 = (torch.int64,)
+
+
+def expect(
+    op: str,
+    name: str,
+    tensor: Tensor,
+    dtypes: Sequence[torch.dtype],
+    shape: Sequence[int | None],
+    device: torch.device | None = None,
+) -> None:
+    """Demand a tensor of one of ``dtypes`` and of ``shape`` (None: any size) whose last dimension has no gaps.
+
+    Raises:
+        AccelTypeError: not a tensor, or another dtype.
+        AccelValueError: shape, device, or elements of a row apart in memory.
+    """
+    if not isinstance(tensor, Tensor):
+        raise AccelTypeError(f"{op}: {name}: expected a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in dtypes:
+        allowed = " or ".join(str(dtype) for dtype in dtypes)
+        raise AccelTypeError(f"{op}: {name}: expected {allowed}, got {tensor.dtype}")
+    given = tensor.shape
+    fits = len(given) == len(shape)
+    if fits:
+        for want, got in zip(shape, given):  # noqa: B905  as long as each other, and a strict zip takes longer
+            if want is not None and want != got:
+                fits = False
+    if not fits:
+        wanted = ", ".join("*" if want is None else str(want) for want in shape)
+        raise AccelValueError(f"{op}: {name}: expected shape ({wanted}), got {tuple(given)}")
+    if device is not None and tensor.device != device:
+        raise AccelValueError(f"{op}: {name}: expected a tensor on {device}, got {tensor.device}")
+    if given[-1] > 1 and tensor.stride(-1) != 1:
+        raise AccelValueError(
+            f"{op}: {name}: expected adjacent elements in the last dimension, got stride {tensor.stride()}; "
+            f"pass {name}.contiguous()"
+        )
+
+
+def expect_contiguous(op: str, name: str, tensor: Tensor) -> None:
+    """Demand a tensor without gaps.
+
+    Raises:
+        AccelValueError: it has some.
+    """
+    if not tensor.is_contiguous():
+        raise AccelValueError(
+            f"{op}: {name}: expected a contiguous tensor, got shape {tuple(tensor.shape)}, stride {tensor.stride()}"
+        )

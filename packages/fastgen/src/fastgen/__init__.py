@@ -1,0 +1,50 @@
+"""Serve Hugging Face models: paged KV cache, Dynamic SplitFuse, an OpenAI-compatible server.
+
+Modules, in the order in which a request passes through them:
+
+- ``request``, ``config``: what is asked, and how the engine runs.
+- ``scheduler`` with ``groups``, ``admission``, ``packing``: which sequences take part in the next forward;
+  ``block_tables`` over ``blocks`` and ``prefix``: where their keys and values lie. No tensors.
+- ``step_plan`` -> ``batch``: one forward, as data and as tensors.
+- ``runner``: the forward; ``kv_cache``, ``attention``, ``models``, ``linear``, ``parallel``, ``adapters``.
+- ``checkpoint``, ``weights``: models from directories and modules.
+- ``sampler``, ``grammar``, ``speculation``, ``beams``: logits to tokens.
+- ``text``, ``lines``: tokens to text and ends.
+- ``engine``: a step; ``output``: what it tells.
+- ``llm``: completions in ten lines; ``serve``: HTTP and the command line.
+- ``errors``, ``version``.
+"""
+
+from .config import CachePolicy, EngineConfig, Schedule, SchedulePolicy, Speculation, Weights
+from .engine import Engine
+from .errors import CacheError, ConfigError, FastgenError, ModelError, OverloadedError, RequestError
+from .llm import LLM, Completion, Generation, build_engine
+from .output import Output, Stats, TokenLogprobs
+from .request import FinishReason, SamplingParams
+from .version import __version__
+
+__all__ = [
+    "LLM",
+    "CacheError",
+    "CachePolicy",
+    "Completion",
+    "ConfigError",
+    "Engine",
+    "EngineConfig",
+    "FastgenError",
+    "FinishReason",
+    "Generation",
+    "ModelError",
+    "Output",
+    "OverloadedError",
+    "RequestError",
+    "SamplingParams",
+    "Schedule",
+    "SchedulePolicy",
+    "Speculation",
+    "Stats",
+    "TokenLogprobs",
+    "Weights",
+    "__version__",
+    "build_engine",
+]

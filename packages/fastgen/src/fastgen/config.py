@@ -1,0 +1,121 @@
+"""How an engine runs: the policies that a user sets, each with a default that works."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+import torch
+
+from .errors import ConfigError
+
+
+class Weights(enum.Enum):
+    """How weights of linear layers are held."""
+
+    DENSE = "dense"
+    INT8 = "int8"
+    INT4 = "int4"
+
+
+class Schedule(enum.Enum):
+    """How prompts and decodes share forwards."""
+
+    SPLIT_FUSE = "split_fuse"
+    PREFILL_FIRST = "prefill_first"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachePolicy:
+    """The KV cache.
+
+    Attributes:
+        block_size: tokens in a block.
+        max_bytes: of the whole cache; None: `fraction` of the memory that is free when the weights are loaded.
+        fraction: see there.
+        dtype: of keys and values; None: the model's. `torch.int8` holds them with a scale for each token and head.
+        swap_bytes: host memory for the blocks of preempted sequences; 0 computes them again.
+        prefix: keep blocks of ended sequences for prompts that begin alike.
+    """
+
+    block_size: int = 16
+    max_bytes: int | None = None
+    fraction: float = 0.8
+    dtype: torch.dtype | None = None
+    swap_bytes: int = 0
+    prefix: bool = True
+
+    def __post_init__(self) -> None:
+        if self.block_size < 1:
+            raise ConfigError(f"CachePolicy(block_size=...): expected >= 1, got {self.block_size!r}")
+        if not 0.0 < self.fraction <= 1.0:
+            raise ConfigError(
+                f"CachePolicy(fraction=...): expected above 0 and at most 1, got {self.fraction!r}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulePolicy:
+    """What goes into a forward.
+
+    Attributes:
+        token_budget: most tokens of a forward; None: where throughput saturates, measured at the start.
+        max_sequences: that run at once.
+        kind: Dynamic SplitFuse, or (to compare) whole prompts before decodes.
+        patience_steps: a waiting request's priority improves by one for so many forwards; 0: never.
+        max_waiting: requests in the queue; more are refused.
+    """
+
+    token_budget: int | None = None
+    max_sequences: int = 256
+    kind: Schedule = Schedule.SPLIT_FUSE
+    patience_steps: int = 1000
+    max_waiting: int = 10_000
+
+    def __post_init__(self) -> None:
+        if self.token_budget is not None and self.token_budget < 1:
+            raise ConfigError(f"SchedulePolicy(token_budget=...): expected >= 1, got {self.token_budget!r}")
+        if self.max_sequences < 1:
+            raise ConfigError(f"SchedulePolicy(max_sequences=...): expected >= 1, got {self.max_sequences!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speculation:
+    """Tokens guessed ahead and checked in one forward.
+
+    Attributes:
+        num_drafts: most tokens guessed at once.
+        ngram: prompt lookup: the last so many tokens are looked for in what is before; None where `draft_model` is set.
+        draft_model: directory of a smaller model with the same tokenizer.
+    """
+
+    num_drafts: int = 4
+    ngram: int | None = 3
+    draft_model: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """An engine.
+
+    Attributes:
+        cache: see `CachePolicy`.
+        schedule: see `SchedulePolicy`.
+        speculation: None guesses nothing.
+        dtype: of the model; None: as its config says.
+        weights: how linear weights are held.
+        max_model_len: longest prompt and output; None: as the model's config says.
+        batch_invariant: a request's tokens and log-probabilities depend on nothing else in the batch, bit for bit.
+        device: None: a CUDA device if there is one, else the CPU.
+        seed: of requests without a seed of their own.
+    """
+
+    cache: CachePolicy = field(default_factory=CachePolicy)
+    schedule: SchedulePolicy = field(default_factory=SchedulePolicy)
+    speculation: Speculation | None = None
+    dtype: torch.dtype | None = None
+    weights: Weights = Weights.DENSE
+    max_model_len: int | None = None
+    batch_invariant: bool = False
+    device: torch.device | None = None
+    seed: int = 0

@@ -1,0 +1,94 @@
+"""Structured output: which tokens a JSON schema or a regular expression lets come next; by llguidance.
+
+In: a request's schema, and the tokens chosen. Out: a mask over the vocabulary for `sampler`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import llguidance
+import llguidance.hf
+import llguidance.numpy
+import numpy as np
+import numpy.typing as npt
+
+from .errors import RequestError
+from .request import SamplingParams
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+_JSON: Any = {"whitespace_pattern": r"[\x20\n]{0,4}"}
+"""Between parts of JSON: a weak model could else go on with white space until its tokens are used up."""
+
+
+class GrammarFactory:
+    """Makes the grammars of one tokenizer.
+
+    Args:
+        tokenizer: the model's, a fast one.
+        vocab_size: of the model's logits.
+        eos_ids: tokens that end a sequence.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int, eos_ids: tuple[int, ...]) -> None:
+        self._tokenizer: Any = tokenizer
+        self._vocab_size = vocab_size
+        self._eos_ids = eos_ids
+        self._known: llguidance.LLTokenizer | None = None
+
+    def make(self, params: SamplingParams) -> Grammar | None:
+        """The grammar of a request; None where it has none.
+
+        Raises:
+            RequestError: the schema or expression is none, or the tokenizer is not known to the library.
+        """
+        if params.json_schema is None and params.regex is None:
+            return None
+        name = "json_schema" if params.json_schema is not None else "regex"
+        try:
+            source = (
+                llguidance.LLMatcher.grammar_from_json_schema(params.json_schema, defaults=_JSON)
+                if params.json_schema is not None
+                else llguidance.LLMatcher.grammar_from_regex(params.regex or "")
+            )
+            matcher = llguidance.LLMatcher(self._shared(), source)
+        except (ValueError, TypeError) as error:
+            raise RequestError(f"{name}: {str(error).strip().splitlines()[0]}") from error
+        if matcher.is_error():
+            raise RequestError(f"{name}: {matcher.get_error().strip().splitlines()[0]}")
+        return Grammar(matcher, self._vocab_size)
+
+    def _shared(self) -> llguidance.LLTokenizer:
+        if self._known is None:
+            size = max(self._vocab_size, len(self._tokenizer))
+            eos = list(self._eos_ids) or None
+            self._known = llguidance.hf.from_tokenizer(self._tokenizer, n_vocab=size, eos_token=eos)
+        return self._known
+
+
+class Grammar:
+    """Where one sequence is in its grammar."""
+
+    def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int) -> None:
+        self._matcher = matcher
+        self._vocab_size = vocab_size
+
+    def allowed(self) -> npt.NDArray[np.bool_]:
+        """`[vocab]`: what may come next."""
+        words = -(-self._vocab_size // 32)
+        mask = np.zeros((1, words), dtype=np.int32)
+        llguidance.numpy.fill_next_token_bitmask(self._matcher, mask)
+        bits = np.unpackbits(mask.view(np.uint8), bitorder="little")[: self._vocab_size]
+        return bits.astype(np.bool_)
+
+    def advance(self, token_id: int) -> bool:
+        """A token has been chosen; True: the text is complete."""
+        self._matcher.consume_token(token_id)
+        return bool(self._matcher.is_stopped())
+
+    def fork(self) -> Grammar:
+        """Another that goes on from here."""
+        return Grammar(self._matcher.deep_copy(), self._vocab_size)

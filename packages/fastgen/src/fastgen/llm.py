@@ -1,0 +1,290 @@
+"""`LLM`: a model that completes texts, in ten lines; and `build_engine`, which the server uses, too.
+
+In: a local model directory or a transformers module, and an `EngineConfig`. Out: completions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from tqdm.auto import tqdm
+
+from .adapters import Adapters
+from .config import EngineConfig
+from .engine import Engine
+from .errors import ConfigError, ModelError
+from .kv_cache import KVCache, build_cache
+from .output import Output, TokenLogprobs
+from .request import FinishReason, SamplingParams
+from .runner import Runner
+from .scheduler import Scheduler
+from .speculation import DraftModel, Guesser, PromptLookup
+from .weights import LoadedModel, load_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_MOST_BUDGET = 2048
+_MEASURED_LEN = 512
+_ACTIVATION_FACTOR = 24  # widths of activations that a token of a forward needs at once, about
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a model made of a prompt.
+
+    Attributes:
+        index: 0 to n - 1.
+        finish_reason: why it ended.
+        logprobs: of `token_ids`, if asked for.
+    """
+
+    index: int
+    token_ids: list[int]
+    text: str
+    finish_reason: FinishReason
+    logprobs: list[TokenLogprobs] | None = None
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A prompt and its completions.
+
+    Attributes:
+        prompt_logprobs: of `prompt_ids`, if asked for.
+        num_cached_tokens: of the prompt, which the prefix cache had.
+    """
+
+    prompt_ids: list[int]
+    completions: list[Completion]
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    num_cached_tokens: int = 0
+
+    @property
+    def text(self) -> str:
+        """Of the first completion."""
+        return self.completions[0].text
+
+
+class LLM:
+    """A model that completes prompts, many at once.
+
+    Args:
+        model: a local Hugging Face directory, or a transformers causal LM.
+        config: how the engine runs.
+        tokenizer: where it is not the directory's; needed beside a module.
+        group: ranks that share each layer (tensor parallelism); every one of them makes the same calls.
+
+    Example:
+        >>> llm = LLM("path/to/model")  # doctest: +SKIP
+        >>> llm.generate(["Once upon a time"], SamplingParams(max_tokens=32))[0].text  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        model: str | Path | nn.Module,
+        config: EngineConfig | None = None,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        group: dist.ProcessGroup | DeviceMesh | None = None,
+    ) -> None:
+        self.engine = build_engine(model, config, tokenizer=tokenizer, group=group)
+        self.tokenizer = self.engine.tokenizer
+        self._num_requests = 0
+
+    def generate(
+        self,
+        prompts: str | list[int] | Sequence[str | list[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        adapter: str | None = None,
+        progress: bool = True,
+    ) -> list[Generation]:
+        """Complete prompts; in their order.
+
+        Args:
+            prompts: one or many, as texts or token ids.
+            params: for all, or for each.
+            adapter: name of a LoRA adapter that `load_adapter` has loaded.
+            progress: show a bar.
+
+        Raises:
+            RequestError: a prompt cannot be served; none is then.
+        """
+        batch = _as_list(prompts)
+        each = [params or SamplingParams()] * len(batch) if not isinstance(params, Sequence) else list(params)
+        if len(each) != len(batch):
+            raise ConfigError(f"params: expected one for each of {len(batch)} prompts, got {len(each)}")
+        ids = [self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in batch]
+        jobs: dict[str, tuple[list[int], int]] = {}
+        try:
+            for prompt_ids, own in zip(ids, each, strict=True):
+                name = f"generate-{self._num_requests}"
+                self._num_requests += 1
+                self.engine.add(name, prompt_ids, own, adapter=adapter)
+                jobs[name] = (prompt_ids, own.n)
+            return self._run(jobs, progress)
+        except BaseException:
+            for name in jobs:
+                self.engine.abort(name)
+            raise
+
+    def load_adapter(self, name: str, directory: str | Path) -> None:
+        """Load a LoRA adapter (PEFT's format) that `generate` may choose by name."""
+        self.engine.load_adapter(name, str(directory))
+
+    def _run(self, jobs: dict[str, tuple[list[int], int]], progress: bool) -> list[Generation]:
+        """Step until all of these (prompt ids and `n`, by name) have ended."""
+        told: dict[str, list[Output]] = {name: [] for name in jobs}
+        going = {name: count for name, (_, count) in jobs.items()}
+        with tqdm(total=len(jobs), unit="prompt", disable=not progress) as bar:
+            generated = 0
+            while going:
+                for output in self.engine.step():
+                    if output.request_id not in told:
+                        continue
+                    told[output.request_id].append(output)
+                    generated += len(output.new_token_ids)
+                    if output.finish_reason is not None:
+                        going[output.request_id] -= 1
+                        if not going[output.request_id]:
+                            del going[output.request_id]
+                            bar.update()
+                seconds = bar.format_dict["elapsed"]
+                bar.set_postfix_str(f"{generated / seconds:.0f} tokens/s" if seconds else "", refresh=False)
+        return [_gathered(outputs, jobs[name][0]) for name, outputs in told.items()]
+
+
+def build_engine(
+    model: str | Path | nn.Module,
+    config: EngineConfig | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    group: dist.ProcessGroup | DeviceMesh | None = None,
+) -> Engine:
+    """Load a model, size its cache, measure its token budget; see `LLM` for the arguments.
+
+    Raises:
+        ModelError: the model is incomplete, damaged or unknown.
+        CacheError: there is no memory for the cache.
+        ConfigError: a setting does not fit the model.
+    """
+    config = config or EngineConfig()
+    tokenizer = tokenizer or _tokenizer(model)
+    loaded = load_model(model, config, group=group)
+    text_config = loaded.hf_config.get_text_config()
+    most = config.schedule.token_budget or _MOST_BUDGET
+    cache = build_cache(
+        loaded.decoder.cache_layout(config.cache.dtype),
+        config.cache,
+        loaded.device,
+        activation_bytes=most * text_config.hidden_size * _ACTIVATION_FACTOR * loaded.dtype.itemsize,
+        max_blocks=config.schedule.max_sequences * -(-loaded.max_model_len // config.cache.block_size),
+    )
+    runner = Runner(loaded.decoder, cache, loaded.device, _guesser(config, cache, loaded))
+    if config.schedule.token_budget is None:
+        measured = runner.saturation_tokens(_MOST_BUDGET, min(loaded.max_model_len, _MEASURED_LEN))
+        budget = max(measured, min(config.schedule.max_sequences + 1, _MOST_BUDGET))
+        config = replace(config, schedule=replace(config.schedule, token_budget=budget))
+    scheduler = Scheduler(
+        config.schedule,
+        cache.num_blocks,
+        cache.block_size,
+        max_model_len=loaded.max_model_len,
+        prefix=config.cache.prefix,
+        num_host_blocks=cache.num_host_blocks,
+    )
+    return Engine(
+        runner,
+        scheduler,
+        tokenizer,
+        vocab_size=text_config.vocab_size,
+        eos_ids=_eos_ids(model, loaded, tokenizer),
+        model_name=Path(model).name if isinstance(model, (str, Path)) else type(model).__name__,
+        seed=config.seed,
+        adapters=Adapters(loaded),
+    )
+
+
+def _guesser(config: EngineConfig, cache: KVCache, loaded: LoadedModel) -> Guesser | None:
+    speculation = config.speculation
+    if speculation is None:
+        return None
+    if speculation.draft_model is None:
+        return PromptLookup(speculation.ngram or 3, speculation.num_drafts)
+    small = load_model(speculation.draft_model, replace(config, max_model_len=loaded.max_model_len))
+    sizes = [each.hf_config.get_text_config().vocab_size for each in (loaded, small)]
+    if sizes[0] != sizes[1]:
+        raise ConfigError(
+            f"Speculation(draft_model=...): expected a model with the same {sizes[0]} tokens, got {sizes[1]}"
+        )
+    layout = small.decoder.cache_layout(config.cache.dtype)
+    own = KVCache(layout, cache.num_blocks, cache.block_size, small.device, cache.num_host_blocks)
+    return DraftModel(small.decoder, own, speculation.num_drafts, small.device)
+
+
+def _tokenizer(model: str | Path | nn.Module) -> PreTrainedTokenizerBase:
+    if isinstance(model, nn.Module):
+        raise ConfigError("tokenizer: expected one beside a module, got none; give LLM(model, tokenizer=...)")
+    if not Path(model).is_dir():
+        raise ModelError(f"{model}: expected a local model directory, got none of this name")
+    from transformers import AutoTokenizer  # slow to import
+
+    try:
+        made: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{model}: expected a tokenizer, got {str(error).strip().splitlines()[0]}"
+        ) from error
+    return made
+
+
+def _eos_ids(
+    model: str | Path | nn.Module, loaded: LoadedModel, tokenizer: PreTrainedTokenizerBase
+) -> tuple[int, ...]:
+    """Of the config, the generation config and the tokenizer: all of them end a sequence."""
+    configs: list[Any] = [loaded.hf_config, getattr(model, "generation_config", None)]
+    if isinstance(model, (str, Path)) and (Path(model) / "generation_config.json").is_file():
+        from transformers import GenerationConfig
+
+        configs.append(GenerationConfig.from_pretrained(model, local_files_only=True))
+    found: list[int] = []
+    for each in [*(getattr(config, "eos_token_id", None) for config in configs), tokenizer.eos_token_id]:
+        found += [each] if isinstance(each, int) else list(each or ())
+    return tuple(dict.fromkeys(found))
+
+
+def _as_list(prompts: str | list[int] | Sequence[str | list[int]]) -> list[str | list[int]]:
+    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def _gathered(outputs: list[Output], prompt_ids: list[int]) -> Generation:
+    by_index: dict[int, list[Output]] = {}
+    for output in outputs:
+        by_index.setdefault(output.index, []).append(output)
+    completions = []
+    for index, own in sorted(by_index.items()):
+        reason = own[-1].finish_reason
+        assert reason is not None  # it has ended
+        logprobs = [each for output in own for each in output.logprobs or ()]
+        completions.append(
+            Completion(
+                index,
+                [token for output in own for token in output.new_token_ids],
+                "".join(output.text for output in own),
+                reason,
+                logprobs if own[0].logprobs is not None else None,
+            )
+        )
+    prompt_logprobs = next(
+        (each.prompt_logprobs for each in outputs if each.prompt_logprobs is not None), None
+    )
+    return Generation(prompt_ids, completions, prompt_logprobs, outputs[0].num_cached_tokens)

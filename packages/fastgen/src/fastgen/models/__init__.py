@@ -1,0 +1,1 @@
+"""Decoders: one description (`spec`), one module built from it (`decoder`, `layers`, `moe`), a register of families."""

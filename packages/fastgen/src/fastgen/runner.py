@@ -1,0 +1,103 @@
+"""A `StepPlan` -> logits: the cache's copies, the batch's tensors, the model's forward.
+
+In: what the scheduler has planned. Out: float32 logits of the wanted rows. Next: `engine` chooses tokens.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor
+
+from .batch import RaggedBatch, ragged_batch
+from .kv_cache import KVCache
+from .models.causal import CausalModel
+from .request import Request, SamplingParams, Sequence
+from .speculation import Guesser
+from .step_plan import Scheduled, StepPlan
+
+_LEAST_GAIN = 1.1
+_LONGEST_S = 0.5
+
+
+class Runner:
+    """One model with its cache on one rank.
+
+    Args:
+        decoder: the model.
+        cache: its cache.
+        device: of both.
+        guesser: is told of every forward; None: nobody guesses.
+    """
+
+    def __init__(
+        self, decoder: CausalModel, cache: KVCache, device: torch.device, guesser: Guesser | None = None
+    ) -> None:
+        self.decoder = decoder
+        self.cache = cache
+        self.device = device
+        self.guesser = guesser
+
+    def run(self, plan: StepPlan) -> tuple[Tensor, RaggedBatch]:
+        """One forward: logits `[L, vocab]`, and the batch that says whose they are."""
+        self.cache.swap_out(plan.swap_out)
+        self.cache.swap_in(plan.swap_in)
+        self.cache.copy_blocks(plan.copies)
+        batch = ragged_batch(plan, self.cache.block_size, self.device)
+        if self.guesser is not None:
+            self.guesser.follow(plan, batch)
+        return self.decoder(batch, self.cache), batch
+
+    def embed(self, prompt_ids: list[int]) -> Tensor:
+        """The last token's hidden state, `[width]` float32, of unit length; in a cache of its own."""
+        blocks = -(-len(prompt_ids) // self.cache.block_size)
+        own = KVCache(self.cache.layout, blocks, self.cache.block_size, self.device)
+        batch = ragged_batch(_whole(prompt_ids, list(range(blocks))), own.block_size, self.device)
+        hidden_E = self.decoder.hidden(batch, own)[-1].float()
+        unit_E: Tensor = hidden_E / hidden_E.norm().clamp_min(1e-12)
+        return unit_E
+
+    def saturation_tokens(self, most: int, longest: int) -> int:
+        """Tokens of a forward from which on more of them bring no more tokens a second.
+
+        Args:
+            most: not more than these.
+            longest: tokens of a sequence.
+
+        Source: DeepSpeed-FastGen (Holmes et al. 2024), section 3.1. Doubles from 16 until a doubling gains less than a
+        tenth, or a forward takes half a second.
+        """
+        best, best_rate, count = 16, 0.0, 16
+        blocks = -(-longest // self.cache.block_size)
+        while count <= most and -(-count // longest) * blocks <= self.cache.num_blocks:
+            parts = [
+                _whole(
+                    [0] * min(longest, count - begin), list(range(number * blocks, (number + 1) * blocks))
+                ).scheduled
+                for number, begin in enumerate(range(0, count, longest))
+            ]
+            plan = StepPlan([each for part in parts for each in part])
+            seconds = min(self._seconds(plan) for _ in range(2))
+            if count / seconds < _LEAST_GAIN * best_rate:
+                break
+            best, best_rate = count, count / seconds
+            if seconds > _LONGEST_S:
+                break
+            count *= 2
+        return min(best, most)
+
+    def _seconds(self, plan: StepPlan) -> float:
+        batch = ragged_batch(plan, self.cache.block_size, self.device)
+        begun = time.perf_counter()
+        self.decoder(batch, self.cache)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter() - begun
+
+
+def _whole(prompt_ids: list[int], block_table: list[int]) -> StepPlan:
+    """A prompt in one forward."""
+    request = Request("", prompt_ids, SamplingParams(max_tokens=1))
+    sequence = Sequence(request, 0, list(prompt_ids), len(prompt_ids), block_table=block_table)
+    return StepPlan([Scheduled(sequence, 0, len(prompt_ids))])

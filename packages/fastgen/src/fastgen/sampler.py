@@ -1,0 +1,159 @@
+"""Logits -> tokens: penalties, filters, and a choice that depends on the request's seed and position alone.
+
+In: float32 logits, and for each row what decides beside them. Out: a token for each row, and log-probabilities where
+they are asked for.
+
+Note [Choices without state]
+A token is the inverse of the distribution's cumulative sum at one uniform number, which is a hash of the request's
+seed, the sequence's index and the position. So it is the same whatever else is in the batch, after a preemption, and
+when it is chosen ahead: a guess is right where it equals the token that would have been chosen anyway.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from .output import TokenLogprobs
+from .request import SamplingParams
+
+
+@dataclass(frozen=True)
+class Row:
+    """What decides a token beside its logits.
+
+    Attributes:
+        params: of the request.
+        seed: of the request, whether given or drawn.
+        index: of the sequence in its request.
+        token_ids: prompt and output before this token; looked at for penalties alone.
+        num_prompt_tokens: of them.
+        position: tokens of output before this one.
+        banned: tokens that may not come, such as the end before `min_tokens`.
+        allowed: `[vocab]`, what a grammar lets come; None: anything.
+    """
+
+    params: SamplingParams
+    seed: int
+    index: int
+    token_ids: Sequence[int]
+    num_prompt_tokens: int
+    position: int
+    banned: tuple[int, ...] = ()
+    allowed: npt.NDArray[np.bool_] | None = None
+
+
+def choose(logits_LV: Tensor, rows: Sequence[Row]) -> list[int]:
+    """One token for each row.
+
+    Args:
+        logits_LV: float32; not changed.
+        rows: as many.
+    """
+    if not rows:
+        return []
+    logits_LV = _steered(logits_LV, rows)
+    tokens = logits_LV.argmax(-1)
+    drawn = [at for at, row in enumerate(rows) if row.params.temperature > 0.0]
+    if drawn:
+        chosen = torch.tensor(drawn, device=logits_LV.device)
+        tokens[chosen] = _draw(logits_LV[chosen], [rows[at] for at in drawn])
+    found: list[int] = tokens.tolist()
+    return found
+
+
+def logprobs_of(logits_V: Tensor, token_id: int, count: int) -> TokenLogprobs:
+    """How likely a token was, by the model's own logits, and the `count` most likely ones."""
+    logprobs_V = logits_V.log_softmax(-1)
+    top: tuple[tuple[int, float], ...] = ()
+    if count:
+        values, ids = logprobs_V.topk(min(count, logprobs_V.numel()))
+        top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+    return TokenLogprobs(token_id, float(logprobs_V[token_id]), top)
+
+
+def uniform(seed: int, index: int, position: int) -> float:
+    """A number in [0, 1), the same for the same three numbers; see Note [Choices without state]."""
+    packed = struct.pack("<QQQ", seed % (1 << 64), index, position)
+    return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little") / 2.0**64
+
+
+def _steered(logits_LV: Tensor, rows: Sequence[Row]) -> Tensor:
+    """Logits after penalties and bans; the same tensor where no row has any."""
+    steered = logits_LV
+    for at, row in enumerate(rows):
+        if not (_has_penalties(row.params) or row.banned or row.allowed is not None):
+            continue
+        if steered is logits_LV:
+            steered = logits_LV.clone()
+        if _has_penalties(row.params):
+            _penalise(steered[at], row)
+        if row.banned:
+            steered[at, list(row.banned)] = -torch.inf
+        if row.allowed is not None:
+            allowed = torch.from_numpy(row.allowed).to(steered.device)
+            steered[at].masked_fill_(~allowed, -torch.inf)
+    return steered
+
+
+def _has_penalties(params: SamplingParams) -> bool:
+    return (
+        params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
+    )
+
+
+def _penalise(logits_V: Tensor, row: Row) -> None:
+    params, device = row.params, logits_V.device
+    if params.repetition_penalty != 1.0:  # Keskar et al. 2019, section 4.1, signs as everybody has them
+        seen = torch.tensor(sorted(set(row.token_ids)), device=device)
+        values = logits_V[seen]
+        factor = params.repetition_penalty
+        logits_V[seen] = torch.where(values > 0, values / factor, values * factor)
+    counts = Counter(row.token_ids[row.num_prompt_tokens :])
+    if counts and (params.presence_penalty or params.frequency_penalty):
+        said = torch.tensor(list(counts), device=device)
+        times = torch.tensor(list(counts.values()), device=device, dtype=logits_V.dtype)
+        logits_V[said] -= params.presence_penalty + params.frequency_penalty * times
+
+
+def _draw(logits_RV: Tensor, rows: Sequence[Row]) -> Tensor:
+    device = logits_RV.device
+
+    temperatures = torch.tensor([row.params.temperature for row in rows], device=device)
+    logits_RV = logits_RV / temperatures.unsqueeze(1)
+    logits_RV = _filtered(logits_RV, [row.params for row in rows])
+    # In float64: the sum over a large vocabulary would lose the rare tokens.
+    cumulative_RV = logits_RV.double().softmax(-1).cumsum(-1)
+    at = torch.tensor(
+        [uniform(row.seed, row.index, row.position) for row in rows], dtype=torch.float64, device=device
+    )
+    found_R = torch.searchsorted(cumulative_RV, (at * cumulative_RV[:, -1]).unsqueeze(1), right=True).squeeze(
+        1
+    )
+    return found_R.clamp_max_(logits_RV.shape[1] - 1)
+
+
+def _filtered(logits_RV: Tensor, params: list[SamplingParams]) -> Tensor:
+    """What top_k, top_p and min_p leave; the others at minus infinity."""
+    vocab = logits_RV.shape[1]
+    for at, each in enumerate(params):
+        if 0 < each.top_k < vocab:
+            least = logits_RV[at].topk(each.top_k).values[-1]
+            logits_RV[at].masked_fill_(logits_RV[at] < least, -torch.inf)
+        if each.min_p > 0.0:
+            # probability >= min_p * the greatest, in logarithms
+            least = logits_RV[at].max() + float(np.log(each.min_p))
+            logits_RV[at].masked_fill_(logits_RV[at] < least, -torch.inf)
+        if each.top_p < 1.0:
+            probs, order = logits_RV[at].double().softmax(-1).sort(descending=True, stable=True)
+            before = probs.cumsum(-1) - probs
+            logits_RV[at, order[before >= each.top_p]] = -torch.inf
+    return logits_RV

@@ -1,0 +1,140 @@
+"""`fastgen serve`: options, and the server made of them."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...errors import ConfigError
+from ..limits import LOOPBACK, Limits, ServerConfig
+from .options import adapter_pairs, add_engine_options, amount, load_engine, positive
+
+if TYPE_CHECKING:
+    from argparse import _SubParsersAction
+
+EPILOG = """
+examples:
+  fastgen serve ./model
+  fastgen serve ./model --port 9000 --weights int8 --cache-gib 4
+  fastgen serve ./model --host 0.0.0.0 --api-key-file keys.txt       other machines may ask, with a key
+  fastgen serve ./model --adapters legal=./lora-legal                "model": "legal" chooses the adapter
+  fastgen serve ./model --speculate ngram                            guess tokens from the text so far
+
+  curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
+       -d '{"messages": [{"role": "user", "content": "Hello"}], "stream": true}'
+
+  from openai import OpenAI
+  OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none").models.list()
+
+On SIGTERM new requests get 503, running ones may finish within --drain-timeout, then it exits with 0.
+"""
+
+
+def add_serve(commands: _SubParsersAction[Any]) -> None:
+    """Add the command."""
+    parser = commands.add_parser(
+        "serve",
+        help="an OpenAI-compatible server with a chat page",
+        description="Serve a model: OpenAI's API, Prometheus metrics at /metrics and a chat page at /.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("path", metavar="PATH", help="the model's directory")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine only)"
+    )
+    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (8000)")
+    parser.add_argument("--name", help="the model's name in the API (default: the directory's)")
+    access = parser.add_argument_group("access")
+    access.add_argument(
+        "--api-key", action="append", default=[], metavar="KEY", help="ask for a key; may be repeated"
+    )
+    access.add_argument(
+        "--api-key-file", metavar="FILE", help="a key a line: other users see a command's arguments"
+    )
+    access.add_argument(
+        "--cors-origin", action="append", default=[], metavar="URL", help="web pages that may ask"
+    )
+    access.add_argument(
+        "--allowed-host", action="append", metavar="NAME", help="names by which this server may be called"
+    )
+    _add_limits(parser)
+    add_engine_options(parser)
+    parser.add_argument("--verbose", action="store_true", help="log what happens to standard error")
+    parser.set_defaults(run=run_serve)
+
+
+def _add_limits(parser: argparse.ArgumentParser) -> None:
+    limits = parser.add_argument_group("limits")
+    limits.add_argument(
+        "--max-body-mib", type=amount, default=8.0, metavar="X", help="of a request (8), else 413"
+    )
+    limits.add_argument("--max-prompt-tokens", type=positive, metavar="N", help="(the model's), else 400")
+    limits.add_argument(
+        "--max-tokens", type=positive, metavar="N", help="of an output (the model's), else 400"
+    )
+    limits.add_argument(
+        "--max-concurrent", type=positive, default=512, metavar="N", help="requests (512), else 429"
+    )
+    limits.add_argument(
+        "--max-queued", type=positive, default=1024, metavar="N", help="prompts (1024), else 503"
+    )
+    limits.add_argument(
+        "--request-timeout", type=amount, default=600.0, metavar="S", help="seconds (600), else 504"
+    )
+    limits.add_argument(
+        "--drain-timeout", type=amount, default=30.0, metavar="S", help="seconds to finish in (30)"
+    )
+
+
+def server_config(args: argparse.Namespace) -> ServerConfig:
+    """What the options stand for."""
+    keys = list(args.api_key)
+    if args.api_key_file:
+        keys += [line.strip() for line in Path(args.api_key_file).read_text().splitlines() if line.strip()]
+        if not keys:
+            raise ConfigError(f"--api-key-file: expected a key a line in {args.api_key_file}, got none")
+    limits = Limits(
+        body_bytes=int(args.max_body_mib * 2**20),
+        prompt_tokens=args.max_prompt_tokens,
+        max_tokens=args.max_tokens,
+        concurrent=args.max_concurrent,
+        queued=args.max_queued,
+        request_timeout_s=args.request_timeout,
+        drain_timeout_s=args.drain_timeout,
+    )
+    return ServerConfig(
+        host=args.host,
+        port=args.port,
+        api_keys=tuple(keys),
+        served_name=args.name,
+        adapters=tuple(name for name, _ in adapter_pairs(args.adapters)),
+        cors_origins=tuple(args.cors_origin),
+        allowed_hosts=(*LOOPBACK, *args.allowed_host) if args.allowed_host else None,
+        limits=limits,
+    )
+
+
+def run_serve(args: argparse.Namespace) -> int:
+    """Serve until a signal comes."""
+    from ..run import Server
+
+    config = server_config(args)
+    logging.basicConfig(
+        level=logging.INFO if args.verbose else logging.WARNING, format="%(asctime)s %(name)s: %(message)s"
+    )
+    if config.hosts is None and not config.api_keys:
+        sys.stderr.write(
+            f"fastgen serve: warning: anybody who reaches {config.host} may ask; give --api-key-file\n"
+        )
+    server = Server(load_engine(args.path, args, max_waiting=args.max_queued), config)
+
+    def ready(url: str) -> None:
+        sys.stdout.write(f"serving {server.service.served_name} on {url} (chat page; API: {url}/v1)\n")
+        sys.stdout.flush()
+
+    server.run(ready)
+    return 0

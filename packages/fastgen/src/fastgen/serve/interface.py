@@ -1,0 +1,85 @@
+"""What a server needs of an engine, and what passes between the two.
+
+Any object that fits `Engine` can be served: `fastgen.engine`'s, or one of a test. Next: `loop` drives it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from ..errors import FastgenError
+from ..output import Output, Stats
+from ..request import SamplingParams
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Engine(Protocol):
+    """What a server needs of an engine. It is driven by one thread at a time."""
+
+    model_name: str
+    max_model_len: int
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's."""
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has something to do."""
+
+    def add(
+        self,
+        request_id: str,
+        prompt_ids: list[int],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        adapter: str | None = None,
+    ) -> None:
+        """Queue a request; `RequestError` if it can never run, `OverloadedError` if it cannot now."""
+
+    def abort(self, request_id: str) -> None:
+        """Free a request, whatever became of it; unknown ids are no error."""
+
+    def step(self) -> list[Output]:
+        """One forward."""
+
+    def stats(self) -> Stats:
+        """What it is busy with."""
+
+    def load_adapter(self, name: str, directory: str) -> None:
+        """Load a LoRA adapter that requests may choose by `name`."""
+
+    def embed(self, prompt_ids: list[int]) -> list[float]:
+        """A vector for a text; `RequestError` where the model has none."""
+
+
+class Watch(Protocol):
+    """Who wants to know when things happen (`metrics`); times are of `time.perf_counter`."""
+
+    def begun(self, request_id: str, at_s: float) -> None:
+        """A request has arrived."""
+
+    def stepped(self, outputs: Sequence[Output], stats: Stats, at_s: float) -> None:
+        """A step has ended."""
+
+    def ended(self, request_id: str) -> None:
+        """Nobody asks for a request any more."""
+
+
+class EngineError(FastgenError, RuntimeError):
+    """The engine raised in a step; it is not used again."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One prompt for the engine."""
+
+    prompt_ids: list[int]
+    params: SamplingParams
+    priority: int = 0
+    adapter: str | None = None

@@ -1,0 +1,228 @@
+"""From a request's JSON to token ids and sampling parameters: names, templates, tools, limits.
+
+In: the models of `schemas`. Out: an `Asked`, whose jobs `loop` queues. Tokenizing long texts takes a while, so
+`service` runs this in a thread of its own, one request at a time: a tokenizer is not made for several. Next:
+`admission`, `loop`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from ..request import SamplingParams
+from .errors import ApiError, bad
+from .interface import Job
+from .limits import Limits
+from .schemas import (
+    ChatRequest,
+    CompletionRequest,
+    EmbeddingRequest,
+    ResponseFormat,
+    Sampling,
+)
+from .templates import ChatTemplate, demanded_call
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DEFAULT_MAX_TOKENS = 16  # OpenAI's, of completions; chats go on as long as they may
+PLAIN_FIELDS = (
+    *(
+        "n",
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "seed",
+        "min_tokens",
+        "ignore_eos",
+        "beam_width",
+        "regex",
+    ),
+    *("presence_penalty", "frequency_penalty", "repetition_penalty", "length_penalty"),
+)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a request asks of the engine.
+
+    Attributes:
+        jobs: one for each prompt.
+        model: its name as it is to be answered.
+        tools: names of functions that the output may call.
+    """
+
+    jobs: list[Job]
+    model: str
+    tools: tuple[str, ...] = ()
+
+
+class Prompts:
+    """Reads requests for one model.
+
+    Args:
+        tokenizer: the model's.
+        max_model_len: most tokens of prompt and output.
+        served_name: the model's name in the API.
+        adapters: names of adapters, each a model in the API.
+        limits: see `Limits`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_model_len: int,
+        *,
+        served_name: str,
+        adapters: Sequence[str] = (),
+        limits: Limits,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._max_model_len = max_model_len
+        self._served_name = served_name
+        self._adapters = frozenset(adapters)
+        self._limits = limits
+        self._template = ChatTemplate(tokenizer)
+
+    def completion(self, request: CompletionRequest) -> Asked:
+        """Read a request for completions."""
+        if request.max_tokens == 0 and not request.echo:
+            raise bad("max_tokens", "expected >= 1 (or echo, to score a prompt), got 0")
+        params = self._params(request, _stops(request), _shape(request.response_format))
+        params = replace(
+            params,
+            best_of=request.best_of,
+            logprobs=request.logprobs,
+            prompt_logprobs=request.logprobs if request.echo else None,
+        )
+        wanted = None if request.max_tokens is None else max(1, request.max_tokens)
+        jobs = [
+            self._job(request, ids, params, wanted, DEFAULT_MAX_TOKENS)
+            for ids in self._token_ids(request.prompt)
+        ]
+        return self._asked(request, jobs)
+
+    def chat(self, request: ChatRequest) -> Asked:
+        """Read a request for a chat completion."""
+        if request.top_logprobs is not None and not request.logprobs:
+            raise bad("top_logprobs", "expected logprobs true beside it, got none")
+        schema, tools = demanded_call(request)
+        shape = _shape(request.response_format)
+        if schema is not None and shape is not None:
+            raise bad("response_format", "expected none where tool_choice demands a call")
+        params = self._params(request, _stops(request), schema or shape)
+        if request.logprobs:
+            params = replace(params, logprobs=request.top_logprobs or 0)
+        token_ids = self._encode(self._template.render(request, tools), special=False)
+        wanted = request.max_completion_tokens or request.max_tokens
+        job = self._job(request, token_ids, params, wanted, self._max_model_len)
+        names = tuple(tool["function"]["name"] for tool in tools)
+        return self._asked(request, [job], names)
+
+    def embedding(self, request: EmbeddingRequest) -> list[list[int]]:
+        """Read a request for embeddings: the token ids of each text."""
+        if self._adapter(request.model) is not None:
+            raise bad("model", f"expected {self._served_name!r}: adapters give no embeddings")
+        prompts = [self._checked(ids) for ids in self._token_ids(request.input)]
+        if len(prompts) > self._limits.sequences:
+            raise bad("input", f"expected at most {self._limits.sequences} texts, got {len(prompts)}")
+        return prompts
+
+    def text_of(self, token_ids: Sequence[int]) -> str:
+        """A prompt's text, for `echo`."""
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+    # -- the parts -----------------------------------------------------------------------------------------
+
+    def _params(self, request: Sampling, stop: tuple[str, ...], json_schema: str | None) -> SamplingParams:
+        if request.stream_options is not None and not request.stream:
+            raise bad("stream_options", "expected stream true beside it, got none")
+        given = {name: getattr(request, name) for name in PLAIN_FIELDS}
+        params: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        return SamplingParams(
+            **params,
+            max_tokens=max(DEFAULT_MAX_TOKENS, request.min_tokens or 0),  # the real one needs the prompt
+            stop=stop,
+            stop_token_ids=tuple(request.stop_token_ids or ()),
+            json_schema=json_schema,
+        )
+
+    def _job(
+        self,
+        request: Sampling,
+        token_ids: list[int],
+        params: SamplingParams,
+        wanted: int | None,
+        default: int,
+    ) -> Job:
+        """A prompt with as many tokens of output as it may have."""
+        token_ids = self._checked(token_ids)
+        room = self._max_model_len - len(token_ids)
+        most = min(room, self._limits.max_tokens or room)
+        if wanted is not None and wanted > most:
+            raise ApiError(
+                400,
+                f"max_tokens: expected at most {most} with a prompt of {len(token_ids)} tokens, got {wanted}",
+                code="context_length_exceeded" if wanted > room else "max_tokens_exceeded",
+                param="max_tokens",
+            )
+        params = replace(params, max_tokens=min(default, most) if wanted is None else wanted)
+        return Job(token_ids, params, request.priority or 0, self._adapter(request.model))
+
+    def _asked(self, request: Sampling, jobs: list[Job], tools: tuple[str, ...] = ()) -> Asked:
+        num_sequences = len(jobs) * jobs[0].params.num_sequences
+        if num_sequences > self._limits.sequences:
+            raise bad("n", f"expected at most {self._limits.sequences} sequences in all, got {num_sequences}")
+        return Asked(jobs, request.model or self._served_name, tools)
+
+    def _adapter(self, model: str | None) -> str | None:
+        if model is None or model == self._served_name:
+            return None
+        if model not in self._adapters:
+            names = ", ".join([self._served_name, *sorted(self._adapters)])
+            raise ApiError(
+                404, f"model: expected one of {names}, got {model!r}", code="model_not_found", param="model"
+            )
+        return model
+
+    def _token_ids(self, prompt: str | list[str] | list[int] | list[list[int]]) -> list[list[int]]:
+        several = isinstance(prompt, list) and not isinstance(prompt[0], int)
+        prompts: list[Any] = list(prompt) if several else [prompt]
+        return [self._encode(each) if isinstance(each, str) else each for each in prompts]
+
+    def _encode(self, text: str, *, special: bool = True) -> list[int]:
+        token_ids = list(self._tokenizer.encode(text, add_special_tokens=special))
+        if not token_ids and isinstance(self._tokenizer.bos_token_id, int):
+            return [self._tokenizer.bos_token_id]
+        return token_ids
+
+    def _checked(self, token_ids: list[int]) -> list[int]:
+        most = min(self._max_model_len - 1, self._limits.prompt_tokens or self._max_model_len)
+        if not 1 <= len(token_ids) <= most:
+            raise ApiError(
+                400,
+                f"expected a prompt of 1 to {most} tokens, got {len(token_ids)}",
+                code="context_length_exceeded" if token_ids else "empty_prompt",
+                param="prompt",
+            )
+        return token_ids
+
+
+def _stops(request: Sampling) -> tuple[str, ...]:
+    stop = request.stop
+    return (stop,) if isinstance(stop, str) else tuple(stop or ())
+
+
+def _shape(wanted: ResponseFormat | None) -> str | None:
+    """The JSON schema that an output must fit."""
+    if wanted is None or wanted.type == "text":
+        return None
+    if wanted.type == "json_object":
+        return json.dumps({"type": "object"})
+    if wanted.json_schema is None:
+        raise bad("response_format", "expected json_schema in it, got none")
+    return json.dumps(wanted.json_schema.schema_)

@@ -1,0 +1,112 @@
+"""Calls of functions in a model's text, and the schema that makes it write one.
+
+There is no one format: models write what their chat template taught them. Two spellings are understood: blocks
+`<tool_call>{...}</tool_call>` between text (Hermes, Qwen), and an output that is nothing but JSON, an object or a
+list of objects with `name` and `arguments` or `parameters` (Llama 3, Mistral). What is neither is text.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pydantic import JsonValue
+
+from .schemas import FunctionSpec
+
+OPEN, CLOSE = "<tool_call>", "</tool_call>"
+BLOCK = re.compile(rf"{OPEN}\s*(.*?)\s*(?:{CLOSE}|\Z)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call; `arguments` is JSON text."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+class ToolReader:
+    """Tells text from calls in one sequence, as its text comes in.
+
+    Args:
+        names: functions that may be called; calls of others are text.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = frozenset(names)
+        self._text = ""
+        self._given = 0
+
+    def add(self, text: str) -> str:
+        """Text to pass on; what may be (part of) a call is held back."""
+        self._text += text
+        end = len(self._text) if not self._may_be_call() else self._given
+        end = min(end, _first_marker(self._text))
+        shown, self._given = self._text[self._given : max(end, self._given)], max(end, self._given)
+        return shown
+
+    def finish(self) -> tuple[str, list[Call]]:
+        """At the end: the text that was held back and is none, and the calls."""
+        rest = self._text[self._given :]
+        calls = self._calls_in(self._text) if self._may_be_call() else []
+        if calls:
+            return "", calls
+        for block in BLOCK.finditer(rest):
+            found = self._calls_in(block[1])
+            if found:
+                calls += found
+                rest = rest.replace(block[0], "", 1)
+        return rest.rstrip() if calls else rest, calls
+
+    def _may_be_call(self) -> bool:
+        """Whether all of the text may be JSON that calls."""
+        return self._text.lstrip()[:1] in {"", "{", "["}
+
+    def _calls_in(self, text: str) -> list[Call]:
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError):
+            return []
+        found = [self._call(each) for each in (value if isinstance(value, list) else [value])]
+        return [call for call in found if call is not None] if all(found) else []
+
+    def _call(self, value: JsonValue) -> Call | None:
+        if not isinstance(value, dict) or value.get("name") not in self._names:
+            return None
+        arguments = value.get("arguments", value.get("parameters", {}))
+        if not isinstance(arguments, str):
+            arguments = json.dumps(arguments, ensure_ascii=False)
+        return Call(f"call_{uuid.uuid4().hex[:24]}", str(value["name"]), arguments)
+
+
+def _first_marker(text: str) -> int:
+    """Where a block begins, or may begin at the end of `text`; else its length."""
+    found = text.find(OPEN)
+    if found >= 0:
+        return found
+    for length in range(min(len(OPEN) - 1, len(text)), 0, -1):
+        if text.endswith(OPEN[:length]):
+            return len(text) - length
+    return len(text)
+
+
+def call_schema(functions: Sequence[FunctionSpec]) -> str:
+    """The JSON schema of a call of one of `functions`."""
+    calls: list[JsonValue] = [
+        {
+            "type": "object",
+            "properties": {
+                "name": {"const": function.name},
+                "arguments": function.parameters if function.parameters is not None else {"type": "object"},
+            },
+            "required": ["name", "arguments"],
+            "additionalProperties": False,
+        }
+        for function in functions
+    ]
+    return json.dumps(calls[0] if len(calls) == 1 else {"anyOf": calls})

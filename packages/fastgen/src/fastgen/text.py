@@ -1,0 +1,87 @@
+"""Tokens -> text as it can be shown: whole characters, and nothing that may yet turn out to be a stop.
+
+In: token ids of one sequence, as they are chosen. Out: text to be added. A tokenizer's decode of one token alone loses
+spaces and parts of characters, so a few tokens before it are decoded along.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_BROKEN = "\ufffd"
+
+
+class TextStream:
+    """The text of one sequence.
+
+    Args:
+        tokenizer: the model's.
+        stops: texts at which it ends.
+
+    Attributes:
+        stopped: a stop has come; what follows it is not shown, nor is the stop.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._stops = tuple(stops)
+        self._ids: list[int] = []
+        self._begin = 0  # of the tokens that are decoded along
+        self._shown = 0  # tokens whose text has been given out, or is held back
+        self._held = ""
+        self.stopped = False
+
+    def push(self, token_id: int) -> str:
+        """Add a token; what can be shown now."""
+        self._ids.append(token_id)
+        before = self._decode(self._ids[self._begin : self._shown])
+        now = self._decode(self._ids[self._begin :])
+        if now.endswith(_BROKEN) or len(now) <= len(before):  # part of a character, or a token without text
+            return ""
+        self._begin, self._shown = self._shown, len(self._ids)
+        return self._through_stops(now[len(before) :])
+
+    def finish(self) -> str:
+        """The rest, when the sequence has ended for another reason than a stop."""
+        if self.stopped:
+            return ""
+        before = self._decode(self._ids[self._begin : self._shown])
+        rest = self._through_stops(self._decode(self._ids[self._begin :])[len(before) :])
+        self._begin = self._shown = len(self._ids)
+        if self.stopped:
+            return rest
+        held, self._held = self._held, ""
+        return rest + held
+
+    def fork(self) -> TextStream:
+        """Another that goes on from here."""
+        child = TextStream(self._tokenizer, self._stops)
+        child._ids = list(self._ids)
+        child._begin, child._shown, child._held = self._begin, self._shown, self._held
+        child.stopped = self.stopped
+        return child
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True)) if ids else ""
+
+    def _through_stops(self, text: str) -> str:
+        if not self._stops:
+            return text
+        text = self._held + text
+        found = [at for at in map(text.find, self._stops) if at >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        keep = max(_overlap(text, stop) for stop in self._stops)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many characters at the end of the text begin the stop."""
+    most = min(len(text), len(stop) - 1)
+    return next((size for size in range(most, 0, -1) if text.endswith(stop[:size])), 0)

@@ -1,0 +1,91 @@
+"""`LLM`: prompts in, completions out, in order."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from engine_lab import TOKENIZER, expected, tiny_llama
+from fastgen import (
+    LLM,
+    CachePolicy,
+    ConfigError,
+    EngineConfig,
+    ModelError,
+    RequestError,
+    SamplingParams,
+    SchedulePolicy,
+)
+
+CONFIG = EngineConfig(cache=CachePolicy(max_bytes=8 << 20), schedule=SchedulePolicy(token_budget=64))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    tiny_llama().save_pretrained(path)
+    TOKENIZER.save_pretrained(path)
+    return path
+
+
+def test_a_directory_completes_texts(folder):
+    llm = LLM(folder, CONFIG)
+    texts = ["Once upon a time", "x", "Zürich"]
+    params = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
+    generations = llm.generate(texts, params, progress=False)
+    for text, generation in zip(texts, generations, strict=True):
+        ids = TOKENIZER.encode(text)
+        assert generation.prompt_ids == ids
+        assert generation.completions[0].token_ids == expected(tuple(ids), 12)
+        assert generation.text == TOKENIZER.decode(
+            generation.completions[0].token_ids, skip_special_tokens=True
+        )
+
+
+def test_one_prompt_several_completions_and_token_ids(folder):
+    llm = LLM(folder, CONFIG)
+    (generation,) = llm.generate(
+        [1, 2, 3], SamplingParams(max_tokens=4, n=3, seed=1, logprobs=1), progress=False
+    )
+    assert [each.index for each in generation.completions] == [0, 1, 2]
+    assert all(len(each.logprobs) == len(each.token_ids) for each in generation.completions)
+
+
+def test_a_module_with_its_tokenizer(folder):
+    llm = LLM(tiny_llama(), CONFIG, tokenizer=TOKENIZER)
+    params = SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True)
+    assert llm.generate("hi", params, progress=False)[0].completions[0].token_ids == expected(
+        tuple(TOKENIZER.encode("hi")), 5
+    )
+    with pytest.raises(ConfigError, match="tokenizer"):
+        LLM(tiny_llama(), CONFIG)
+
+
+def test_where_one_prompt_cannot_be_served_none_is_left_behind(folder):
+    llm = LLM(folder, CONFIG)
+    with pytest.raises(RequestError):
+        llm.generate(["fine", [99999]], progress=False)
+    assert not llm.engine.has_work
+    with pytest.raises(ConfigError, match="one for each of 2"):
+        llm.generate(["a", "b"], [SamplingParams()], progress=False)
+
+
+def test_a_folder_that_is_none(tmp_path):
+    with pytest.raises(ModelError, match="nowhere"):
+        LLM(tmp_path / "nowhere")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelError):
+        LLM(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_int8_cache_stays_near(folder, dtype):
+    config = EngineConfig(
+        cache=CachePolicy(max_bytes=8 << 20, dtype=torch.int8),
+        schedule=SchedulePolicy(token_budget=64),
+        dtype=dtype,
+    )
+    params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
+    plain = LLM(folder, CONFIG).generate("a longer text, of some length", params, progress=False)[0]
+    small = LLM(folder, config).generate("a longer text, of some length", params, progress=False)[0]
+    pairs = zip(plain.prompt_logprobs[1:], small.prompt_logprobs[1:], strict=True)
+    assert max(abs(a.logprob - b.logprob) for a, b in pairs) < 0.6

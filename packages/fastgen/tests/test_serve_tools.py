@@ -1,0 +1,61 @@
+"""Calls of tools are found in a model's text, however it is cut into pieces, and text stays text."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from fastgen.serve.schemas import FunctionSpec
+from fastgen.serve.tools import ToolReader, call_schema
+from hypothesis import given
+from hypothesis import strategies as st
+
+CALL = '{"name": "weather", "arguments": {"town": "Bern"}}'
+TEXTS = [
+    # (text, what is shown, names that are called)
+    ("It rains.", "It rains.", []),
+    (f"<tool_call>\n{CALL}\n</tool_call>", "", ["weather"]),
+    (f"See:\n<tool_call>{CALL}</tool_call>\n<tool_call>{CALL}</tool_call>", "See:\n", ["weather", "weather"]),
+    (CALL, "", ["weather"]),
+    (f"  [{CALL}, {CALL}]", "", ["weather", "weather"]),
+    ('{"name": "weather", "parameters": {"town": "Bern"}}', "", ["weather"]),
+    ('{"name": "weather", "arguments": "{\\"town\\": \\"Bern\\"}"}', "", ["weather"]),
+    ('{"name": "absent", "arguments": {}}', '{"name": "absent", "arguments": {}}', []),
+    ('{"answer": 42}', '{"answer": 42}', []),
+    ("[see above] it rains", "[see above] it rains", []),
+    ("a <tool_call>not json</tool_call> b", "a <tool_call>not json</tool_call> b", []),
+    ("1 <tool, 2 < 3", "1 <tool, 2 < 3", []),
+    (f"cut: <tool_call>{CALL}", "cut: ", ["weather"]),
+    ("", "", []),
+]
+
+
+@pytest.mark.parametrize(("text", "shown", "called"), TEXTS)
+@given(data=st.data())
+def test_calls(text: str, shown: str, called: list[str], data: st.DataObject) -> None:
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
+    reader = ToolReader(["weather"])
+    given_text = "".join(reader.add(text[a:b]) for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True))
+    rest, calls = reader.finish()
+    assert given_text + rest == shown
+    assert [call.name for call in calls] == called
+    assert all(json.loads(call.arguments) == {"town": "Bern"} for call in calls)
+    assert len({call.id for call in calls}) == len(calls)
+
+
+def test_text_does_not_wait_where_no_call_can_be() -> None:
+    reader = ToolReader(["weather"])
+    assert reader.add("It rains. ") == "It rains. "
+    assert reader.add("Look <tool") == "Look "
+    assert reader.add("box") == "<toolbox"
+
+
+def test_the_schema_of_a_call() -> None:
+    functions = [
+        FunctionSpec(name="a", parameters={"type": "object", "required": ["x"]}),
+        FunctionSpec(name="b"),
+    ]
+    one, two = (json.loads(call_schema(functions[:count])) for count in (1, 2))
+    assert one["properties"]["name"] == {"const": "a"}
+    assert one["properties"]["arguments"]["required"] == ["x"]
+    assert [each["properties"]["name"]["const"] for each in two["anyOf"]] == ["a", "b"]

@@ -6,6 +6,7 @@
 // Milakov & Gimelshein, arXiv:1805.02867, algorithm 3; Dao et al., arXiv:2205.14135, algorithm 1.
 #include <type_traits>
 
+#include "attention_few.h"
 #include "attention_tiles.h"
 
 namespace {
@@ -221,7 +222,8 @@ inline void find_factors(const Work& w, const TileRows& rows, KeyFactors& factor
     }
 }
 
-template <bool Pairs, Source S>
+// Few: at most 16 rows whose keys need no packing.
+template <bool Pairs, Source S, bool Few>
 void tile(const Work& w, std::int64_t first_key, std::int64_t stop_key) {
     const Space& space = w.space;
     TileRows rows;
@@ -230,8 +232,17 @@ void tile(const Work& w, std::int64_t first_key, std::int64_t stop_key) {
     w.find_rows(first_key + kKeyTile, stop_key, rows.next);
     find_factors(w, rows, factors);
     // Values before scores: what is packed here reaches the cache while something else is computed.
-    pack_keys<Pairs, S>(w.a.k_cache, rows, w.a.head_dim, space.k);
+    if constexpr (!Few) pack_keys<Pairs, S>(w.a.k_cache, rows, w.a.head_dim, space.k);
     pack_values<Pairs, S>(w.a.v_cache, rows, w.a.head_dim, space.width, space.v);
+#if ACCEL_LEVEL >= 4
+    if constexpr (Few) {
+        const auto* keys = static_cast<const std::uint16_t*>(w.a.k_cache);
+        scores_in_place(keys, rows, w.a.head_dim, space.q, space.scores, w.num_rows);
+        soften_rows<Pairs>(w, first_key, factors);
+        add_results(space.p, space.v, space.width, space.acc);
+        return;
+    }
+#endif
     product<Pairs>(space.q, space.key_words, space.k, kKeyTile, space.scores, kKeyTile, w.num_rows, kKeyTile,
                    space.key_words, false);
     soften_rows<Pairs>(w, first_key, factors);
@@ -278,9 +289,12 @@ inline void write_all(const Work& w) {
     else write_results<DType::bf16>(w);
 }
 
-template <bool Pairs, Source Q, Source S>
+template <bool Pairs, Source Q, Source S, bool Few>
 void attend_rows(const Work& w) {
     pack_queries<Pairs, Q>(w);
+#if ACCEL_LEVEL >= 4
+    if constexpr (Few) transpose_few(w.space.q, w.space.key_words, w.num_rows, w.space.k);
+#endif
     std::fill_n(w.space.total_highest, w.num_rows, kNothing);
     const std::int64_t low = w.seen_by(0).low, high = w.seen_by(w.num_rows - 1).high;
     const std::int64_t state = w.space.width + 2;
@@ -288,7 +302,7 @@ void attend_rows(const Work& w) {
         reset(w);
         const std::int64_t begin = std::max(chunk * kKeyChunk, low / kKeyTile * kKeyTile);
         const std::int64_t end = std::min((chunk + 1) * kKeyChunk, high);
-        for (std::int64_t key = begin; key < end; key += kKeyTile) tile<Pairs, S>(w, key, high);
+        for (std::int64_t key = begin; key < end; key += kKeyTile) tile<Pairs, S, Few>(w, key, high);
         float* to = w.task.partial;
         if (to != nullptr) to += (chunk - w.task.chunk_begin) * w.num_rows * state;
         for (std::int64_t r = 0; r < w.num_rows; ++r) {
@@ -309,12 +323,19 @@ template <bool Pairs, Source Q, Source S>
 void attend(const Work& w) {
 #if ACCEL_LEVEL >= 4
     if constexpr (Pairs) {
+        if constexpr (S == Source::bf16) {
+            if (w.num_rows <= kFewQueryRows && keys_in_place(w.a)) {
+                const Tiles tiles(few_tiles(w.num_rows));
+                attend_rows<Pairs, Q, S, true>(w);
+                return;
+            }
+        }
         const Tiles tiles(product_tiles(w.num_rows));
-        attend_rows<Pairs, Q, S>(w);
+        attend_rows<Pairs, Q, S, false>(w);
         return;
     }
 #endif
-    attend_rows<Pairs, Q, S>(w);
+    attend_rows<Pairs, Q, S, false>(w);
 }
 
 }  // namespace

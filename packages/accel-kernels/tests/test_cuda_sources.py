@@ -23,11 +23,18 @@ def expressions(name: str) -> list[str]:
         return [f"{stem}_step<{grad}, {low}>" for grad in (0, 1, 2) for low in (1, 2, 3)]
     if stem == "norm":
         return [*(f"norm_partial<{grad}>" for grad in (0, 1, 2)), "norm_finish"]
+    if stem == "rms_norm":
+        return [f"rms_norm<{t}, {w}>" for t, w in ((0, 0), (1, 0), (1, 1), (2, 0), (2, 2))]
+    if stem == "rotary":
+        return [f"rotary<{t}>" for t in (0, 1, 2)]
+    if stem in ("gated", "write_kv"):
+        return [f"{stem}<{t}, {flag}>" for t in (0, 1, 2) for flag in ("false", "true")]
     return [f"cast_copy<{s}, {d}, {r}>" for s in (0, 1, 2) for d in (0, 1, 2) for r in ("true", "false")]
 
 
 def test_all_sources_are_there() -> None:
-    expected = sorted([*(f"{stem}.cu" for stem in STEPS), "cast.cu", "norm.cu"])
+    inference = ["gated.cu", "rms_norm.cu", "rotary.cu", "write_kv.cu"]
+    expected = sorted([*(f"{stem}.cu" for stem in STEPS), "cast.cu", "norm.cu", *inference])
     assert expected == NAMES
 
 

@@ -22,3 +22,7 @@ def test_kernels() -> None:
 
 def test_transfers() -> None:
     assert any(name in run_example(1) for name in ("io_uring", "threads", "portable"))
+
+
+def test_inference() -> None:
+    run_example(2)

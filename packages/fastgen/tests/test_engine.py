@@ -51,7 +51,7 @@ def test_greedy_tokens_are_those_of_transformers(way):
 def test_a_draft_model_changes_no_token(tmp_path, layers):
     draft = tiny_llama() if layers == 2 else tiny_llama(1, 1)
     draft.save_pretrained(tmp_path)
-    engine = engine_of(speculation=Speculation(num_drafts=3, ngram=None, draft_model=str(tmp_path)))
+    engine = engine_of(speculation=Speculation(num_drafts=3, draft_model=str(tmp_path)))
     found = run(engine, JOBS)
     for name, (ids, _) in JOBS.items():
         assert tokens(found[name]) == expected(tuple(ids), COUNT)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -67,7 +68,9 @@ def test_longrope_switches_by_length(tmp_path: Path) -> None:
     """Short and long sequences turn by other angles: the test above would not notice if all were long."""
     decoder = load_model(save(make_model("phi3-longrope"), tmp_path), engine_config()).decoder
     assert [decoder.length_class(length) for length in (32, 33)] == [0, 1]
-    spec = decoder.spec.rotaries[0]
+    short = load_model(tmp_path, engine_config(max_model_len=32)).decoder
+    assert short.length_class(1000) == 0  # asked for more than it may become
+    spec = decoder.spec.rotaries[0]  # type: ignore[attr-defined]
     assert spec.inv_freq != spec.long_inv_freq
 
 
@@ -76,9 +79,35 @@ def test_hidden_states(name: str) -> None:
     model = make_model(name)
     driver = Driver(load_model(model, engine_config()))
     (text,) = prompts(21)
+    base = model.get_decoder() if model.base_model is model else model.base_model
     with torch.no_grad():
-        wanted = model.base_model(torch.tensor([text])).last_hidden_state[0]
+        wanted = base(torch.tensor([text])).last_hidden_state[0]
     seen = driver.hidden(driver.add(text))
     if name == "opt-norm-after":  # transformers gives them after the projection to the embedding's width
         seen = driver.model.decoder.project_out(seen, {})  # type: ignore[attr-defined]
     torch.testing.assert_close(seen, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral", "bloom"])
+def test_activation_bytes(name: str) -> None:
+    """The estimate is above what lives at once, and not by much."""
+    model = make_model(name, vocab_size=2000)
+    driver = Driver(load_model(model, engine_config()))
+    texts = prompts(60, 60, 60, 60)
+    sequences = [driver.add(text) for text in texts]
+    with torch.profiler.profile(profile_memory=True) as seen:
+        driver.forward([(each, 60) for each in sequences])
+    changes = [event.nbytes() for event in _memory_events(seen)]
+    live, most = 0, 0
+    for change in changes:
+        live += change
+        most = max(most, live)
+    estimate = driver.model.decoder.activation_bytes(240, 4)
+    assert most < estimate < 6 * most
+
+
+def _memory_events(profile: torch.profiler.profile) -> list[Any]:
+    """Allocations and frees in order."""
+    assert profile.profiler is not None
+    events = [each for each in profile.profiler.kineto_results.events() if each.name() == "[memory]"]
+    return sorted(events, key=lambda event: event.start_ns())

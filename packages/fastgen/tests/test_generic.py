@@ -99,5 +99,10 @@ def test_what_cannot_work_is_refused() -> None:
     mpt = random_model("mpt", {"vocab_size": VOCAB, "d_model": 64, "n_heads": 4, "n_layers": 1})
     with pytest.raises(ModelError, match="not supported"):
         load_model(mpt, engine_config())
+    scaled = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}}
+    dynamic = random_model("olmo2", {**_GQA, **scaled})
+    load_model(dynamic, engine_config())
+    with pytest.raises(ModelError, match="max_model_len=256"):
+        load_model(dynamic, engine_config(max_model_len=257))
     with pytest.raises(ConfigError, match="batch_invariant"):
         load_model(random_model(*_MODELS["olmo2"]), engine_config(batch_invariant=True))

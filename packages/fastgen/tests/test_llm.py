@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from engine_lab import TOKENIZER, expected, tiny_llama
@@ -14,6 +16,7 @@ from fastgen import (
     RequestError,
     SamplingParams,
     SchedulePolicy,
+    build_engine,
 )
 
 CONFIG = EngineConfig(cache=CachePolicy(max_bytes=8 << 20), schedule=SchedulePolicy(token_budget=64))
@@ -58,6 +61,13 @@ def test_a_module_with_its_tokenizer(folder):
     )
     with pytest.raises(ConfigError, match="tokenizer"):
         LLM(tiny_llama(), CONFIG)
+
+
+def test_a_module_that_was_cast_runs_as_it_is():
+    engine = build_engine(copy.deepcopy(tiny_llama()).bfloat16(), CONFIG, tokenizer=TOKENIZER)
+    assert {each.dtype for each in (engine.runner.decoder.embed.weight, *engine.runner.cache.keys)} == {
+        torch.bfloat16
+    }
 
 
 def test_where_one_prompt_cannot_be_served_none_is_left_behind(folder):

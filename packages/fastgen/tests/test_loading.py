@@ -37,7 +37,8 @@ def _expect_same(loaded: LoadedModel, model: Any) -> None:
 
 def _pretrained(folder: Path, dtype: torch.dtype) -> Any:
     """By transformers, whose angles stay float32 so."""
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    return load(folder, dtype=dtype, attn_implementation="eager").eval()
 
 
 def test_several_files_with_an_index(tmp_path: Path) -> None:
@@ -174,6 +175,10 @@ def test_faults_of_tensors(tmp_path: Path) -> None:
         r"k_proj\.weight': expected shape \[32, 64\], got \[16, 64\]",
         lambda tensors: tensors.update({name: tensors[name][:16].contiguous()}),
     )
+    fails(
+        "with and without a prefix",
+        lambda tensors: tensors.update({"norm.weight": tensors["model.norm.weight"].clone()}),
+    )
     fails(r"'norm\.weight'", lambda tensors: tensors.pop("model.norm.weight"))
 
 
@@ -198,7 +203,11 @@ def test_faults_of_files(tmp_path: Path) -> None:
     first.unlink()
     with pytest.raises(ModelError, match=first.name):
         load_model(sharded, config)
-    (sharded / "model.safetensors.index.json").write_text("{")
+    index = sharded / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "../model.safetensors"}}))
+    with pytest.raises(ModelError, match=r"\.\./model\.safetensors"):
+        load_model(sharded, config)
+    index.write_text("{")
     with pytest.raises(ModelError, match=r"index\.json"):
         load_model(sharded, config)
 

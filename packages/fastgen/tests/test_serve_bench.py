@@ -14,7 +14,7 @@ from fastgen.serve.bench.report import PERCENTILES, percentiles, summarize, tabl
 from fastgen.serve.bench.target import HttpTarget
 from hypothesis import given
 from hypothesis import strategies as st
-from serve_lab import serving
+from server_lab import serving
 
 
 class Sleeper:

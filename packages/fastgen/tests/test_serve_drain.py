@@ -19,7 +19,7 @@ import pytest
 from fake_engine import FakeEngine
 from fastgen.serve import Server, ServerConfig
 from fastgen.serve.run import ListenError
-from serve_lab import Reply, Served, serving, wait_until
+from server_lab import Reply, Served, serving, wait_until
 
 PROGRAM = """
 import sys

@@ -13,7 +13,7 @@ from fake_engine import FakeEngine
 from fastgen.errors import ConfigError
 from fastgen.serve import Limits, ServerConfig
 from fastgen.serve.guard import without_port
-from serve_lab import Reply, Served, serving, wait_until
+from server_lab import Reply, Served, serving, wait_until
 
 
 @pytest.fixture(scope="module")

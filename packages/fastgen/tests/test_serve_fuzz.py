@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from fake_engine import FakeEngine
 from hypothesis import HealthCheck, Phase, given, seed, settings
-from serve_lab import Served, serving
+from server_lab import Served, serving
 
 schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed")
 ROUTES = {

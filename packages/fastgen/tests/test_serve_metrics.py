@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fake_engine import FakeEngine
 from prometheus_client.parser import text_string_to_metric_families
-from serve_lab import serving, wait_until
+from server_lab import serving, wait_until
 
 
 def test_counts_and_times() -> None:

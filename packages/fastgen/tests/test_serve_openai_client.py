@@ -9,7 +9,7 @@ import openai
 import pytest
 from fake_engine import FakeEngine
 from fastgen.request import SamplingParams
-from serve_lab import Served, serving
+from server_lab import Served, serving
 
 
 def reply(prompt: str, params: SamplingParams, index: int) -> str:

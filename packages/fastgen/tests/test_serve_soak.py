@@ -14,7 +14,7 @@ import threading
 import time
 
 from fake_engine import FakeEngine
-from serve_lab import Served, serving, wait_until
+from server_lab import Served, serving, wait_until
 
 NUM_REQUESTS = 1000
 NUM_CLIENTS = 12

@@ -18,7 +18,7 @@ from fastgen.serve.interface import EngineError, Job
 from fastgen.serve.stream import Stream
 from hypothesis import given
 from hypothesis import strategies as st
-from serve_lab import serving, wait_until
+from server_lab import serving, wait_until
 
 ENDLESS = {"prompt": "Hello", "max_tokens": 1500, "ignore_eos": True}
 

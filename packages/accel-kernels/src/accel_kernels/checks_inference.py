@@ -41,21 +41,23 @@ def expect(
         allowed = " or ".join(str(dtype) for dtype in dtypes)
         raise AccelTypeError(f"{op}: {name}: expected {allowed}, got {tensor.dtype}")
     given = tensor.shape
-    fits = len(given) == len(shape)
-    if fits:
-        for want, got in zip(shape, given):  # noqa: B905  as long as each other, and a strict zip takes longer
-            if want is not None and want != got:
-                fits = False
-    if not fits:
-        wanted = ", ".join("*" if want is None else str(want) for want in shape)
-        raise AccelValueError(f"{op}: {name}: expected shape ({wanted}), got {tuple(given)}")
+    if len(given) != len(shape):
+        raise _shape_error(op, name, shape, given)
+    for want, got in zip(shape, given):  # noqa: B905  as long as each other, and a strict zip takes longer
+        if want is not None and want != got:
+            raise _shape_error(op, name, shape, given)
     if device is not None and tensor.device != device:
         raise AccelValueError(f"{op}: {name}: expected a tensor on {device}, got {tensor.device}")
-    if given[-1] > 1 and tensor.stride(-1) != 1:
+    if tensor.stride(-1) != 1 and given[-1] > 1:
         raise AccelValueError(
             f"{op}: {name}: expected adjacent elements in the last dimension, got stride {tensor.stride()}; "
             f"pass {name}.contiguous()"
         )
+
+
+def _shape_error(op: str, name: str, shape: Sequence[int | None], given: Sequence[int]) -> AccelValueError:
+    wanted = ", ".join("*" if want is None else str(want) for want in shape)
+    return AccelValueError(f"{op}: {name}: expected shape ({wanted}), got {tuple(given)}")
 
 
 def expect_contiguous(op: str, name: str, tensor: Tensor) -> None:

@@ -186,7 +186,6 @@ def choose(op: str, device: torch.device, backend: str | None) -> Backend:
 def why_inference_unavailable(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str | None:
     """Why ``backend`` cannot run an inference op on such tensors, or None if it can."""
     if backend == "cuda" == device_type:
-        return "not built yet"
         needs = _CUDA_NEEDS.get(op)
         if needs is None:
             return "torch's own product is used there: backend='portable'"

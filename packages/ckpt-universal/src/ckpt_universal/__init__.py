@@ -8,7 +8,7 @@ The modules, in the order in which data flows:
 - `stores`, `local_store`, `remote_store`, `places`: files, here and elsewhere.
 - `buffers`, `pages`, `codecs`: aligned memory, checksums, compression.
 - `index`, `steps`: what a step consists of; which are committed, which is the latest, who writes one now.
-- `ranks` -> `compression`, `writer` -> `save` -> `async_save`: the way out.
+- `ranks` -> `holdings` -> `compression`, `writer` -> `save` -> `async_save`: the way out.
 - `targets`, `reader` -> `load`: the way back, into any other layout.
 - `random_states`: random numbers, rank by rank.
 - `interchange`: safetensors, torch.distributed.checkpoint, DeepSpeed.

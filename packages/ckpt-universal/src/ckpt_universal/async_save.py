@@ -19,8 +19,9 @@ import torch
 import torch.distributed as dist
 
 from .buffers import aligned_memory
+from .holdings import Agreed, Layout, Taken, take_apart
 from .ranks import Ranks
-from .save import Agreed, Layout, SavePolicy, Taken, Target, Writing, take_apart
+from .save import SavePolicy, Target, Writing
 from .tree import Boxes
 from .writer import CHUNK_ALIGN, Piece
 

@@ -1,7 +1,7 @@
 """`save`: all ranks write what they hold, once, and commit it together.
 
-The way of a save: `tree.flatten` -> all ranks hear what each holds -> `plan.plan_chunks` -> `writer.write_file` on
-every rank that has something to write -> the first rank writes the index and then the marker (`steps.commit`), and
+The way of a save: `holdings.take_apart` -> all ranks hear what each holds -> `holdings.Agreed` -> `writer.write_file`
+on every rank that has something to write -> the first rank writes the index and then the marker (`steps.commit`), and
 only then moves `latest` and removes old steps. Until the marker is there, nothing has changed for a reader.
 """
 
@@ -13,22 +13,19 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
-import msgpack
-import torch
 import torch.distributed as dist
 
-from .boxes import Box
 from .codecs import Compression
 from .compression import choose_level
 from .errors import CheckpointError, ConfigError
+from .holdings import Agreed, Taken, take_apart
 from .index import ChunkRecord, FileRecord, Index, TensorRecord, data_name, index_name
 from .merge import merge_values
 from .pages import PAGE_BYTES
 from .places import open_directory
-from .plan import Assignment, Held, plan_chunks
+from .plan import Held
 from .ranks import Ranks
 from .steps import (
     Claim,
@@ -43,8 +40,7 @@ from .steps import (
     step_name,
 )
 from .stores import Directory
-from .tree import Boxes, Part, flatten
-from .values import dtype_name, pack, unpack
+from .values import unpack
 from .writer import Piece, Written, write_file
 
 log = logging.getLogger(__name__)
@@ -106,7 +102,7 @@ def save(
         The path of the step.
 
     Raises:
-        ConfigError: The state cannot be stored, or ranks disagree about it; nothing was written.
+        ConfigError: The state cannot be stored, or ranks disagree about it; nothing is left of it.
         BusyError: Another run is writing this step.
         CheckpointError: A rank could not write, or has ended; every rank raises, and what was there before is as it
             was.
@@ -155,91 +151,6 @@ class Target:
         if type(step) is not int or step < 0:
             raise ConfigError(f"step: expected a number >= 0, got {step!r}")
         return Target(open_directory(path), step, step_name(step) if name is None else check_name(name))
-
-
-Layout = dict[str, tuple[tuple[int, ...], torch.dtype, tuple[Box, ...]]]
-
-
-@dataclass(frozen=True)
-class Taken:
-    """A state, taken apart.
-
-    Attributes:
-        parts: of tensors, by name; they share the state's memory.
-        values: the rest, packed: independent of the objects that it came from.
-        layout: what this rank holds: shape, dtype and boxes of each part.
-    """
-
-    parts: dict[str, Part]
-    values: bytes
-    layout: Layout
-
-    @property
-    def told(self) -> bytes:
-        """The layout, for the others."""
-        packed: bytes = msgpack.packb(
-            {
-                name: [shape, dtype_name(dtype), dtype.itemsize, [[box.start, box.sizes] for box in boxes]]
-                for name, (shape, dtype, boxes) in self.layout.items()
-            }
-        )
-        return packed
-
-
-def take_apart(state: Mapping[str, Any], boxes: Boxes | None = None) -> Taken:
-    """The state's tensors, and what is left when they are taken out.
-
-    Args:
-        state: the tree.
-        boxes: of an earlier one; grows.
-
-    Raises:
-        ConfigError: it cannot be stored.
-    """
-    flat = flatten(state, boxes)
-    layout = {
-        name: (part.shape, part.dtype, tuple([box for box, _ in part.pieces]))
-        for name, part in flat.parts.items()
-    }
-    return Taken(flat.parts, pack(flat.values, "state"), layout)
-
-
-@dataclass(frozen=True)
-class Agreed:
-    """What all ranks hold, and which of them writes what; good for every state of the same layout.
-
-    Attributes:
-        rank: this one.
-    """
-
-    rank: int
-    holdings: list[dict[str, Held]]
-    plan: list[list[Assignment]]
-
-    @staticmethod
-    def of(told: Sequence[bytes], rank: int, chunk_bytes: int) -> Agreed:
-        """Deal out what all ranks told, by rank; the same on every one of them.
-
-        Raises:
-            ConfigError: ranks disagree about a tensor, or nobody holds some part of one.
-        """
-        return Agreed(rank, *_dealt_out(tuple(told), chunk_bytes))
-
-    def pieces(self, taken: Taken) -> list[Piece]:
-        """Views of what this rank has been assigned."""
-        return [Piece(chunk.name, _view(taken.parts[chunk.name], chunk)) for chunk in self.plan[self.rank]]
-
-
-@lru_cache(maxsize=1)  # a run saves the same layout again and again
-def _dealt_out(
-    told: tuple[bytes, ...], chunk_bytes: int
-) -> tuple[list[dict[str, Held]], list[list[Assignment]]]:
-    """What all ranks hold, and what each is to write; nothing but the arguments decides."""
-    holdings = [_heard(each) for each in told]
-    try:
-        return holdings, plan_chunks(holdings, chunk_bytes)
-    except ValueError as error:  # the same on every rank
-        raise ConfigError(f"save: {error}") from None
 
 
 class Writing:
@@ -318,42 +229,18 @@ class Writing:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._claim is None:
-            return
-        if kind is not None:
-            _remove(self.target.directory, self._claim.token)
-        self._claim.release()
-        if kind is not None:
-            self.target.directory.remove_empty()
-            if self._made_root:
-                self.target.root.remove_empty()
+        if self._claim is not None:
+            if kind is not None:
+                _remove(self.target.directory, self._claim.token)
+            self._claim.release()
+            if kind is not None:
+                self.target.directory.remove_empty()
+        if kind is not None and self._made_root:
+            self.target.root.remove_empty()
 
 
 def _merged(trees: Sequence[bytes]) -> Any:
     return merge_values([unpack(each, "state") for each in trees])
-
-
-def _heard(told: bytes) -> dict[str, Held]:
-    return {
-        name: Held(
-            tuple(shape), dtype, itemsize, tuple(Box(tuple(start), tuple(sizes)) for start, sizes in boxes)
-        )
-        for name, (shape, dtype, itemsize, boxes) in msgpack.unpackb(told).items()
-    }
-
-
-def _view(part: Part, chunk: Assignment) -> torch.Tensor:
-    for box, values in part.pieces:
-        if box == chunk.box:
-            return values
-        inside = all(
-            a <= b and b + n <= a + m
-            for a, m, b, n in zip(box.start, box.sizes, chunk.box.start, chunk.box.sizes, strict=True)
-        )
-        if inside:
-            ranges = zip(box.start, chunk.box.start, chunk.box.sizes, strict=True)
-            return values[tuple(slice(b - a, b - a + n) for a, b, n in ranges)]
-    raise CheckpointError(f"save: {chunk.name}: the plan assigns {chunk.box}, which is not held here")
 
 
 def _described(written: Written) -> list[Any]:

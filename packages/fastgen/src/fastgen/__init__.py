@@ -8,8 +8,8 @@ Modules, in the order in which a request passes through them:
 - ``step_plan`` -> ``batch``: one forward, as data and as tensors.
 - ``runner``: the forward; ``kv_cache``, ``attention``, ``models``, ``linear``, ``parallel``, ``adapters``.
 - ``checkpoint``, ``weights``: models from directories and modules.
-- ``sampler``, ``grammar``, ``speculation``, ``beams``: logits to tokens.
-- ``text``, ``lines``: tokens to text and ends.
+- ``choices`` -> ``sampler`` with ``grammar``; ``beam_step`` with ``beams``: logits to tokens; ``speculation``: guesses.
+- ``text``, ``lines``, ``jobs``: tokens to text, ends, and what is told of a request.
 - ``engine``: a step; ``output``: what it tells.
 - ``llm``: completions in ten lines; ``serve``: HTTP and the command line.
 - ``errors``, ``version``.

@@ -104,7 +104,7 @@ def _weight_files(folder: Path) -> list[Path]:
                 f"{index}: expected JSON with a weight_map, got {error!r}; fetch it again"
             ) from error
         for name in named:
-            if not (folder / name).is_file():
+            if Path(name).name != name or not (folder / name).is_file():
                 raise ModelError(f"{folder}: expected the file {name!r} that {index.name} names; fetch it")
         return [folder / name for name in named]
     whole = folder / "model.safetensors"

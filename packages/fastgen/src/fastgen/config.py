@@ -85,13 +85,18 @@ class Speculation:
 
     Attributes:
         num_drafts: most tokens guessed at once.
-        ngram: prompt lookup: the last so many tokens are looked for in what is before; None where `draft_model` is set.
-        draft_model: directory of a smaller model with the same tokenizer.
+        ngram: prompt lookup: the last so many tokens are looked for in what is before.
+        draft_model: directory of a smaller model with the same tokenizer, which guesses instead.
     """
 
     num_drafts: int = 4
-    ngram: int | None = 3
+    ngram: int = 3
     draft_model: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("num_drafts", "ngram"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"Speculation({name}=...): expected >= 1, got {getattr(self, name)!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +107,7 @@ class EngineConfig:
         cache: see `CachePolicy`.
         schedule: see `SchedulePolicy`.
         speculation: None guesses nothing.
-        dtype: of the model; None: as its config says.
+        dtype: of the model; None: a module's own, or as a directory's config says.
         weights: how linear weights are held.
         max_model_len: longest prompt and output; None: as the model's config says.
         batch_invariant: a request's tokens and log-probabilities depend on nothing else in the batch, bit for bit.

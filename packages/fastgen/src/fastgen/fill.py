@@ -80,6 +80,11 @@ class _Names:
         self._shapes = checkpoint.shapes()
         self._full = {self._short(name): name for name in self._shapes}
         self._used: set[str] = set()
+        if len(self._full) < len(self._shapes):
+            twice = sorted(set(self._shapes) - set(self._full.values()))
+            raise ModelError(
+                f"{checkpoint.where}: expected each tensor once, got {twice[0]!r} with and without a prefix"
+            )
 
     def _short(self, name: str) -> str:
         for prefix in self._family.prefixes:

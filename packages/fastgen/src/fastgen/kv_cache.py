@@ -111,10 +111,12 @@ class KVCache:
 
 def _copy(source: list[Tensor], target: list[Tensor], pairs: list[tuple[int, int]]) -> None:
     """The same blocks of every layer; the copies of one pair are independent of the others'."""
+    if not source:
+        return
+    from_ids, to_ids = torch.tensor(pairs, dtype=torch.int64).unbind(1)
+    from_ids, to_ids = from_ids.to(source[0].device), to_ids.to(target[0].device)
     for layer_from, layer_to in zip(source, target, strict=True):
-        from_ids, to_ids = torch.tensor(pairs, dtype=torch.int64).unbind(1)
-        moved = layer_from.index_select(0, from_ids.to(layer_from.device))
-        layer_to.index_copy_(0, to_ids.to(layer_to.device), moved.to(layer_to.device))
+        layer_to.index_copy_(0, to_ids, layer_from.index_select(0, from_ids).to(layer_to.device))
 
 
 def build_cache(
@@ -124,6 +126,7 @@ def build_cache(
     *,
     activation_bytes: int = 0,
     max_blocks: int | None = None,
+    beside: CacheLayout | None = None,
 ) -> KVCache:
     """A cache of the size that `policy` asks for, once the weights are loaded.
 
@@ -133,11 +136,12 @@ def build_cache(
         device: of the cache.
         activation_bytes: that a forward will need beside it.
         max_blocks: more are never needed.
+        beside: of a second cache with as many blocks, for which room is left.
 
     Raises:
         CacheError: not one block fits, or the memory is not there.
     """
-    block_bytes = policy.block_size * layout.token_bytes
+    block_bytes = policy.block_size * (layout.token_bytes + (beside.token_bytes if beside else 0))
     free = free_memory(device)
     budget = (
         int(policy.fraction * max(free - activation_bytes, 0))

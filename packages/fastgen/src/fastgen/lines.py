@@ -32,11 +32,10 @@ class Line:
     new_text: str = ""
     new_logprobs: list[TokenLogprobs] = field(default_factory=list)
 
-    @property
-    def banned(self) -> tuple[int, ...]:
-        """Tokens that may not come yet."""
+    def banned(self, ahead: int = 0) -> tuple[int, ...]:
+        """Tokens that may not come yet, after so many more than there are."""
         params = self.sequence.request.params
-        if self.sequence.num_output_tokens >= params.min_tokens:
+        if self.sequence.num_output_tokens + ahead >= params.min_tokens:
             return ()
         return (*self.eos_ids, *params.stop_token_ids)
 

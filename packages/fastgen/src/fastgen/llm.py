@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 _MOST_BUDGET = 2048
 _MEASURED_LEN = 512
-_ACTIVATION_FACTOR = 24  # widths of activations that a token of a forward needs at once, about
 
 
 @dataclass(frozen=True)
@@ -180,14 +179,25 @@ def build_engine(
     loaded = load_model(model, config, group=group)
     text_config = loaded.hf_config.get_text_config()
     most = config.schedule.token_budget or _MOST_BUDGET
+    speculation = config.speculation
+    num_logits = config.schedule.max_sequences * (1 + (speculation.num_drafts if speculation else 0))
+    small = _draft_model(config, loaded)
+    small_layout = small.decoder.cache_layout(config.cache.dtype) if small else None
     cache = build_cache(
         loaded.decoder.cache_layout(config.cache.dtype),
         config.cache,
         loaded.device,
-        activation_bytes=most * text_config.hidden_size * _ACTIVATION_FACTOR * loaded.dtype.itemsize,
+        activation_bytes=loaded.decoder.activation_bytes(most, min(most, num_logits)),
         max_blocks=config.schedule.max_sequences * -(-loaded.max_model_len // config.cache.block_size),
+        beside=small_layout,
     )
-    runner = Runner(loaded.decoder, cache, loaded.device, _guesser(config, cache, loaded))
+    guesser: Guesser | None = None
+    if speculation is not None and small is not None and small_layout is not None:
+        own = KVCache(small_layout, cache.num_blocks, cache.block_size, small.device, cache.num_host_blocks)
+        guesser = DraftModel(small.decoder, own, speculation.num_drafts, small.device)
+    elif speculation is not None:
+        guesser = PromptLookup(speculation.ngram, speculation.num_drafts)
+    runner = Runner(loaded.decoder, cache, loaded.device, guesser)
     if config.schedule.token_budget is None:
         measured = runner.saturation_tokens(_MOST_BUDGET, min(loaded.max_model_len, _MEASURED_LEN))
         budget = max(measured, min(config.schedule.max_sequences + 1, _MOST_BUDGET))
@@ -212,21 +222,17 @@ def build_engine(
     )
 
 
-def _guesser(config: EngineConfig, cache: KVCache, loaded: LoadedModel) -> Guesser | None:
-    speculation = config.speculation
-    if speculation is None:
+def _draft_model(config: EngineConfig, loaded: LoadedModel) -> LoadedModel | None:
+    """The smaller model that guesses, if one does."""
+    if config.speculation is None or config.speculation.draft_model is None:
         return None
-    if speculation.draft_model is None:
-        return PromptLookup(speculation.ngram or 3, speculation.num_drafts)
-    small = load_model(speculation.draft_model, replace(config, max_model_len=loaded.max_model_len))
+    small = load_model(config.speculation.draft_model, replace(config, max_model_len=loaded.max_model_len))
     sizes = [each.hf_config.get_text_config().vocab_size for each in (loaded, small)]
     if sizes[0] != sizes[1]:
         raise ConfigError(
             f"Speculation(draft_model=...): expected a model with the same {sizes[0]} tokens, got {sizes[1]}"
         )
-    layout = small.decoder.cache_layout(config.cache.dtype)
-    own = KVCache(layout, cache.num_blocks, cache.block_size, small.device, cache.num_host_blocks)
-    return DraftModel(small.decoder, own, speculation.num_drafts, small.device)
+    return small
 
 
 def _tokenizer(model: str | Path | nn.Module) -> PreTrainedTokenizerBase:

@@ -72,7 +72,7 @@ def load_model(
     """
     hf_config = _hf_config(model)
     device = config.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = config.dtype or _config_dtype(hf_config)
+    dtype = config.dtype or _own_dtype(model, hf_config)
     policy = LinearPolicy(dtype, device, config.weights, config.batch_invariant)
     if config.batch_invariant and not has_native_linear(device.type, dtype):
         raise ConfigError(
@@ -117,7 +117,7 @@ def _load_generic(
         model = _pretrained(Path(model), policy)
     length = getattr(hf_config.get_text_config(), "max_position_embeddings", None)
     max_len = config.max_model_len or length or _UNSTATED_LEN
-    decoder = GenericDecoder(model, policy)
+    decoder = GenericDecoder(model, policy, max_len)
     linears: list[tuple[Linear, tuple[Source, ...]]] = [
         (linear, (Source(f"{name}.weight", linear.shard.rows, linear.shard.num_rows),))
         for name, linear in decoder.linears()
@@ -174,9 +174,12 @@ def _hf_config(model: str | Path | nn.Module) -> Any:
     return hf_config
 
 
-def _config_dtype(hf_config: Any) -> torch.dtype:
+def _own_dtype(model: str | Path | nn.Module, hf_config: Any) -> torch.dtype:
+    """Of a module its parameters' (it may have been cast since it was made), of a directory its config's."""
+    if isinstance(model, nn.Module):
+        return next(each.dtype for each in model.parameters() if each.is_floating_point())
     dtype = getattr(hf_config, "dtype", None) or getattr(hf_config, "torch_dtype", None) or torch.float32
-    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype  # type: ignore[no-any-return]
 
 
 def _max_len(spec: DecoderSpec, asked: int | None) -> int:

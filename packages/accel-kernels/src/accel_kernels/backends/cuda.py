@@ -50,7 +50,8 @@ def load_source(name: str) -> str:
 
 
 @functools.cache
-def _kernel(file: str, expression: str) -> Any:
+def kernel(file: str, expression: str) -> Any:
+    """A template instance, ready to be launched."""
     import cupy
 
     module = cupy.RawModule(code=load_source(file), options=OPTIONS, name_expressions=[expression])
@@ -58,7 +59,7 @@ def _kernel(file: str, expression: str) -> Any:
 
 
 @contextlib.contextmanager
-def _on_stream_of(tensor: Tensor) -> Iterator[None]:
+def on_stream_of(tensor: Tensor) -> Iterator[None]:
     """The tensor's device and torch's current stream there, for CuPy."""
     import cupy
 
@@ -73,7 +74,8 @@ def _max_blocks(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count) * _BLOCKS_PER_SM
 
 
-def _num_blocks(numel: int, device: torch.device) -> int:
+def num_blocks(numel: int, device: torch.device) -> int:
+    """How many blocks of a grid-stride loop."""
     per_block = _THREADS * _GROUP
     return max(1, min((numel + per_block - 1) // per_block + 1, _max_blocks(device)))
 
@@ -93,8 +95,8 @@ def step(
     pointers = [state.data_ptr() for state in states] + [0] * (2 - len(states))
     is_tensor = isinstance(grad_scale, Tensor)
     scale_pointer = grad_scale.data_ptr() if isinstance(grad_scale, Tensor) else 0
-    with _on_stream_of(param):
-        kernel = _kernel(f"{name}.cu", f"{name}_step<{_DTYPE_CODES[grad.dtype]}, {low_code}>")
+    with on_stream_of(param):
+        launch = kernel(f"{name}.cu", f"{name}_step<{_DTYPE_CODES[grad.dtype]}, {low_code}>")
         for segment in segments:
             numel = segment.stop - segment.start
             if numel == 0:
@@ -113,24 +115,24 @@ def step(
                 *(np.float32(value) for value in (*c, *_ZEROS[len(c) :])),
                 np.uint32(flags),
             )
-            kernel((_num_blocks(numel, param.device),), (_THREADS,), arguments)
+            launch((num_blocks(numel, param.device),), (_THREADS,), arguments)
 
 
 def add_norm(grad: Tensor, scale: float, out: Tensor) -> None:
     """See ``dispatch.Backend``."""
-    blocks = _num_blocks(grad.numel(), grad.device)
-    with _on_stream_of(grad):
+    blocks = num_blocks(grad.numel(), grad.device)
+    with on_stream_of(grad):
         partial = torch.empty(2 * blocks, dtype=torch.float64, device=grad.device)
         arguments = (np.int64(grad.data_ptr()), np.int64(grad.numel()), np.int64(partial.data_ptr()))
         code = _DTYPE_CODES[grad.dtype]
-        _kernel("norm.cu", f"norm_partial<{code}>")((blocks,), (_THREADS,), arguments)
+        kernel("norm.cu", f"norm_partial<{code}>")((blocks,), (_THREADS,), arguments)
         finish = (
             np.int64(partial.data_ptr()),
             np.int32(blocks),
             np.float64(scale),
             np.int64(out.data_ptr()),
         )
-        _kernel("norm.cu", "norm_finish")((1,), (_THREADS,), finish)
+        kernel("norm.cu", "norm_finish")((1,), (_THREADS,), finish)
 
 
 def cast(src: Tensor, dst: Tensor, scale: float, stochastic: bool, seed: int) -> None:
@@ -143,6 +145,6 @@ def cast(src: Tensor, dst: Tensor, scale: float, stochastic: bool, seed: int) ->
         np.float32(scale),
         np.uint64(rounding_key(seed)),
     )
-    with _on_stream_of(src):
-        blocks = _num_blocks(src.numel(), src.device)
-        _kernel("cast.cu", expression)((blocks,), (_THREADS,), arguments)
+    with on_stream_of(src):
+        blocks = num_blocks(src.numel(), src.device)
+        kernel("cast.cu", expression)((blocks,), (_THREADS,), arguments)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..checks_inference import FLOATS, INT8, SINGLE, UINT8, expect, expect_contiguous
@@ -10,13 +9,15 @@ from ..dispatch import choose_inference
 from ..errors import AccelValueError
 
 
-def _prepare(op: str, x: Tensor, num_outputs: int, bias: Tensor | None, out: Tensor | None) -> Tensor:
-    """Check what the three have in common; returns ``out``, made if there is none."""
+def _prepare(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
+    """Check what the products have in common; returns ``out``, made if there is none."""
+    expect_contiguous(op, "packed" if op == "linear_int4" else "weight", weight)
+    num_rows, num_outputs = x.shape[0], weight.shape[0]
     if bias is not None:
         expect(op, "bias", bias, (x.dtype,), (num_outputs,), x.device)
     if out is None:
-        return torch.empty(x.shape[0], num_outputs, dtype=x.dtype, device=x.device)
-    expect(op, "out", out, (x.dtype,), (x.shape[0], num_outputs), x.device)
+        return x.new_empty((num_rows, num_outputs))
+    expect(op, "out", out, (x.dtype,), (num_rows, num_outputs), x.device)
     expect_contiguous(op, "out", out)
     return out
 
@@ -52,8 +53,7 @@ def linear(
     op = "linear"
     expect(op, "x", x, FLOATS, (None, None))
     expect(op, "weight", weight, (x.dtype,), (None, x.shape[1]), x.device)
-    expect_contiguous(op, "weight", weight)
-    out = _prepare(op, x, weight.shape[0], bias, out)
+    out = _prepare(op, x, weight, bias, out)
     chosen = choose_inference(op, x.device.type, x.dtype, backend)
     if out.numel():
         chosen.linear(x, weight, bias, out)
@@ -93,9 +93,8 @@ def linear_int8(
     op = "linear_int8"
     expect(op, "x", x, FLOATS, (None, None))
     expect(op, "weight", weight, INT8, (None, x.shape[1]), x.device)
-    expect_contiguous(op, "weight", weight)
     expect(op, "scale", scale, SINGLE, (weight.shape[0],), x.device)
-    out = _prepare(op, x, weight.shape[0], bias, out)
+    out = _prepare(op, x, weight, bias, out)
     chosen = choose_inference(op, x.device.type, x.dtype, backend)
     if out.numel():
         chosen.linear_int8(x, weight, scale, bias, out)
@@ -148,9 +147,8 @@ def linear_int4(
     if zero is not None:
         expect(op, "zero", zero, UINT8, groups, x.device)
         expect_contiguous(op, "zero", zero)
-    expect_contiguous(op, "packed", packed)
     expect_contiguous(op, "scale", scale)
-    out = _prepare(op, x, packed.shape[0], bias, out)
+    out = _prepare(op, x, packed, bias, out)
     chosen = choose_inference(op, x.device.type, x.dtype, backend)
     if out.numel():
         chosen.linear_int4(x, packed, scale, zero, bias, group_size, out)

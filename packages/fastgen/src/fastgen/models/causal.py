@@ -26,6 +26,10 @@ class CausalModel(Protocol):
         """What the KV cache keeps for each token, on this rank; of the model's dtype if None."""
         ...
 
+    def activation_bytes(self, num_tokens: int, num_logits: int) -> int:
+        """About what a forward of so many tokens and rows of logits takes beside weights and cache, on this rank."""
+        ...
+
     def length_class(self, longest: int) -> int:
         """Sequences whose texts begin alike can share cache blocks only if this is equal for both.
 

@@ -132,20 +132,25 @@ class Decoder(nn.Module):
         num_kv_heads = len(self.parallel.kv_heads(self.spec.num_kv_heads))
         return CacheLayout(len(self.layers), num_kv_heads, self.spec.head_dim, dtype or self.policy.dtype)
 
+    def activation_bytes(self, num_tokens: int, num_logits: int) -> int:
+        """See `CausalModel`: the residual stream and what a block holds at once; logits and their float32 copy."""
+        spec, size = self.spec, self.policy.dtype.itemsize
+        widest = max(
+            own.top_k * (3 * own.mlp.width + 3 * spec.width) if isinstance(own, Experts) else 3 * own.width
+            for own in (layer.mlp for layer in spec.layers)
+        )
+        attention = 2 * (spec.num_heads + spec.num_kv_heads) * spec.head_dim
+        per_token = 4 * spec.width + (max(widest, attention) + attention) // self.parallel.size
+        return num_tokens * per_token * size + num_logits * spec.vocab_size * (2 * size + 8)
+
     def length_class(self, longest: int) -> int:
         """Sequences whose prompts begin alike can share cache blocks only if this is equal for both.
 
         Args:
             longest: prompt tokens and `max_tokens`, as `RaggedBatch.longest_T` has them.
         """
-        return max(
-            (
-                1
-                for each in self.spec.rotaries
-                if each.long_inv_freq is not None and longest > each.original_len
-            ),
-            default=0,
-        )
+        scaled = (each for each in self.spec.rotaries if each.long_inv_freq is not None)
+        return int(any(min(longest, self.max_len) > each.original_len for each in scaled))
 
     @torch.no_grad()
     def hidden(self, batch: RaggedBatch, cache: KVCache) -> Tensor:

@@ -37,14 +37,15 @@ class GenericDecoder(nn.Module):
         module: the module, of the policy's dtype and on its device. It is not changed: a copy that shares its tensors
             is. Experts that are no `nn.Linear` stay dense whatever `policy.weights` says.
         policy: how its linear layers are held.
+        max_len: longest sequence.
 
     Raises:
         ModelError: it cannot run this way; says why.
     """
 
-    def __init__(self, module: Any, policy: LinearPolicy) -> None:
+    def __init__(self, module: Any, policy: LinearPolicy, max_len: int) -> None:
         super().__init__()
-        _refuse(module)
+        _refuse(module, max_len)
         self.policy = policy
         tensors = [*module.parameters(), *module.buffers()]
         self.module: Any = copy.deepcopy(module, {id(tensor): tensor for tensor in tensors}).eval()
@@ -140,7 +141,9 @@ class GenericDecoder(nn.Module):
     @torch.no_grad()
     def hidden(self, batch: RaggedBatch, cache: KVCache) -> Tensor:
         """See `CausalModel`."""
-        return self._run(self.module.base_model, batch, cache).last_hidden_state[0]  # type: ignore[no-any-return]
+        base = self.module.base_model
+        base = self.module.get_decoder() if base is self.module else base
+        return self._run(base, batch, cache).last_hidden_state[0]  # type: ignore[no-any-return]
 
     def _run(self, module: Any, batch: RaggedBatch, cache: KVCache, **others: Any) -> Any:
         ids_1T, positions_1T = batch.input_ids_T.unsqueeze(0), batch.positions_T.unsqueeze(0)
@@ -151,6 +154,13 @@ class GenericDecoder(nn.Module):
         """See `CausalModel`."""
         own = self._layout
         return CacheLayout(own.num_layers, own.num_kv_heads, own.head_dim, dtype or own.dtype)
+
+    def activation_bytes(self, num_tokens: int, num_logits: int) -> int:
+        """See `CausalModel`: of a module that is not known, as much as of a wide block."""
+        config, size = self.module.config.get_text_config(), self.policy.dtype.itemsize
+        hidden, vocab = int(config.hidden_size), int(config.vocab_size)
+        inner: int = max(getattr(config, "intermediate_size", None) or 0, 4 * hidden)
+        return num_tokens * (8 * hidden + 4 * inner) * size + num_logits * vocab * (2 * size + 8)
 
     def length_class(self, longest: int) -> int:
         """See `CausalModel`."""
@@ -166,7 +176,7 @@ class GenericDecoder(nn.Module):
         ]
 
 
-def _refuse(module: Any) -> None:
+def _refuse(module: Any, max_len: int) -> None:
     """What is known from the config alone not to work."""
     config = module.config
     name = type(module).__name__
@@ -179,3 +189,24 @@ def _refuse(module: Any) -> None:
         raise ModelError(
             f"{name}: layer_types: expected {sorted(_KINDS)}, got {sorted(kinds)}; not supported"
         )
+    for kind, limit in _rope_limits(config.get_text_config()):
+        if max_len > limit:
+            raise ModelError(
+                f"{name}: rope_type {kind!r}: its angles depend on the longest text of a batch; expected at most "
+                f"{limit} tokens, got {max_len}; set max_model_len={limit}"
+            )
+
+
+def _rope_limits(config: Any) -> list[tuple[str, int]]:
+    """(kind, length up to which its angles are constant) of rotary embeddings whose angles depend on the length."""
+    stated = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    several = [each for each in stated.values() if isinstance(each, dict)] or [stated]
+    limits = []
+    for parameters in several:
+        kind = parameters.get("rope_type", parameters.get("type"))
+        if kind == "dynamic":
+            limits.append((kind, config.max_position_embeddings))
+        elif kind == "longrope":
+            original = parameters.get("original_max_position_embeddings")
+            limits.append((kind, original or config.original_max_position_embeddings))
+    return limits

@@ -126,7 +126,8 @@ class RotaryTable(nn.Module):
         """The table's row of each token; the second half of the table is for long sequences."""
         if self.spec.long_inv_freq is None:
             return batch.positions_T
-        return batch.positions_T + (batch.longest_T > self.spec.original_len) * self.max_len
+        longest_T = batch.longest_T.clamp(max=self.max_len)
+        return batch.positions_T + (longest_T > self.spec.original_len) * self.max_len
 
     def rotate(self, q_THD: Tensor, k_TGD: Tensor, rows_T: Tensor) -> None:
         """In place."""
@@ -161,7 +162,8 @@ class AttentionLayer(nn.Module):
         self, x_TE: Tensor, batch: RaggedBatch, cache: KVCache, rotaries: list[tuple[RotaryTable, Tensor]]
     ) -> Tensor:
         """`[T, width]` to `[T, width]`; `rotaries` are the tables with this batch's rows."""
-        heads_THD = self.qkv(x_TE, batch.adapter_rows).unflatten(1, (-1, self.head_dim))
+        num_heads = self.num_heads + 2 * self.num_kv_heads
+        heads_THD = self.qkv(x_TE, batch.adapter_rows).view(x_TE.shape[0], num_heads, self.head_dim)
         q_THD, k_TGD, v_TGD = heads_THD.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             q_THD, k_TGD = self.q_norm(q_THD), self.k_norm(k_TGD)

@@ -73,7 +73,7 @@ def engine_config(args: argparse.Namespace, **schedule: Any) -> EngineConfig:
     if args.speculate == "ngram":
         speculation = Speculation(num_drafts=args.drafts)
     elif args.speculate:
-        speculation = Speculation(num_drafts=args.drafts, ngram=None, draft_model=args.speculate)
+        speculation = Speculation(num_drafts=args.drafts, draft_model=args.speculate)
     return EngineConfig(
         cache=CachePolicy(
             max_bytes=None if args.cache_gib is None else int(args.cache_gib * GIB),

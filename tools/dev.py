@@ -175,7 +175,9 @@ def test(arguments: list[str]) -> int:
     paths = [] if any(names_path(argument) for argument in arguments) else test_paths()
     # Tests start several processes each: one thread a process, or they fight over the processor's cores.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    return run(VENV.python, "-m", "pytest", "-n", "auto", "-m", NOT_BY_DEFAULT, *arguments, *paths)
+    # The same examples in every run; `--hypothesis-profile default` after it looks for new ones.
+    chosen = ["-n", "auto", "-m", NOT_BY_DEFAULT, "--hypothesis-profile", "ci"]
+    return run(VENV.python, "-m", "pytest", *chosen, *arguments, *paths)
 
 
 def test_paths() -> list[str]:

@@ -35,7 +35,10 @@ def with_way(way: Way, dtype: torch.dtype) -> Iterator[str | None]:
 def agree(
     got: torch.Tensor, expected: torch.Tensor, num_terms: int = 1, units: float = 2.0, at_least: float = 0.0
 ) -> None:
-    """Equal but for ``units`` roundings, and the order of a sum of ``num_terms``; for results of size ``at_least``."""
+    """Equal but for ``units`` roundings, and the order of a sum of ``num_terms``; for results of size ``at_least``.
+
+    A sum's roundings go with its terms: for n of size 1 say ``at_least=n**0.5``, since few results may all cancel.
+    """
     assert got.shape == expected.shape
     assert got.dtype == expected.dtype
     if expected.numel() == 0:

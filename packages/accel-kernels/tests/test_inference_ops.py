@@ -46,9 +46,10 @@ def test_linear(
     b = torch.randn(n, generator=generator).to(dtype) if bias else None
     quantized, scale = ak.quantize_int8(weight)
     with with_way(way, dtype) as backend:
-        agree(ak.linear(x, weight, b, backend=backend), ak.reference.linear(x, weight, b), k)
+        got = ak.linear(x, weight, b, backend=backend)
+        agree(got, ak.reference.linear(x, weight, b), k, at_least=k**0.5)
         got = ak.linear_int8(x, quantized, scale, b, backend=backend)
-    agree(got, ak.reference.linear_int8(x, quantized, scale, b), k)
+    agree(got, ak.reference.linear_int8(x, quantized, scale, b), k, at_least=k**0.5)
     assert got.shape == (m, n)
     assert got.dtype == dtype
 
@@ -74,7 +75,7 @@ def test_linear_int4(
     arguments = (x, packed, scale, zeros if zero else None, None)
     with with_way(way, dtype) as backend:
         got = ak.linear_int4(*arguments, group_size=group_size, backend=backend)
-    agree(got, ak.reference.linear_int4(*arguments, group_size=group_size), k)
+    agree(got, ak.reference.linear_int4(*arguments, group_size=group_size), k, at_least=k**0.5)
 
 
 @pytest.mark.parametrize("way", ways())

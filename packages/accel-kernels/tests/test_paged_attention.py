@@ -91,7 +91,7 @@ def test_agrees(way: Way, rule: str, shape: str, dtype: torch.dtype) -> None:
     for int8 in (False, True):
         batch = make_batch(SHAPES[shape], dtype=dtype, int8=int8, **RULES[rule])
         with with_way(way, dtype) as backend:
-            agree(batch.run(backend), batch.run("reference"), units=4.0, num_terms=300)
+            agree(batch.run(backend), batch.run("reference"), units=4.0, num_terms=300, at_least=1.0)
 
 
 @pytest.mark.parametrize("way", ways())
@@ -117,7 +117,7 @@ def test_random_batches(way: Way, data: st.DataObject) -> None:
         softcap=data.draw(st.sampled_from([0.0, 0.0, 2.0])),
     )
     with with_way(way, dtype) as backend:
-        agree(batch.run(backend), batch.run("reference"), units=4.0, num_terms=300)
+        agree(batch.run(backend), batch.run("reference"), units=4.0, num_terms=300, at_least=1.0)
 
 
 def test_reference_is_attention() -> None:

@@ -37,7 +37,7 @@ CASES = [(torch.float32, False, rule) for rule in RULES] + [(torch.float16, True
 for dtype, int8, rule in CASES:
     batch = make_batch([(11, 33), (0, 5), (1, 150), (20, 70)], dtype=dtype, int8=int8, dim=24, **rule)
     whole = run(batch.tensors, batch.options, enough=0)
-    agree(whole, batch.run("reference"), units=4.0, num_terms=300)
+    agree(whole, batch.run("reference"), units=4.0, num_terms=300, at_least=1.0)
     assert torch.equal(run(batch.tensors, batch.options, enough=10**9), whole)  # chunks shared out
     q, k, v, tables, starts, context = batch.tensors
     alone = (q[5:9], k, v, tables[:1], torch.tensor([0, 4]).int(), torch.tensor([31]).int())

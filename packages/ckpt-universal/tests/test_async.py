@@ -136,3 +136,50 @@ def one_fails_rank(rank, root):
 
 def test_a_save_that_fails_on_one_rank_fails_on_all(tmp_path):
     run_ranks(one_fails_rank, 2, tmp_path)
+
+
+def no_room(*_):
+    raise MemoryError("no room")
+
+
+def one_cannot_copy_rank(rank, root, first):
+    saver = ckpt.AsyncSaver(root)
+    state = {"w": ckpt.Shard((4,), torch.float32, (2 * rank,), torch.ones(2))}
+    if not first:
+        saver.save(state, step=0)
+        saver.wait()
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 1:
+            patch.setattr(async_save.HostBuffer, "copy", no_room)
+            with pytest.raises(MemoryError):
+                saver.save(state, step=1)
+        else:
+            saver.save(state, step=1)
+        with pytest.raises((MemoryError, ckpt.CheckpointError), match=r"no room"):
+            saver.wait()
+    saver.save(state, step=2)
+    saver.close()
+    assert sorted(each.name for each in root.glob("step-*")) == [
+        f"step-{step:09d}" for step in ([2] if first else [0, 2])
+    ]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_rank_that_cannot_copy_keeps_nobody_waiting(tmp_path, first):
+    run_ranks(one_cannot_copy_rank, 2, tmp_path, first)
+
+
+def one_changes_rank(rank, root):
+    with ckpt.AsyncSaver(root) as saver:
+        for step in range(4):
+            state = {"w": ckpt.Shard((4,), torch.float32, (2 * rank,), torch.full((2,), float(step)))}
+            if rank == 1 and step % 2:
+                state["mine"] = torch.full((3,), float(step))
+            saver.save(state, step=step)
+    for step in range(4):
+        found = ckpt.read_tree(root, name=f"step-{step:09d}")
+        assert torch.equal(found["w"], torch.full((4,), float(step)))
+
+
+def test_one_rank_may_hold_something_else_than_before(tmp_path):
+    run_ranks(one_changes_rank, 2, tmp_path)

@@ -103,12 +103,16 @@ def test_who_leaves_while_the_engine_takes_the_request_frees_it() -> None:
     async def use(loop: EngineLoop) -> None:
         running = await loop.open("busy", [Job([1, 2], SamplingParams(max_tokens=1000, ignore_eos=True))])
         await running.read()
+        cancelled = 0
         for delay_s in (0.0, 0.01, 0.03):
             opening = asyncio.ensure_future(loop.open(f"gone {delay_s}", [Job([1], SamplingParams())]))
             await asyncio.sleep(delay_s)
             opening.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await opening
+            try:
+                (await opening).close()  # it was quicker
+            except asyncio.CancelledError:
+                cancelled += 1
+        assert cancelled
         for _ in range(5):
             await running.read()
         assert list(engine.requests) == ["busy-0"]

@@ -9,11 +9,11 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import accumulate, takewhile
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,7 @@ from .tree import Boxes
 from .writer import CHUNK_ALIGN, Piece
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class HostBuffer:
@@ -74,6 +75,16 @@ class HostBuffer:
         self._rooms = [(room, room.data_ptr()) for room in rooms]
 
 
+def _attempt(act: Callable[[], T]) -> Future[T]:
+    """What an act returned, or raised."""
+    done: Future[T] = Future()
+    try:
+        done.set_result(act())
+    except BaseException as error:
+        done.set_exception(error)
+    return done
+
+
 class AsyncSaver:
     """Saves steps while training goes on; every rank makes one, and calls it alike.
 
@@ -116,6 +127,7 @@ class AsyncSaver:
         self._layout: Layout = {}  # of what was agreed
         self._boxes: Boxes = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ckpt-save")
+        self._asking = ThreadPoolExecutor(1, thread_name_prefix="ckpt-ask")
 
     def save(self, state: Mapping[str, Any], *, step: int, name: str | None = None) -> None:
         """Begin to save a state tree, as `ckpt_universal.save` does; returns when it may change again.
@@ -128,31 +140,48 @@ class AsyncSaver:
         target = Target.of(self._path, step, name)
         while len(self._jobs) >= len(self._buffers):
             self._finish_first()
-        taken, said = self._ranks.share(
-            "save: taking the state apart", lambda: take_apart(state, self._boxes), self._report
+        buffer = self._buffers[self._num_saves % len(self._buffers)]
+        taking = _attempt(lambda: take_apart(state, self._boxes))
+        num_done, as_before = sum(1 for _ in takewhile(Future.done, self._jobs)), self._is_as_before(taking)
+        asked = self._asking.submit(
+            self._ranks.share, "save: taking the state apart", taking.result, lambda _: (num_done, as_before)
         )
+        # Meanwhile this rank copies: mostly, all of them hold what they held last time.
+        copying = self._copying(taking.result(), buffer) if as_before else None
+        taken, said = asked.result()
         # Ranks see the end of a save at different times; they raise together, since it failed on all of them.
         for _ in range(max(num_done for num_done, _ in said)):
             self._finish_first()
-        agreed = self._agreed
-        if agreed is None or not all(knows_layout for _, knows_layout in said):
+        if copying is None or not all(as_before for _, as_before in said):
             told = self._ranks.gather_bytes(taken.told, "save")
-            self._agreed = agreed = Agreed.of(told, self._ranks.rank, self.policy.chunk_bytes)
+            self._agreed = Agreed.of(told, self._ranks.rank, self.policy.chunk_bytes)
             self._layout = taken.layout
-        buffer = self._buffers[self._num_saves % len(self._buffers)]
-        pieces = buffer.copy(agreed.pieces(taken), agreed)
+            copying = self._copying(taken, buffer)
         self._num_saves += 1
-        self._jobs.append(self._thread.submit(self._write, target, pieces, taken.values, agreed))
+        assert self._agreed is not None
+        self._jobs.append(self._thread.submit(self._write, target, copying, taken.values, self._agreed))
+        copying.result()
 
-    def _report(self, taken: Taken) -> tuple[int, bool]:
-        """How many saves have ended, and whether the layout is that of the last one."""
-        num_done = sum(1 for _ in takewhile(Future.done, self._jobs))
-        return num_done, self._agreed is not None and self._layout == taken.layout
+    def _is_as_before(self, taking: Future[Taken]) -> bool:
+        """Whether what was taken apart has the layout of the last save."""
+        return (
+            self._agreed is not None and taking.exception() is None and self._layout == taking.result().layout
+        )
 
-    def _write(self, target: Target, pieces: Sequence[Piece], values: bytes, agreed: Agreed) -> str:
+    def _copying(self, taken: Taken, buffer: HostBuffer) -> Future[list[Piece]]:
+        """What this rank is to write, in host memory; done, or failed, which the other ranks hear of."""
+        agreed = self._agreed
+        assert agreed is not None
+        return _attempt(lambda: buffer.copy(agreed.pieces(taken), agreed))
+
+    def _write(self, target: Target, copying: Future[list[Piece]], values: bytes, agreed: Agreed) -> str:
         try:
             with Writing(target, self._beside) as writing:
-                _, said = self._beside.share("save", writing.begin, lambda token: (token, values))
+
+                def begin() -> tuple[list[Piece], str]:
+                    return copying.result(), writing.begin()
+
+                (pieces, _), said = self._beside.share("save", begin, lambda begun: (begun[1], values))
                 (token, *_), trees = zip(*said, strict=True)
                 path = writing.write(token, pieces, trees, agreed, self.policy)
         except BaseException:
@@ -186,6 +215,7 @@ class AsyncSaver:
             self.wait()
         finally:
             self._thread.shutdown()
+            self._asking.shutdown()
             self._ranks.close()
             self._beside.close()
 

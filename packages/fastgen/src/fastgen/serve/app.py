@@ -35,9 +35,12 @@ from .schemas import ChatRequest, CompletionRequest, EmbeddingRequest
 from .service import Service
 
 FAILS: dict[int | str, dict[str, Any]] = {"default": {"model": Error, "description": "What went wrong."}}
-EVENTS = {
-    "text/event-stream": {"schema": {"type": "string", "description": "Chunks, and [DONE] at the end."}}
+EVENT = {
+    "type": "object",
+    "properties": {"data": {"type": "string", "description": "A chunk as JSON; [DONE] at the end."}},
+    "required": ["data"],
 }
+EVENTS = {"text/event-stream": {"schema": EVENT}}
 
 
 def create_app(engine: Engine, config: ServerConfig | None = None) -> FastAPI:

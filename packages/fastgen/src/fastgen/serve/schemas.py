@@ -16,6 +16,13 @@ def _whole(value: object) -> object:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _truth(value: object) -> object:
+    """For a literal False, 0 would do."""
+    if value is not None and not isinstance(value, bool):
+        raise ValueError(f"expected true or false, got {value!r}")
+    return value
+
+
 Int = Annotated[int, BeforeValidator(_whole)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Seed = Annotated[Int, Field(ge=-(2**63), lt=2**63)]
@@ -43,7 +50,7 @@ class Inert(Strict):
     user: str | None = Field(None, max_length=1000, description="Not used.")
     metadata: dict[str, str] | None = Field(None, description="Not used.")
     service_tier: Literal["auto", "default"] | None = None
-    store: Literal[False] | None = None
+    store: Annotated[Literal[False] | None, BeforeValidator(_truth)] = None
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = Field(
         None, description="Only empty: biases are not supported."
     )

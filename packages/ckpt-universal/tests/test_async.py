@@ -183,3 +183,19 @@ def one_changes_rank(rank, root):
 
 def test_one_rank_may_hold_something_else_than_before(tmp_path):
     run_ranks(one_changes_rank, 2, tmp_path)
+
+
+def come_and_go_rank(rank, root):
+    first_and_last = torch.distributed.new_group([0, 2])
+    for step in range(8):
+        time.sleep(0.01 * ((7 * rank + step) % 3))  # one is always ahead of another
+        with ckpt.AsyncSaver(root / "all") as saver:
+            saver.save({"w": torch.ones(3)}, step=step)
+        if rank != 1:
+            with ckpt.AsyncSaver(root / "two", group=first_and_last) as saver:
+                saver.save({"w": torch.ones(3)}, step=step)
+
+
+def test_savers_may_come_and_go(tmp_path):
+    run_ranks(come_and_go_rank, 3, tmp_path)
+    assert len(list((tmp_path / "all").glob("step-*"))) == len(list((tmp_path / "two").glob("step-*"))) == 8

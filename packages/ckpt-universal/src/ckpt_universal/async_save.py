@@ -35,31 +35,31 @@ class HostBuffer:
     def __init__(self) -> None:
         self._bytes = torch.empty(0, dtype=torch.uint8)
         self._agreed: Agreed | None = None
-        self._rooms: list[tuple[torch.Tensor, int]] = []
+        self._copies: list[Piece] = []
+        self._addresses: list[int] = []
 
     def copy(self, pieces: Sequence[Piece], agreed: Agreed) -> list[Piece]:
         """The pieces, as they are now; the same `agreed` means pieces of the same dtypes and shapes."""
         if agreed is not self._agreed:
-            self._lay_out([piece.values for piece in pieces])
+            self._lay_out(pieces)
             self._agreed = agreed
         devices = set()
-        copies = []
-        for (room, address), piece in zip(self._rooms, pieces, strict=True):
+        for copy, address, piece in zip(self._copies, self._addresses, pieces, strict=True):
             values = piece.values
             if values.is_cpu and values.is_contiguous() and not (values.is_conj() or values.is_neg()):
                 # The C library's copy goes round the caches, and so takes a tenth less than torch's.
                 ctypes.memmove(address, values.data_ptr(), values.nbytes)
             else:
-                room.copy_(values, non_blocking=True)
+                copy.values.copy_(values, non_blocking=True)
                 devices.add(values.device)
-            copies.append(Piece(piece.name, room))
         for device in devices:
             if device.type != "cpu":
                 torch.get_device_module(device).current_stream(device).synchronize()
-        return copies
+        return self._copies
 
-    def _lay_out(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Have room for tensors of these dtypes and shapes, one after another."""
+    def _lay_out(self, pieces: Sequence[Piece]) -> None:
+        """Have room for pieces of these dtypes and shapes, one after another."""
+        tensors = [piece.values for piece in pieces]
         starts = [0, *accumulate(-(-each.nbytes // CHUNK_ALIGN) * CHUNK_ALIGN for each in tensors)]
         pin = any(not each.is_cpu for each in tensors)
         if self._bytes.numel() < starts[-1] or (pin and not self._bytes.is_pinned()):
@@ -68,11 +68,11 @@ class HostBuffer:
                 if pin
                 else torch.frombuffer(aligned_memory(starts[-1]), dtype=torch.uint8)
             )
-        rooms = [
-            self._bytes[start : start + each.nbytes].view(each.dtype).view(each.shape)
-            for start, each in zip(starts, tensors, strict=False)
+        self._copies = [
+            Piece(piece.name, self._bytes[start : start + each.nbytes].view(each.dtype).view(each.shape))
+            for start, each, piece in zip(starts, tensors, pieces, strict=False)
         ]
-        self._rooms = [(room, room.data_ptr()) for room in rooms]
+        self._addresses = [copy.values.data_ptr() for copy in self._copies]
 
 
 def _attempt(act: Callable[[], T]) -> Future[T]:

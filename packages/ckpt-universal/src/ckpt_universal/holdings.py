@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import msgpack
@@ -21,6 +21,7 @@ from .tree import Boxes, Part, flatten
 from .values import dtype_name, pack
 from .writer import Piece
 
+Ranges = tuple[slice, ...]
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype, tuple[Box, ...]]]
 
 
@@ -89,9 +90,19 @@ class Agreed:
         """
         return Agreed(rank, *_dealt_out(tuple(told), chunk_bytes))
 
+    @cached_property
+    def cuts(self) -> list[tuple[str, int, Ranges | None]]:
+        """Where each chunk that this rank has been assigned lies: in which piece of the part, and where in it."""
+        held = self.holdings[self.rank]
+        return [(chunk.name, *_cut(held[chunk.name].boxes, chunk)) for chunk in self.plan[self.rank]]
+
     def pieces(self, taken: Taken) -> list[Piece]:
         """Views of what this rank has been assigned."""
-        return [Piece(chunk.name, _view(taken.parts[chunk.name], chunk)) for chunk in self.plan[self.rank]]
+        found = []
+        for name, at, ranges in self.cuts:
+            values = taken.parts[name].pieces[at][1]
+            found.append(Piece(name, values if ranges is None else values[ranges]))
+        return found
 
 
 @lru_cache(maxsize=1)  # a run saves the same layout again and again
@@ -115,15 +126,16 @@ def _heard(told: bytes) -> dict[str, Held]:
     }
 
 
-def _view(part: Part, chunk: Assignment) -> torch.Tensor:
-    for box, values in part.pieces:
+def _cut(boxes: Sequence[Box], chunk: Assignment) -> tuple[int, Ranges | None]:
+    """Which of the boxes a chunk lies in, and where in it; None: it is all of it."""
+    for at, box in enumerate(boxes):
         if box == chunk.box:
-            return values
+            return at, None
         inside = all(
             a <= b and b + n <= a + m
             for a, m, b, n in zip(box.start, box.sizes, chunk.box.start, chunk.box.sizes, strict=True)
         )
         if inside:
             ranges = zip(box.start, chunk.box.start, chunk.box.sizes, strict=True)
-            return values[tuple(slice(b - a, b - a + n) for a, b, n in ranges)]
+            return at, tuple(slice(b - a, b - a + n) for a, b, n in ranges)
     raise CheckpointError(f"save: {chunk.name}: the plan assigns {chunk.box}, which is not held here")

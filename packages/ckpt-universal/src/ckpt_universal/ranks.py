@@ -6,6 +6,7 @@ not come ends the wait of the others with an error that names it.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -36,23 +37,18 @@ class Ranks:
         self, group: dist.ProcessGroup | None = None, *, own: bool = False, timeout_s: float = 600.0
     ) -> None:
         self.rank, self.world, self.timeout_s = 0, 1, timeout_s
-        self._group = group
-        self._made = False
+        self._group: dist.ProcessGroup | None = None
         if group is None and not dist.is_initialized():
             return
-        self._group = group or dist.group.WORLD
-        assert self._group is not None
-        self.rank, self.world = self._group.rank(), self._group.size()
-        if self.world > 1 and (own or not _has_cpu(self._group)):
-            members = dist.get_process_group_ranks(self._group)
-            made = dist.new_group(members, backend="gloo", use_local_synchronization=True)
-            self._group, self._made = cast(dist.ProcessGroup, made), True
+        group = group or dist.group.WORLD
+        assert group is not None
+        self.rank, self.world = group.rank(), group.size()
+        if self.world > 1:
+            self._group = _gloo_beside(group, timeout_s) if own or not _has_cpu(group) else group
 
     def close(self) -> None:
-        """Give back the group that was made, if one was."""
-        if self._made and dist.is_initialized():
-            dist.destroy_process_group(self._group)
-        self._made = False
+        """Let go of the group; nothing can be said any more."""
+        self._group = None
 
     def gather_bytes(self, mine: bytes, doing: str) -> list[bytes]:
         """Every rank's bytes, in rank order: one message to each where all are short, two otherwise.
@@ -82,13 +78,14 @@ class Ranks:
         works = []
         for step in range(1, self.world):
             to, source = (self.rank + step) % self.world, (self.rank - step) % self.world
-            for call, tensor, peer in ((dist.irecv, received[source], source), (dist.isend, sent, to)):
+            for call, tensor, peer in (
+                (self._group.recv, received[source], source),
+                (self._group.send, sent, to),
+            ):
                 try:
-                    work = call(tensor, dist.get_global_rank(self._group, peer), group=self._group, tag=_TAG)
-                except RuntimeError as error:
+                    works.append((call([tensor], peer, _TAG), peer))
+                except RuntimeError as error:  # noqa: PERF203 - each may be of another rank
                     raise self._lost(peer, doing, error) from error
-                assert work is not None  # this rank is in the group
-                works.append((work, peer))
         for work, peer in works:
             try:
                 work.wait(timedelta(seconds=self.timeout_s))
@@ -144,6 +141,21 @@ class Ranks:
 def _head(mine: bytes) -> bytes:
     """The size, and as much of the bytes as a short message holds."""
     return (len(mine).to_bytes(8, "little") + mine[:_SHORT]).ljust(8 + _SHORT, b"\0")
+
+
+def _gloo_beside(group: dist.ProcessGroup, timeout_s: float) -> dist.ProcessGroup:
+    """A group of the same ranks, for CPUs.
+
+    Not by `dist.new_group`: that one gives a new group the name of one that is gone, under which ranks may still find
+    the old one's addresses.
+    """
+    members = ",".join(map(str, dist.get_process_group_ranks(group)))
+    prefix = f"ckpt-universal/{hashlib.sha256(members.encode()).hexdigest()}"
+    store = dist.distributed_c10d._get_default_store()
+    number = store.add(f"{prefix}/made-by-{group.rank()}", 1)  # alike on all ranks: they make them together
+    own = dist.distributed_c10d.PrefixStore(f"{prefix}/{number}", store)
+    gloo = dist.ProcessGroupGloo(own, group.rank(), group.size(), timedelta(seconds=timeout_s))
+    return cast(dist.ProcessGroup, gloo)  # a back end alone: it sends and receives as a group does
 
 
 def _has_cpu(group: dist.ProcessGroup) -> bool:

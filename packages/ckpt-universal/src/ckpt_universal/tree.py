@@ -137,31 +137,31 @@ def flatten(state: Mapping[str, Any], boxes: Boxes | None = None) -> Flat:
         ConfigError: two leaves have one name, a tensor cannot be stored, or it is nested too deeply.
     """
     flat = Flat(boxes={} if boxes is None else boxes)
-    flat.values = _walk(state, (), flat)
+    flat.values = _walk(state, "", 0, flat)
     return flat
 
 
-def _walk(node: Any, path: tuple[str, ...], flat: Flat) -> Any:
-    if len(path) > MAX_DEPTH:
-        raise ConfigError(f"{join(path[:8])}...: nested deeper than {MAX_DEPTH}; is it a cycle?")
+def _walk(node: Any, name: str, depth: int, flat: Flat) -> Any:
+    """`name`: of the node, and a dot."""
+    if depth > MAX_DEPTH:
+        raise ConfigError(f"{name[:100]}...: nested deeper than {MAX_DEPTH}; is it a cycle?")
     if is_tensor_leaf(node):
-        part = part_of(node, join(path), flat.boxes)
-        if part.name in flat.parts:
-            raise ConfigError(
-                f"two tensors have the name {part.name!r}; rename one of the keys on the way to it"
-            )
-        flat.parts[part.name] = part
-        return TensorRef(part.name)
+        name = name[:-1]
+        if name in flat.parts:
+            raise ConfigError(f"two tensors have the name {name!r}; rename one of the keys on the way to it")
+        flat.parts[name] = part_of(node, name, flat.boxes)
+        return TensorRef(name)
     if isinstance(node, PerRank):
         return PerRankValues((node.value,))
     if is_stateful(node):
-        return _walk(node.state_dict(), path, flat)
+        return _walk(node.state_dict(), name, depth, flat)
+    depth += 1
     if isinstance(node, Mapping):
-        return {key: _walk(each, (*path, str(key)), flat) for key, each in node.items()}
+        return {key: _walk(each, f"{name}{key}.", depth, flat) for key, each in node.items()}
     if type(node) is list:
-        return [_walk(each, (*path, str(at)), flat) for at, each in enumerate(node)]
+        return [_walk(each, f"{name}{at}.", depth, flat) for at, each in enumerate(node)]
     if isinstance(node, tuple):
-        return tuple(_walk(each, (*path, str(at)), flat) for at, each in enumerate(node))
+        return tuple(_walk(each, f"{name}{at}.", depth, flat) for at, each in enumerate(node))
     return node
 
 

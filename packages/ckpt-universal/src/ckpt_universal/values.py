@@ -103,7 +103,7 @@ def _plain(value: Any, where: str, depth: int) -> Any:
             return value
         return msgpack.ExtType(Code.BIG_INT, str(value).encode())
     if kind is TensorRef:
-        return msgpack.ExtType(Code.TENSOR_REF, value.name.encode())
+        return _plain_ref(value)
 
     def inner(each: Any, at: Any) -> Any:
         return _plain(each, f"{where}.{at}", depth + 1)
@@ -115,7 +115,10 @@ def _plain(value: Any, where: str, depth: int) -> Any:
         if isinstance(value, Counter):
             return extension(Code.COUNTER, [[inner(key, "key"), inner(n, key)] for key, n in value.items()])
         if all(type(key) is str for key in value):
-            return {key: inner(each, key) for key, each in value.items()}
+            return {
+                key: _plain_ref(each) if type(each) is TensorRef else inner(each, key)
+                for key, each in value.items()
+            }
         pairs = [[inner(key, "key"), inner(each, key)] for key, each in value.items()]
         return extension(Code.PAIRS, pairs)
     if kind is list:
@@ -145,6 +148,10 @@ def _plain(value: Any, where: str, depth: int) -> Any:
         f"{where}: a {kind.__module__}.{kind.__qualname__} cannot be stored (nothing is pickled); give its state as "
         "tensors, numbers, text, lists and dictionaries, or give it state_dict() and load_state_dict()"
     )
+
+
+def _plain_ref(ref: TensorRef) -> msgpack.ExtType:
+    return msgpack.ExtType(Code.TENSOR_REF, ref.name.encode())
 
 
 def _tensor(value: torch.Tensor, where: str) -> list[Any]:

@@ -179,7 +179,7 @@ def _own_dtype(model: str | Path | nn.Module, hf_config: Any) -> torch.dtype:
     if isinstance(model, nn.Module):
         return next(each.dtype for each in model.parameters() if each.is_floating_point())
     dtype = getattr(hf_config, "dtype", None) or getattr(hf_config, "torch_dtype", None) or torch.float32
-    return getattr(torch, dtype) if isinstance(dtype, str) else dtype  # type: ignore[no-any-return]
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
 def _max_len(spec: DecoderSpec, asked: int | None) -> int:

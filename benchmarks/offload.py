@@ -26,10 +26,10 @@ from pathlib import Path
 from typing import Any
 
 import _measure
-import accel_kernels as ak
 from _processes import DTYPES, HERE, RANKS, Engine, free_port, missing, say
 from gpt import GPT, PRESETS, num_parameters
 from train_step import run_group
+from zero_offload_nvme.speeds import both_speed
 
 ENGINES = (
     "ddp", "zero-core-2", "zero-core-3", "zero-core-2-host", "zero-core-3-host", "zero-core-2-drive",
@@ -164,7 +164,7 @@ def largest_lines(options: argparse.Namespace) -> tuple[list[str], list[dict[str
     """Both, as a table."""
     if not os.access(GROUPS, os.W_OK):
         return [f"(no memory control groups can be made in {GROUPS}: needs root)"], []
-    settings = ak.tune(options.folder)
+    speed = both_speed(str(options.folder), RANKS, 3.0)
     budget = options.budget_mib << 20
     plain = largest(False, budget, options, 2)
     same = attempt(plain["layers"], True, budget, options)
@@ -172,15 +172,12 @@ def largest_lines(options: argparse.Namespace) -> tuple[list[str], list[dict[str
         raise SystemExit(f"offload: {plain['layers']} layers get through in memory and not in files")
     stored = largest(True, budget, options, 5 * plain["layers"] + 1)
     rows = [{"drive": drive, **row} for drive, row in ((False, plain), (True, same), (True, stored))]
-    for row in rows:  # both ranks share the drive; what was measured is one process's
-        row["limit_s"] = RANKS * (
-            row["read_bytes"] / settings.read_gb_per_s / 1e9
-            + row["written_bytes"] / settings.write_gb_per_s / 1e9
-        )
+    for row in rows:
+        row["limit_s"] = RANKS * (row["read_bytes"] + row["written_bytes"]) / speed / 1e9
     lines = [
         f"Both ranks in {options.budget_mib} MiB, page cache included; GPT of width {options.width}, fp32, one "
-        f"sequence of {options.tokens} tokens a rank, recomputed blocks; the drive reads "
-        f"{settings.read_gb_per_s:.1f} and writes {settings.write_gb_per_s:.1f} GB/s.",
+        f"sequence of {options.tokens} tokens a rank, recomputed blocks, units stepped during backward. The limit is "
+        f"the drive's, which moves {speed:.1f} GB/s while two processes read and write it at once.",
         "",
         "| everything rests | layers | parameters, M | ratio | step s | bytes a parameter and step | limit s "
         "| step / limit | loss |",

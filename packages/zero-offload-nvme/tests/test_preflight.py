@@ -14,6 +14,7 @@ from stored_models import Net, batch, loss_of
 from torch.distributed.device_mesh import init_device_mesh
 from zero_core.testing import run_ranks
 from zero_offload_nvme.free_bytes import address_space_free, drive_free, host_free
+from zero_offload_nvme.speeds import both_speed
 from zero_offload_nvme.tiers import KINDS, TIERS
 
 SPEEDS = off.Speeds(memory=20, drive_read=2, drive_write=4, link=10)
@@ -89,6 +90,25 @@ def test_a_forecast_adds_up(drive, memory, ranks, accumulate) -> None:
     assert more.drive_s > found.drive_s
     assert found.step_s is not None
     assert more.step_s is None
+
+
+@given(both=st.floats(0.1, 10))
+def test_a_drive_that_reads_and_writes_at_once_has_a_speed_of_its_own(both) -> None:
+    plan = planned(10**9, world=8, params="nvme", grads="nvme", optimizer="nvme").plan
+    read, written = plan.traffic.drive_read, plan.traffic.drive_written
+    found = off.forecast(plan, dataclasses.replace(SPEEDS, drive_both=both), ranks=2)
+    expected = 2 * (2 * written / both + (read - written) / SPEEDS.drive_read) / 1e9
+    assert found.drive_s == pytest.approx(expected)
+    both = 2 / (1 / SPEEDS.drive_read + 1 / SPEEDS.drive_write)  # that of one after the other
+    found = off.forecast(plan, dataclasses.replace(SPEEDS, drive_both=both), ranks=2)
+    assert found.drive_s == pytest.approx(off.forecast(plan, SPEEDS, ranks=2).drive_s)
+
+
+def test_both_directions_are_measured(tmp_path) -> None:
+    assert 0.001 < both_speed(str(tmp_path), 2, 0.1) < 1000
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(off.OffloadDiskError, match="cannot be measured"):
+        both_speed(str(tmp_path / "nowhere"), 2, 0.1)
 
 
 def test_a_link_is_used_where_the_device_is_not_the_host() -> None:

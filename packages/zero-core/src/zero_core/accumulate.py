@@ -12,6 +12,7 @@ import torch
 
 from .buckets import BufferPool
 from .flat_unit import FlatUnit
+from .norms import Measured
 from .stores import ShardStore
 
 
@@ -41,6 +42,11 @@ class GradShard:
     def value(self) -> torch.Tensor | None:
         """[local numel] in the accumulate dtype; None if nothing was reduced since gradients were zeroed."""
         return self._buffer if self.filled else None
+
+    @property
+    def measured(self) -> Measured | None:
+        """What its norm is made of, where that is known without a look at `value`."""
+        return None
 
     def landing(self) -> torch.Tensor:
         """Where a reduction may write: the shard itself while it is empty, else a borrowed buffer."""
@@ -119,11 +125,18 @@ class StoredGradShard(GradShard):
         super().__init__(unit, dtype, in_place=False, pool=pool)
         self.store = store
         self.name = unit.key("grad")
+        self._measured: tuple[int, Measured] | None = None  # of which version
 
     @property
     def value(self) -> torch.Tensor | None:
         """See `GradShard.value`; a view of the store, on the CPU."""
         return self.store.view(self.name) if self.filled else None
+
+    @property
+    def measured(self) -> Measured | None:
+        """See `GradShard.measured`; found while the gradient was on its way to the store."""
+        known = self._measured
+        return known[1] if self.filled and known is not None and known[0] == self.version else None
 
     def landing(self) -> torch.Tensor:
         """A borrowed buffer."""
@@ -136,8 +149,9 @@ class StoredGradShard(GradShard):
             before = torch.empty_like(reduced)
             self.store.fetch(self.name, before).wait()
             reduced.add_(before)
-        self.store.put(self.name, reduced)
         self._count()
+        self._measured = self.version, Measured.of(reduced)  # it is near, and soon is not
+        self._pool.give(reduced, after=self.store.put(self.name, reduced))
 
     def zero(self, *, free: bool) -> None:
         """Forget the gradient; its place stays."""

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
+from .collectives import Handle, is_done
 from .flat_unit import FlatUnit
 
 
@@ -19,24 +20,30 @@ class BufferPool:
 
     def __init__(self) -> None:
         self._free: list[torch.Tensor] = []
+        self._read: list[tuple[Handle, torch.Tensor]] = []  # by somebody, until the handle is done
 
     def take(self, numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """A buffer of `numel` elements with whatever was in it."""
         nbytes = numel * dtype.itemsize
+        self._free += [raw for handle, raw in self._read if is_done(handle)]
+        self._read = [(handle, raw) for handle, raw in self._read if not is_done(handle)]
         for position, raw in enumerate(self._free):
             if raw.numel() >= nbytes and raw.device == device:
                 return self._free.pop(position)[:nbytes].view(dtype)
         return torch.empty(nbytes, dtype=torch.uint8, device=device).view(dtype)
 
-    def give(self, buffer: torch.Tensor) -> None:
-        """Return a buffer that `take` gave."""
-        self._free.append(
-            torch.empty(0, dtype=torch.uint8, device=buffer.device).set_(buffer.untyped_storage())
-        )
+    def give(self, buffer: torch.Tensor, after: Handle | None = None) -> None:
+        """Return a buffer that `take` gave, to be used again when a handle is done."""
+        raw = torch.empty(0, dtype=torch.uint8, device=buffer.device).set_(buffer.untyped_storage())
+        if after is None:
+            self._free.append(raw)
+        else:
+            self._read.append((after, raw))
 
     def clear(self) -> None:
-        """Free the memory."""
+        """Free the memory; what somebody reads, when that has ended."""
         self._free.clear()
+        self._read.clear()
 
 
 class GradBucket:

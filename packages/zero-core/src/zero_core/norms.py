@@ -7,6 +7,8 @@ they have one slot. Next: `optimizer` folds the factor into its step, so that cl
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 import torch.distributed as dist
@@ -15,11 +17,29 @@ from accel_kernels import grad_norm_scale
 from .collectives import Wire
 
 
-def global_norm(shards: Sequence[torch.Tensor], wire: Wire, *, replicated: bool) -> torch.Tensor:
+@dataclass(frozen=True)
+class Measured:
+    """A gradient that has been looked at.
+
+    Attributes:
+        sums: [2], fp64: sum of squares, number of elements that are not finite.
+    """
+
+    sums: torch.Tensor
+
+    @staticmethod
+    def of(shard: torch.Tensor) -> Measured:
+        """Of a flat tensor; one read of it."""
+        if shard.dtype != torch.float64:
+            return Measured(grad_norm_scale(shard))
+        return Measured(torch.stack([shard.square().sum(), (~shard.isfinite()).sum()]))
+
+
+def global_norm(shards: Sequence[torch.Tensor | Measured], wire: Wire, *, replicated: bool) -> torch.Tensor:
     """The 2-norm of gradients that are spread over the ranks; every rank calls it.
 
     Args:
-        shards: this rank's parts, flat, of any floating dtype.
+        shards: this rank's parts, flat, of any floating dtype; or what is known of them.
         wire: the ranks.
         replicated: every rank holds all of them (stage 0), so nothing is added up.
 
@@ -27,12 +47,13 @@ def global_norm(shards: Sequence[torch.Tensor], wire: Wire, *, replicated: bool)
         float64 scalar tensor, equal on all ranks; nan if any gradient is not finite.
     """
     sums = torch.zeros(2, dtype=torch.float64, device=wire.device)
-    narrow = [shard for shard in shards if shard.dtype != torch.float64]
-    if narrow:
-        grad_norm_scale(narrow, out=sums)
-    for shard in shards:
-        if shard.dtype == torch.float64:
-            sums += torch.stack([shard.square().sum(), (~shard.isfinite()).sum()])
+    for at_once, some in groupby(shards, lambda shard: _at_once(shard, wire.device)):
+        if at_once:
+            grad_norm_scale(list(some), out=sums)  # type: ignore[arg-type]  # tensors all
+        else:
+            for shard in some:
+                known = shard if isinstance(shard, Measured) else Measured.of(shard)
+                sums += known.sums.to(wire.device)
     if not replicated:
         wire.all_reduce("gradient norm", sums, dist.ReduceOp.SUM).wait()
     return torch.where(sums[1] > 0, torch.full_like(sums[0], torch.nan), sums[0].sqrt())
@@ -41,3 +62,8 @@ def global_norm(shards: Sequence[torch.Tensor], wire: Wire, *, replicated: bool)
 def clip_factor(norm: torch.Tensor, max_norm: float) -> torch.Tensor:
     """min(1, max_norm / (norm + 1e-6)), the factor of `torch.nn.utils.clip_grad_norm_`."""
     return (max_norm / (norm + 1e-6)).clamp(max=1.0)
+
+
+def _at_once(shard: torch.Tensor | Measured, device: torch.device) -> bool:
+    """Whether the kernel can add it up with others."""
+    return isinstance(shard, torch.Tensor) and shard.dtype != torch.float64 and shard.device == device

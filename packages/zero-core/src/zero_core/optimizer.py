@@ -20,7 +20,7 @@ from .claims import steps_whole_tensors, take_over
 from .errors import ZeroConfigError
 from .flat_unit import FlatUnit
 from .hooks import Lane
-from .norms import clip_factor, global_norm
+from .norms import Measured, clip_factor, global_norm
 from .precision import LossScaler, OverflowReport, PeakHistory, locate_overflow
 from .publish import Publisher
 from .steppers import ShardOptimizer, ShardSlot, UnitStep, choose_stepper
@@ -342,14 +342,16 @@ class ShardedOptimizer(Optimizer):
         reducer = self._sharded.reducer
         reducer.finish()
         if self._norm is None or self._norm[0] != reducer.generation:
-            shards: list[torch.Tensor] = []
+            shards: list[torch.Tensor | Measured] = []
             for lane in self._lanes:
-                value = lane.shard.value
-                if value is None:
-                    continue
-                if len(self._claimed[lane.unit.index]) == len(lane.unit.params):
+                is_whole = len(self._claimed[lane.unit.index]) == len(lane.unit.params)
+                known = lane.shard.measured if is_whole else None
+                value = lane.shard.value if known is None else None
+                if known is not None:
+                    shards.append(known)
+                elif value is not None and is_whole:
                     shards.append(value)
-                else:
+                elif value is not None:
                     parts = (slot.place for slot in self.slots.get(lane.unit.index, []))
                     shards += [value[part.start : part.stop] for part in parts]
             norm = global_norm(shards, self._sharded.wire, replicated=self._sharded.stage == 0)

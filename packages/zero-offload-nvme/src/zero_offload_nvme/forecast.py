@@ -21,12 +21,14 @@ class Speeds:
     Attributes:
         memory: host memory under the kernel of an optimizer, bytes read and written counted alike.
         drive_read, drive_write: each alone. None: not measured.
+        drive_both: while it reads and writes, bytes counted alike. None: as if one came after the other.
         link: between host and device, one direction.
     """
 
     memory: float
     drive_read: float | None = None
     drive_write: float | None = None
+    drive_both: float | None = None
     link: float | None = None
 
     def __post_init__(self) -> None:
@@ -81,17 +83,13 @@ def forecast(
             f"{compute_s}"
         )
     moved = plan.traffic
-    drive_s = _seconds(moved.drive_read, speeds.drive_read, ranks) + _seconds(
-        moved.drive_written, speeds.drive_write, ranks
-    )
+    drive_s = _drive_seconds(moved.drive_read, moved.drive_written, speeds, ranks)
     memory_s = _seconds(moved.memory, speeds.memory, ranks)
     link_s = _seconds(moved.link, speeds.link, ranks)
     longest, rest = _longest(drive_s, memory_s, link_s)
     optimizer_s = longest + rest / max(moved.blocks, 1) + moved.parameters * PARAMETER_S
-    first_s = _seconds(moved.params_read, speeds.drive_read, ranks) + _seconds(
-        moved.grads_written, speeds.drive_write, ranks
-    )
-    later_s = first_s + _seconds(moved.grads_read, speeds.drive_read, ranks)
+    first_s = _drive_seconds(moved.params_read, moved.grads_written, speeds, ranks)
+    later_s = _drive_seconds(moved.params_read + moved.grads_read, moved.grads_written, speeds, ranks)
     step_s = None
     if compute_s is not None:
         # What is prefetched and written beside the maths costs nothing until it takes longer than that.
@@ -109,6 +107,16 @@ def forecast(
 def _longest(*seconds: float) -> tuple[float, float]:
     """The longest, and the sum of the others."""
     return max(seconds), sum(seconds) - max(seconds)
+
+
+def _drive_seconds(read: int, written: int, speeds: Speeds, ranks: int) -> float:
+    """Of bytes read and written beside each other, as far as there are as many of the one as of the other."""
+    beside = 0 if speeds.drive_both is None else min(read, written)
+    return (
+        _seconds(2 * beside, speeds.drive_both, ranks)
+        + _seconds(read - beside, speeds.drive_read, ranks)
+        + _seconds(written - beside, speeds.drive_write, ranks)
+    )
 
 
 def _seconds(nbytes: int, speed: float | None, ranks: int) -> float:

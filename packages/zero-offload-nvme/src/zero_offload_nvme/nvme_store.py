@@ -77,14 +77,22 @@ class _Place:
 class _Reading:
     """A read into memory, then a copy to where the values are wanted."""
 
-    def __init__(self, transfer: ak.Transfer, source: torch.Tensor | None, out: torch.Tensor) -> None:
-        self._transfer, self._source, self._out = transfer, source, out
+    def __init__(
+        self,
+        transfer: ak.Transfer,
+        source: torch.Tensor | None,
+        out: torch.Tensor,
+        done: Callable[[], None] | None = None,
+    ) -> None:
+        self._transfer, self._source, self._out, self._done = transfer, source, out, done
 
     def wait(self) -> None:
         self._transfer.wait()
         if self._source is not None:
             self._out.copy_(self._source)
             self._source = None
+            if self._done is not None:
+                self._done()
 
     def is_done(self) -> bool:
         return self._transfer.is_done()
@@ -144,6 +152,7 @@ class NvmeStore:
         self._places: dict[str, _Place] = {}
         self._writes: dict[str, list[_Writing]] = {}
         self._cache: dict[str, tuple[ak.Transfer, torch.Tensor]] = {}
+        self._spare: list[torch.Tensor] = []  # that was in it: new pages cost as much as a copy
         self._drives: list[_Drive] = []
         try:
             for each in paths:
@@ -189,7 +198,8 @@ class NvmeStore:
         self._wait(name, start, start + out.numel())
         if name in self._cache and start == 0 and out.numel() == place.numel:
             transfer, memory = self._cache.pop(name)
-            return _Reading(transfer, memory[: place.nbytes].view(place.dtype), out)
+            values = memory[: place.nbytes].view(place.dtype)
+            return _Reading(transfer, values, out, lambda: self._spare.append(memory))
         offset = place.offset + start * place.dtype.itemsize
         if out.is_cpu and out.is_contiguous() and out.dtype == place.dtype:
             return _Reading(self.engine.read(place.drive.file, offset, out.detach()), None, out)
@@ -206,7 +216,7 @@ class NvmeStore:
         held = sum(memory.numel() for _, memory in self._cache.values())
         if not place.nbytes or held + place.nbytes > self.cache_bytes:
             return
-        memory = ak.aligned_empty(place.nbytes)
+        memory = self._memory(place.nbytes, self.cache_bytes - held)
         self._cache[name] = self.engine.read(place.drive.file, place.offset, memory), memory
 
     @_one_at_a_time
@@ -268,6 +278,7 @@ class NvmeStore:
         for name, place in self._places.items():  # nobody will read it
             self._wait(name, 0, place.numel, replaced=True)
         self._cache.clear()
+        self._spare.clear()
         self._places.clear()
         for drive in self._drives:
             drive.file.close()
@@ -281,6 +292,15 @@ class NvmeStore:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+    def _memory(self, nbytes: int, room: int) -> torch.Tensor:
+        """So many bytes; spare ones, if there are any. No more than `room` bytes are spare or new."""
+        for position, memory in enumerate(self._spare):
+            if memory.numel() == nbytes:
+                return self._spare.pop(position)
+        while self._spare and sum(each.numel() for each in self._spare) + nbytes > room:
+            self._spare.pop(0)
+        return ak.aligned_empty(nbytes)
 
     def _place(self, name: str) -> _Place:
         if not self._drives:

@@ -19,7 +19,7 @@ from zero_core.units import UnitChoice
 from .errors import OffloadConfigError, OffloadDiskError, OffloadMemoryError
 from .forecast import Forecast, Speeds, forecast
 from .free_bytes import Free, existing, free_bytes
-from .speeds import measure_speeds
+from .speeds import BYTES_STEPPED, measure_speeds
 from .tiers import KINDS, TIERS, Tier, TierPlan, Tiers, plan_tiers
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
@@ -109,6 +109,7 @@ class Preflight:
             "memory": speeds.memory,
             "drive reads": speeds.drive_read,
             "drive writes": speeds.drive_write,
+            "both at once": speeds.drive_both,
             "link": speeds.link,
         }
         lines = ["speeds: " + ", ".join(f"{n} {v:.3g} GB/s" for n, v in named.items() if v is not None)]
@@ -173,7 +174,7 @@ def preflight(
         ranks: of this machine; None: all.
         accumulate: backwards before each step.
         compute_s: seconds of one forward and backward where nothing rests in a store, measured by the caller.
-        measure: find speeds now: a second for memory, two for each drive.
+        measure: find speeds now: a second for memory, three for each drive.
         speeds: known ones, instead of measured ones.
         free: likewise.
         strict: `check` before anything is measured.
@@ -222,7 +223,12 @@ def preflight(
     if strict:
         found.check()
     if speeds is None and measure:
-        speeds = measure_speeds(folders if plan.total("nvme") else (), ranks=ranks, device=tiers.device)
+        speeds = measure_speeds(
+            folders if plan.total("nvme") else (),
+            ranks=ranks,
+            device=tiers.device,
+            numel=plan.traffic.memory // BYTES_STEPPED * ranks,
+        )
     if speeds is None:
         return found
     seconds = forecast(plan, speeds, ranks=ranks, accumulate=accumulate, compute_s=compute_s)

@@ -49,17 +49,21 @@ def _always() -> bool:
 
 
 def run(
-    rule: FusedRule, window: Window, steps: Sequence[FlatStep], is_wanted: Callable[[], bool] = _always
+    rule: FusedRule,
+    window: Window,
+    steps: Sequence[FlatStep],
+    is_wanted: Callable[[], bool] = _always,
+    meanwhile: Callable[[], bool] | None = None,
 ) -> Iterator[int]:
     """Step units block by block; yields the position of each that moved, when it is final and given to its store.
 
-    Ends between two blocks when it is no longer wanted.
+    Ends between two blocks when it is no longer wanted. `meanwhile`: see `Window.through`.
     """
     final = None
     runs = [(each.numel, merge(each.segments) if each.segments else []) for each in steps]
     whole = {position for position, each in enumerate(steps) if each.goes_elsewhere}
     blocks = cut_blocks(runs, window.block_elements, whole=whole)
-    for block, tensors in window.through(blocks, [each.operands for each in steps]):
+    for block, tensors in window.through(blocks, [each.operands for each in steps], meanwhile):
         if not is_wanted():
             return
         step = steps[block.unit]
@@ -123,29 +127,34 @@ class StoreStepper:
             steps.append(
                 FlatStep(item.grad.numel(), operands, segments, factor, item.unit.has_separate_master)
             )
-        left = deque(work)
+        left, near = deque(work), deque(item for item in work if not is_stored(item.unit))
+
+        def step_near() -> bool:
+            """Step the next unit that is in no store, be it ahead of its turn; False: no other is left."""
+            if near:
+                deque(self._resident.step([near.popleft()], scale), maxlen=0)
+            return bool(near)
+
+        def up_to(last: UnitStep | None) -> Iterator[UnitStep]:
+            """Units in the order of all ranks."""
+            while left:
+                item = left.popleft()
+                if near and item is near[0]:
+                    step_near()
+                yield item
+                if item is last:
+                    return
+
         if stored:
-            for position in run(self.rule, self.window_for(stored[0].unit), steps):
-                yield from self.up_to(stored[position], left, scale)
-        yield from self.up_to(None, left, scale)
+            window = self.window_for(stored[0].unit)
+            for position in run(self.rule, window, steps, meanwhile=step_near):
+                yield from up_to(stored[position])
+        yield from up_to(None)
 
     def check(self) -> None:
         """Before a step: the groups ask for what they asked for before."""
         check_options(self.inner, self._options)
         self.inner._opt_called = True  # type: ignore[attr-defined]  # or torch's schedulers warn of a missing step
-
-    def up_to(
-        self, last: UnitStep | None, left: deque[UnitStep], scale: torch.Tensor | float
-    ) -> Iterator[UnitStep]:
-        """Units in the order of all ranks: those before `last` that are not in the store are stepped here."""
-        while left:
-            item = left.popleft()
-            if not is_stored(item.unit):
-                yield from self._resident.step([item], scale)
-            else:
-                yield item
-            if item is last:
-                return
 
     def window_for(self, unit: FlatUnit) -> Window:
         """The one window, made for the most operands that a unit may have."""

@@ -7,13 +7,14 @@ block after another CPU tensors to compute on, read ahead and written behind. Ne
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import accel_kernels as ak
 import torch
 from zero_core import Handle
+from zero_core.collectives import is_done
 
 from .blocks import DEPTH, Block
 from .host_store import copy_later
@@ -123,13 +124,17 @@ class Window:
         self._rooms = [_Room(block_elements * 4, pin=pin) for _ in range(depth)]
 
     def through(
-        self, blocks: Iterable[Block], operands: Sequence[Sequence[Operand]]
+        self,
+        blocks: Iterable[Block],
+        operands: Sequence[Sequence[Operand]],
+        meanwhile: Callable[[], bool] | None = None,
     ) -> Iterator[tuple[Block, list[torch.Tensor]]]:
         """Each block with its tensors on the CPU; what was written to them by the next turn is kept.
 
         Args:
             blocks: in order.
             operands: for each unit.
+            meanwhile: called where a block is waited for, and again until it returns False: nothing is left to do.
 
         When the iteration ends, nothing is on its way any more, and unless it ends with an error all has been kept.
 
@@ -145,6 +150,8 @@ class Window:
                     block, room = todo.popleft(), free.popleft()
                     coming.append((block, room, *_read(block, room, operands[block.unit])))
                 block, room, tensors, reads = coming[0]
+                while meanwhile is not None and not all(map(is_done, reads)) and meanwhile():
+                    pass
                 for read in reads:
                     read.wait()
                 coming.popleft()

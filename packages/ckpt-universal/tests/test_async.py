@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 import threading
 import time
 
 import ckpt_universal as ckpt
 import pytest
 import torch
-from ckpt_universal import async_save
+from ckpt_universal import async_save, local_store
 
 run_ranks = pytest.importorskip("zero_core.testing").run_ranks  # spawns processes
 
@@ -199,3 +201,53 @@ def come_and_go_rank(rank, root):
 def test_savers_may_come_and_go(tmp_path):
     run_ranks(come_and_go_rank, 3, tmp_path)
     assert len(list((tmp_path / "all").glob("step-*"))) == len(list((tmp_path / "two").glob("step-*"))) == 8
+
+
+def test_an_interruption_while_waiting_leaves_the_older_save_whole(tmp_path, monkeypatch):
+    original = local_store.LocalSink.write_at
+
+    def slow(sink, *args):
+        time.sleep(0.5)
+        original(sink, *args)
+
+    monkeypatch.setattr(local_store.LocalSink, "write_at", slow)
+    tensors = [torch.zeros(1000) for _ in range(50)]
+    saver = ckpt.AsyncSaver(tmp_path)
+
+    def put(number):
+        for tensor in tensors:
+            tensor.fill_(number)
+        saver.save({"w": tensors}, step=number)
+
+    put(1)
+    put(2)
+    with monkeypatch.context() as patch:
+        patch.setattr(async_save, "wait_for", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            put(3)
+    put(4)
+    saver.close()
+    for step in (1, 2, 4):
+        found = ckpt.read_tree(tmp_path, name=f"step-{step:09d}")["w"]
+        assert all(bool((each == step).all()) for each in found)
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+FORGOTTEN = """
+import sys, torch, ckpt_universal as ckpt
+saver = ckpt.AsyncSaver(sys.argv[1])
+for step in (1, 2):
+    saver.save({"w": torch.ones(8 << 20)}, step=step)
+"""
+
+
+def test_a_program_that_forgets_to_close_ends_when_all_is_saved(tmp_path):
+    ended = subprocess.run(
+        [sys.executable, "-c", FORGOTTEN, str(tmp_path)], capture_output=True, text=True, timeout=120
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "was not closed" in ended.stderr
+    assert bool(ckpt.read_tree(tmp_path, name="step-000000002")["w"].all())

@@ -196,3 +196,84 @@ def test_a_model_without_memory_is_refused(tmp_path):
         empty = model()
     with pytest.raises(ckpt.MismatchError, match="meta device and has no memory"):
         ckpt.load(tmp_path, into={"model": empty})
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda o: torch.optim.lr_scheduler.MultiStepLR(o, [3, 5]),
+        lambda o: torch.optim.lr_scheduler.SequentialLR(
+            o, [torch.optim.lr_scheduler.MultiStepLR(o, [1]), torch.optim.lr_scheduler.ConstantLR(o)], [2]
+        ),
+        lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.5, total_steps=9),
+    ],
+)
+def test_schedules_go_on(tmp_path, make):
+    def made():
+        optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0)
+        return optimizer, make(optimizer)
+
+    def rates(optimizer, schedule):
+        found = []
+        for _ in range(4):
+            optimizer.step()
+            schedule.step()
+            found.append(optimizer.param_groups[0]["lr"])
+        return found
+
+    optimizer, schedule = made()
+    rates(optimizer, schedule)
+    ckpt.save(tmp_path, {"optimizer": optimizer, "schedule": schedule}, step=4)
+    expected = rates(optimizer, schedule)
+    optimizer, schedule = made()
+    ckpt.load(tmp_path, into={"optimizer": optimizer, "schedule": schedule})
+    assert rates(optimizer, schedule) == expected
+
+
+def test_a_module_may_be_found_under_other_names(tmp_path):
+    saved, model = nn.Linear(2, 2), nn.Linear(2, 2)
+    ckpt.save(tmp_path, {"m": saved}, step=1)
+    ckpt.load(tmp_path, into={"enc": model}, only="*", rename=lambda name: name.replace("enc.", "m."))
+    assert torch.equal(model.weight, saved.weight)
+    with pytest.raises(ckpt.MismatchError, match=r"enc\.bias.*m\.weight.*Nothing was changed"):
+        ckpt.load(tmp_path, into={"enc": model})
+    loaded = ckpt.load(tmp_path, into={"enc": model}, only="*", strict=False)
+    assert loaded.missing == ("enc.bias", "enc.weight")
+
+
+def test_a_model_with_fewer_layers_takes_what_it_has(tmp_path):
+    def layers(count):
+        return nn.Sequential(*(nn.Linear(2, 2) for _ in range(count)))
+
+    saved, model = layers(3), layers(2)
+    before = model[0].weight.detach().clone()
+    ckpt.save(tmp_path, {"m": saved}, step=1)
+    with pytest.raises(ckpt.MismatchError, match=r"unexpected there: 'm\.2\.bias', 'm\.2\.weight'"):
+        ckpt.load(tmp_path, into={"m": model})
+    assert torch.equal(model[0].weight, before)
+    loaded = ckpt.load(tmp_path, into={"m": model}, strict=False)
+    assert loaded.unexpected == ("m.2.bias", "m.2.weight")
+    assert torch.equal(model[1].weight, saved[1].weight)
+
+
+def test_a_load_that_is_refused_leaves_an_optimizer_as_it_was(tmp_path):
+    def made(**options):
+        param = nn.Parameter(torch.ones(3))
+        optimizer = torch.optim.AdamW([param], **options)
+        param.sum().backward()
+        optimizer.step()
+        return param, optimizer
+
+    ckpt.save(tmp_path, {"o": made(amsgrad=True)[1], "more": torch.ones(1)}, step=1)
+    param, optimizer = made()
+    with pytest.raises(ckpt.MismatchError, match="unexpected there: 'more'"):
+        ckpt.load(tmp_path, into={"o": optimizer})
+    assert set(optimizer.state[param]) == {"step", "exp_avg", "exp_avg_sq"}
+
+
+def test_conjugates_are_stored_as_what_they_show(tmp_path):
+    value = torch.randn(5, dtype=torch.complex64)
+    ckpt.save(tmp_path, {"conj": value.conj(), "neg": value.conj().imag}, step=1)
+    found = ckpt.read_tree(tmp_path)
+    assert torch.equal(found["conj"], value.conj().resolve_conj())
+    assert torch.equal(found["neg"], -value.imag)

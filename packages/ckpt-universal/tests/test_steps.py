@@ -166,3 +166,54 @@ def test_a_url_of_this_machine(tmp_path):
     assert value(tmp_path) == (4, 4)
     with pytest.raises(ckpt.ConfigError, match="nosuch"):
         put("nosuch://bucket/x", 1)
+
+
+def test_retention_keeps_the_step_just_saved(tmp_path):
+    for step in (100, 200):
+        put(tmp_path, step)
+    policy = ckpt.SavePolicy(point_latest=False, retention=ckpt.Retention(keep_last=2))
+    assert value(put(tmp_path, 50, policy=policy)) == (50, 50)
+
+
+def test_retention_passes_over_a_step_that_is_saved_anew(tmp_path, caplog):
+    for step in (1, 2):
+        put(tmp_path, step)
+    again = steps.claim(open_directory(tmp_path / "step-000000001"), steps.new_token())
+    put(tmp_path, 3, policy=ckpt.SavePolicy(retention=ckpt.Retention(keep_last=1)))
+    assert (
+        "is saving this very step; save to another directory or under another name; it stays" in caplog.text
+    )
+    assert value(tmp_path, name="step-000000001") == (1, 1)
+    again.release()
+    put(tmp_path, 4, policy=ckpt.SavePolicy(retention=ckpt.Retention(keep_last=1)))
+    assert [step.name for step in steps.list_steps(open_directory(tmp_path))] == ["step-000000004"]
+
+
+def test_a_damaged_latest_is_passed_over(tmp_path, caplog):
+    put(tmp_path, 1)
+    for damaged in (b"x" * 10_000, b"\xff\xfe", b"../elsewhere"):
+        (tmp_path / "latest").write_bytes(damaged)
+        assert value(tmp_path) == (1, 1)
+    put(tmp_path, 2, policy=ckpt.SavePolicy(point_latest=False, retention=ckpt.Retention(keep_last=1)))
+
+
+def test_a_file_that_is_not_there_is_noticed_before_the_commit(tmp_path, monkeypatch):
+    put(tmp_path, 1)
+    save = sys.modules["ckpt_universal.save"]
+    original = save.write_file
+
+    def lost(directory, name, *args, **kwargs):
+        written = original(directory, name, *args, **kwargs)
+        directory.remove(name)
+        return written
+
+    monkeypatch.setattr(save, "write_file", lost)
+    with pytest.raises(ckpt.CheckpointError, match=r"it is not there, though a rank has written it"):
+        put(tmp_path, 2)
+    assert value(tmp_path) == (1, 1)
+
+
+@pytest.mark.parametrize("step", [-1, 2**63, 1.0, True])
+def test_a_step_is_a_number(tmp_path, step):
+    with pytest.raises(ckpt.ConfigError, match="expected a number >= 0"):
+        put(tmp_path, step, value=1)

@@ -9,8 +9,11 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from itertools import accumulate, takewhile
 from types import TracebackType
 from typing import Any, TypeVar
@@ -19,9 +22,10 @@ import torch
 import torch.distributed as dist
 
 from .buffers import aligned_memory
+from .errors import CheckpointError
 from .holdings import Agreed, Layout, Taken, take_apart
 from .ranks import Ranks
-from .save import SavePolicy, Target, Writing
+from .save import SavePolicy, Target, Writing, check_alike
 from .tree import Boxes
 from .writer import CHUNK_ALIGN, Piece
 
@@ -75,6 +79,21 @@ class HostBuffer:
         self._addresses = [copy.values.data_ptr() for copy in self._copies]
 
 
+def _finish_at_exit(saver: AsyncSaver) -> None:
+    """Have a saver that nobody closes finish what it has begun: after this, threads can begin nothing any more."""
+    known = weakref.ref(saver)
+
+    def finish() -> None:
+        left = known()
+        if left is not None and not left._closed:
+            log.warning("an AsyncSaver was not closed; the program waits for its last saves")
+            left.wait()
+
+    register = getattr(threading, "_register_atexit", None)  # `atexit` is too late
+    if register is not None:
+        register(finish)
+
+
 def _attempt(act: Callable[[], T]) -> Future[T]:
     """What an act returned, or raised."""
     done: Future[T] = Future()
@@ -123,11 +142,13 @@ class AsyncSaver:
         self._buffers = (HostBuffer(), HostBuffer())
         self._jobs: list[Future[str]] = []
         self._num_saves = 0
+        self._closed = False
         self._agreed: Agreed | None = None
         self._layout: Layout = {}  # of what was agreed
         self._boxes: Boxes = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ckpt-save")
         self._asking = ThreadPoolExecutor(1, thread_name_prefix="ckpt-ask")
+        _finish_at_exit(self)
 
     def save(self, state: Mapping[str, Any], *, step: int, name: str | None = None) -> None:
         """Begin to save a state tree, as `ckpt_universal.save` does; returns when it may change again.
@@ -137,22 +158,29 @@ class AsyncSaver:
         Raises:
             CheckpointError: An earlier save has failed (this one has not begun); or as for `save`.
         """
-        target = Target.of(self._path, step, name)
+        if self._closed:
+            raise CheckpointError("AsyncSaver.save: the saver is closed; make a new one")
         while len(self._jobs) >= len(self._buffers):
             self._finish_first()
         buffer = self._buffers[self._num_saves % len(self._buffers)]
-        taking = _attempt(lambda: take_apart(state, self._boxes))
+        targeting = _attempt(lambda: Target.of(self._path, step, name))
+        taking = _attempt(lambda: (targeting.result(), take_apart(state, self._boxes))[1])
         num_done, as_before = sum(1 for _ in takewhile(Future.done, self._jobs)), self._is_as_before(taking)
         asked = self._asking.submit(
-            self._ranks.share, "save: taking the state apart", taking.result, lambda _: (num_done, as_before)
+            self._ranks.share,
+            "save: taking the state apart",
+            taking.result,
+            lambda _: (num_done, as_before, targeting.result().known),
         )
         # Meanwhile this rank copies: mostly, all of them hold what they held last time.
         copying = self._copying(taking.result(), buffer) if as_before else None
         taken, said = asked.result()
+        target = targeting.result()
         # Ranks see the end of a save at different times; they raise together, since it failed on all of them.
-        for _ in range(max(num_done for num_done, _ in said)):
+        for _ in range(max(num_done for num_done, _, _ in said)):
             self._finish_first()
-        if copying is None or not all(as_before for _, as_before in said):
+        check_alike([known for _, _, known in said])
+        if copying is None or not all(as_before for _, as_before, _ in said):
             told = self._ranks.gather_bytes(taken.told, "save")
             self._agreed = Agreed.of(told, self._ranks.rank, self.policy.chunk_bytes)
             self._layout = taken.layout
@@ -191,6 +219,7 @@ class AsyncSaver:
         return path
 
     def _finish_first(self) -> None:
+        wait_for(self._jobs[:1])  # an interruption leaves it there: its buffer is in use
         self._jobs.pop(0).result()
 
     def wait(self) -> str | None:
@@ -211,6 +240,7 @@ class AsyncSaver:
 
     def close(self) -> None:
         """Wait, and end the thread; as `wait`."""
+        self._closed = True
         try:
             self.wait()
         finally:

@@ -138,14 +138,17 @@ def load(
     ranks = Ranks(group, timeout_s=timeout_s)
     try:
         step, index = _agreed_step(path, name, ranks)
-        targets = ranks.together(
-            "load: understanding the state",
-            lambda: find_targets(into, index.values, index.tensors, ranks.rank, ranks.world, _matcher(only)),
+
+        def understand() -> tuple[Targets, list[Part], dict[str, str]]:
+            found = find_targets(into, index.values, index.tensors, ranks.rank, ranks.world, _matcher(only))
+            parts = [part for each, part in found.parts.items() if found.chosen(each)]
+            return found, parts, _names(parts, rename)
+
+        (targets, chosen, names), matched = ranks.share(
+            "load: understanding the state", understand, lambda found: bool(found[1]) or found[0].matched
         )
-        chosen = [part for each, part in targets.parts.items() if targets.chosen(each)]
-        if only is not None and not chosen and not targets.matched:
-            raise ConfigError(f"only: nothing of the state matches {only!r}")
-        names = _names(chosen, rename)
+        if only is not None and not any(matched):
+            raise ConfigError(f"only: nothing of the state matches {only!r}, on any rank")
         missing, unexpected = _compare(step, index, targets, chosen, names, ranks, strict, only is not None)
         wants = [Want(names[part.name], part.pieces) for part in chosen if names[part.name] in index.tensors]
         report = ranks.together("load", lambda: read_into(step.directory, index, wants, progress))
@@ -238,8 +241,7 @@ def _compare(
         for part in parts
         if (record := index.tensors.get(names[part.name])) is not None and (text := _misfit(part, record))
     ]
-    if not partial:
-        missing += targets.missing
+    missing += targets.missing
     told = ranks.gather([missing, misfits, list(names.values()), targets.unexpected], "load: comparing names")
     all_missing = sorted({each for rank in told for each in rank[0]})
     all_misfits = sorted({each for rank in told for each in rank[1]})

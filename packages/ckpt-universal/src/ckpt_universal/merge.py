@@ -28,6 +28,12 @@ def _merge(nodes: list[Any], path: tuple[str, ...]) -> Any:
     known = [(rank, node) for rank, node in enumerate(nodes) if node is not _NOTHING]
     first = known[0][1]
     if any(isinstance(node, PerRankValues) for _, node in known):
+        for rank, node in known:
+            if not isinstance(node, PerRankValues):
+                raise ConfigError(
+                    f"{'.'.join(path)}: {_short(node)} on rank {rank}, and ckpt_universal.PerRank on another; make it "
+                    "PerRank on every rank that has it"
+                )
         return PerRankValues(
             tuple(node.values[0] if isinstance(node, PerRankValues) else None for node in nodes)
         )
@@ -43,6 +49,12 @@ def _merge(nodes: list[Any], path: tuple[str, ...]) -> Any:
     for kind in (list, tuple):
         if all(type(node) is kind for _, node in known):
             length = max(len(node) for _, node in known)
+            for rank, node in known:
+                if len(node) < length and not any(_has_tensors(each) for _, each in known):
+                    raise ConfigError(
+                        f"{'.'.join(path)}: ranks have lists of different lengths, {len(node)} on rank {rank} and "
+                        f"{length} on another; make them equal, or save ckpt_universal.PerRank(value)"
+                    )
             inner = [
                 [node[at] if node is not _NOTHING and at < len(node) else _NOTHING for node in nodes]
                 for at in range(length)
@@ -61,6 +73,14 @@ def _merge(nodes: list[Any], path: tuple[str, ...]) -> Any:
                 f"on rank {rank}; make them equal, or save ckpt_universal.PerRank(value)"
             )
     return first
+
+
+def _has_tensors(node: Any) -> bool:
+    if isinstance(node, TensorRef):
+        return True
+    if isinstance(node, dict):
+        return any(map(_has_tensors, node.values()))
+    return isinstance(node, (list, tuple)) and any(map(_has_tensors, node))
 
 
 def _short(value: Any) -> str:

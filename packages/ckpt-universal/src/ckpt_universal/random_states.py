@@ -46,6 +46,8 @@ class RandomStates:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from these states."""
         state = state_dict["states"].value
+        if state is None:  # this rank saved none
+            return
         if "seed" in state:
             seed = int(state["seed"])
             torch.manual_seed(seed)

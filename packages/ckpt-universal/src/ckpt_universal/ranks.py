@@ -7,7 +7,9 @@ not come ends the wait of the others with an error that names it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -109,6 +111,16 @@ class Ranks:
             CheckpointError: it raised on another.
         """
         return self.share(doing, act, lambda result: None)[0]
+
+    @contextmanager
+    def telling(self, doing: str) -> Iterator[None]:
+        """What is raised in the block is what this rank has to say in the next `share` of the others."""
+        try:
+            yield
+        except Exception as raised:
+            failed: Future[None] = Future()
+            failed.set_exception(raised)
+            self.together(doing, failed.result)
 
     def gather_results(self, doing: str, act: Callable[[], T]) -> list[T]:
         """As `together`; returns every rank's result (what msgpack knows), in rank order."""

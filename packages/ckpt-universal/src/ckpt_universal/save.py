@@ -110,18 +110,20 @@ def save(
     Bytes per rank: `state` stays where it is; 32 MiB of buffers, and chunks on their way from a device.
     """
     policy = policy or SavePolicy()
-    target = Target.of(path, step, name)
     ranks = Ranks(group, timeout_s=policy.timeout_s)
 
     def begin() -> tuple[Taken, str]:
         return take_apart(state), writing.begin()
 
     try:
+        with ranks.telling("save"):
+            target = Target.of(path, step, name)
         with Writing(target, ranks) as writing:
             (taken, _), said = ranks.share(
-                "save", begin, lambda begun: (begun[0].told, begun[0].values, begun[1])
+                "save", begin, lambda begun: (begun[0].told, begun[0].values, begun[1], target.known)
             )
-            told, trees, tokens = zip(*said, strict=True)
+            told, trees, tokens, targets = zip(*said, strict=True)
+            check_alike(targets)
             agreed = Agreed.of(told, ranks.rank, policy.chunk_bytes)
             return writing.write(tokens[0], agreed.pieces(taken), trees, agreed, policy, progress)
     finally:
@@ -141,6 +143,11 @@ class Target:
         """Of the step."""
         return self.root.child(self.name)
 
+    @property
+    def known(self) -> list[Any]:
+        """What all ranks must say alike."""
+        return [self.step, self.name]
+
     @staticmethod
     def of(path: str | os.PathLike[str], step: int, name: str | None) -> Target:
         """Checked.
@@ -148,9 +155,23 @@ class Target:
         Raises:
             ConfigError: the step or the name is none.
         """
-        if type(step) is not int or step < 0:
-            raise ConfigError(f"step: expected a number >= 0, got {step!r}")
+        if type(step) is not int or not 0 <= step < 2**63:
+            raise ConfigError(f"step: expected a number >= 0 and below 2**63, got {step!r}")
         return Target(open_directory(path), step, step_name(step) if name is None else check_name(name))
+
+
+def check_alike(targets: Sequence[Any]) -> None:
+    """Refuse what ranks do not call the same; `targets` are those of all ranks, `Target.known`.
+
+    Raises:
+        ConfigError: on every rank.
+    """
+    for rank, (step, name) in enumerate(targets):
+        if [step, name] != list(targets[0]):
+            raise ConfigError(
+                f"save: rank 0 saves step {targets[0][0]} as {targets[0][1]!r}, and rank {rank} step {step} as "
+                f"{name!r}; all ranks save the same step"
+            )
 
 
 class Writing:
@@ -218,6 +239,8 @@ class Writing:
         def finish() -> None:
             assert values is not None
             index = _index(self.target.step, agreed, said, values.result())
+            for file in index.files:
+                _check_there(directory, file)
             commit(directory, index_name(token), index.pack())
             _after(self.target.root, self.target.name, policy)
 
@@ -273,6 +296,23 @@ def _index(
     return Index(step, time.time(), len(agreed.plan), PAGE_BYTES, tuple(files), tensors, values)
 
 
+def _check_there(directory: Directory, file: FileRecord) -> None:
+    try:
+        found = directory.size(file.name)
+    except FileNotFoundError:
+        found = None
+    if found != file.num_bytes(PAGE_BYTES):
+        raise CheckpointError(
+            f"{directory.path}/{file.name}: "
+            + (
+                "it is not there"
+                if found is None
+                else f"it has {found} bytes instead of {file.num_bytes(PAGE_BYTES)}"
+            )
+            + ", though a rank has written it; do all ranks see the same directory?"
+        )
+
+
 def _remove(directory: Directory, token: str) -> None:
     """The save has failed: its files go, or else with the next save."""
     try:
@@ -284,6 +324,12 @@ def _remove(directory: Directory, token: str) -> None:
 def _after(root: Directory, name: str, policy: SavePolicy) -> None:
     if policy.point_latest:
         point_latest(root, name)
-    removed = prune(root, policy.retention) if policy.retention.keep_last is not None else []
+    if policy.retention.keep_last is None:
+        return
+    try:
+        removed = prune(root, policy.retention, keep=name)
+    except (CheckpointError, OSError) as error:  # the step is committed all the same
+        log.warning("%s: old steps could not be removed: %s", root.path, error)
+        return
     if removed:
         log.info("%s: removed %s", root.path, ", ".join(removed))

@@ -112,8 +112,8 @@ def list_steps(root: Directory) -> list[Step]:
                 found.append(read_step(root.child(name), name))
             except NotACheckpointError:
                 continue
-            except CheckpointError as error:
-                log.warning("%s; the step is passed over", error)
+            except (CheckpointError, OSError) as error:  # such as the lost+found of a file system
+                log.warning("%s; %s is passed over", error, name)
     return sorted(found, key=lambda s: (s.number >= 0, s.number, s.directory.modified_s(MARKER)))
 
 
@@ -139,8 +139,9 @@ def find_step(path_directory: Directory, name: str | None = None) -> Step:
     if any(map(_TOKEN.fullmatch, names)):
         problem = f"an interrupted save left files there: no file {MARKER}"
     if LATEST in names:
-        pointed = path_directory.read(LATEST, _MARKER_BYTES).decode(errors="replace").strip()
+        pointed = ""
         try:
+            pointed = _pointed(path_directory)
             return read_step(path_directory.child(check_name(pointed)), pointed)
         except CheckpointError as error:
             problem = f"'latest' points to {pointed!r}, and {error}"
@@ -251,11 +252,16 @@ def discard(directory: Directory, token: str) -> None:
 
 
 def remove_step(step: Step) -> None:
-    """Remove a committed step: its marker first, so that it is never half there."""
+    """Remove a committed step: its marker first, so that it is never half there.
+
+    Raises:
+        BusyError: it is being written anew.
+    """
+    if step.directory.has_locks:
+        _clear_or_refuse(step.directory, "")
     step.directory.remove(MARKER)
-    for name in step.directory.names():
-        if _TOKEN.fullmatch(name):
-            step.directory.remove(name)
+    for name in list(_files_of(step.directory, step.marker.token)):
+        step.directory.remove(name)
     step.directory.remove_empty()
 
 
@@ -298,17 +304,33 @@ class Retention:
         return [number for number in old if self.keep_every is None or number % self.keep_every]
 
 
-def prune(root: Directory, retention: Retention) -> list[str]:
-    """Remove steps that the policy does not keep; the one `latest` points to always stays. Returns their names."""
+def prune(root: Directory, retention: Retention, *, keep: str = "") -> list[str]:
+    """Remove steps that the policy does not keep; returns their names.
+
+    The one `latest` points to always stays, and `keep`, and what is being written anew.
+    """
     steps = list_steps(root)
     doomed = set(retention.doomed([step.number for step in steps]))
-    pointed = ""
+    staying, removed = {keep}, []
     if LATEST in root.names():
-        pointed = root.read(LATEST, _MARKER_BYTES).decode(errors="replace").strip()
-    removed = [step for step in steps if step.number in doomed and step.name != pointed]
-    for step in removed:
-        remove_step(step)
-    return [step.name for step in removed]
+        try:
+            staying.add(_pointed(root))
+        except CheckpointError as error:
+            log.warning("%s", error)
+    for step in steps:
+        if step.number in doomed and step.name not in staying:
+            try:
+                remove_step(step)
+            except BusyError as error:
+                log.warning("%s; it stays", error)
+            else:
+                removed.append(step.name)
+    return removed
+
+
+def _pointed(root: Directory) -> str:
+    """The name in `latest`."""
+    return root.read(LATEST, _MARKER_BYTES).decode(errors="replace").strip()
 
 
 def prune_partial(root: Directory, older_than_s: float = 0.0) -> list[str]:

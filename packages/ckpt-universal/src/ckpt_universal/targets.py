@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -129,12 +130,14 @@ def _per_rank(targets: Targets, node: PerRank, saved: Any, path: Path) -> Apply:
 
 def _stateful(targets: Targets, node: Stateful, saved: Any, path: Path) -> Apply:
     state = node.state_dict()
-    if saved is _NOTHING:
-        targets.missing.append(join(path))
+    if saved is _NOTHING and not _has_tensors(state):
+        if targets.chosen(join(path)):
+            targets.missing.append(join(path))
         return lambda: node
     if isinstance(node, Optimizer):
         _make_room(targets, node, state, saved, path)
-    inner = _visit(targets, state, saved, path, own=True)
+    # A module has no use for what it does not know; tensors have names of their own, whatever the tree is like.
+    inner = _visit(targets, state, saved, path, own=not isinstance(node, nn.Module))
     if not targets.chosen(join(path)) and not targets.chosen(join(path) + "."):
         return lambda: node  # of a module, tensors alone may have been chosen
 
@@ -149,6 +152,7 @@ def _make_room(targets: Targets, optimizer: Optimizer, state: dict[str, Any], sa
     """State that a torch optimizer makes at its first step: tensors for it, shaped and sharded as its parameters."""
     params = [param for group in optimizer.param_groups for param in group["params"]]
     stored = saved.get("state", {}) if isinstance(saved, Mapping) else {}
+    state["state"] = {index: dict(have) for index, have in state["state"].items()}  # the optimizer's own stay
     for index, entries in stored.items() if isinstance(stored, Mapping) else ():
         if not (type(index) is int and index < len(params) and isinstance(entries, Mapping)):
             continue
@@ -182,10 +186,11 @@ def _mapping(targets: Targets, node: Mapping[str, Any], saved: Any, path: Path, 
 
     def apply() -> Any:
         found = {key: call() for key, call in inner.items()}
-        if isinstance(node, dict):
-            node.update(found)
-            return node
-        return found
+        if not isinstance(node, dict):
+            return found
+        for key, value in found.items():  # `update` of a Counter adds
+            node[key] = value
+        return node
 
     return apply
 
@@ -234,9 +239,9 @@ def _value(targets: Targets, saved: Any, path: Path) -> Any:
 
 
 def _has_tensors(saved: Any) -> bool:
-    if isinstance(saved, TensorRef):
+    if isinstance(saved, TensorRef) or is_tensor_leaf(saved):
         return True
-    if isinstance(saved, dict):
+    if isinstance(saved, Mapping):
         return any(_has_tensors(each) for each in saved.values())
     return isinstance(saved, (list, tuple)) and any(_has_tensors(each) for each in saved)
 

@@ -264,7 +264,9 @@ def _box_of(leaf: DTensor) -> Box:
     mesh, shape = leaf.device_mesh, tuple(leaf.shape)
     if not all(type(each) is Split or each.is_replicate() for each in leaf.placements):
         sizes, offsets = compute_local_shape_and_global_offset(shape, mesh, leaf.placements)
-        return Box(tuple(offsets), tuple(sizes))
+        box = Box(tuple(offsets), tuple(sizes))
+        _check_is_box(leaf, box)
+        return box
     start, size = [0] * len(shape), list(shape)
     for axis, placement in enumerate(leaf.placements):
         if isinstance(placement, Split):
@@ -274,3 +276,23 @@ def _box_of(leaf: DTensor) -> Box:
             start[dim] += low
             size[dim] = min(size[dim], low + chunk) - low
     return Box(tuple(start), tuple(size))
+
+
+def _check_is_box(leaf: DTensor, box: Box) -> None:
+    """Refuse a part whose elements lie apart in the tensor, as those of a column do after `reshape(-1)`."""
+    coordinate = leaf.device_mesh.get_coordinate()
+    assert coordinate is not None
+    where = [torch.arange(size) for size in leaf.shape]
+    for axis, placement in enumerate(leaf.placements):
+        if not placement.is_replicate():
+            dim = placement.dim % len(where)  # type: ignore[attr-defined]  # of every kind of shard
+            pieces, _ = placement._split_tensor(  # type: ignore[attr-defined]
+                where[dim], leaf.device_mesh.size(axis), with_padding=False, contiguous=False
+            )
+            where[dim] = pieces[coordinate[axis]]
+    for dim, (found, start, size) in enumerate(zip(where, box.start, box.sizes, strict=True)):
+        if size and not torch.equal(found, torch.arange(start, start + size)):
+            raise ConfigError(
+                f"a DTensor of shape {tuple(leaf.shape)}, placed as {leaf.placements}: what this rank holds of "
+                f"dimension {dim} lies apart; call .redistribute() to have it in one piece"
+            )

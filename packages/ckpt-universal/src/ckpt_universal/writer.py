@@ -125,7 +125,7 @@ def _encoded(
 
 def bytes_of(values: torch.Tensor) -> memoryview:
     """The bytes of a tensor in row-major order; its own memory where it lies so on the CPU."""
-    flat = values.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    flat = values.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1).view(torch.uint8)
     return flat.numpy().data if flat.numel() else memoryview(b"")
 
 

@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import fastgen.serve
+import httpx2
 import pytest
 from fake_engine import FakeEngine
 from fastgen.serve import Server, ServerConfig
+from fastgen.serve.interface import EngineError
 from fastgen.serve.run import ListenError
 from server_lab import Reply, Served, serving, wait_until
 
@@ -123,3 +125,29 @@ def test_a_port_that_is_taken() -> None:
             taken.run(lambda url: None)
     with pytest.raises(ListenError, match="address of this machine"):
         Server(FakeEngine(), ServerConfig(host="no.such.host.invalid", port=0)).run(lambda url: None)
+
+
+def test_a_failed_engine_ends_the_server_where_that_is_asked_for() -> None:
+    engine = FakeEngine()
+    server = Server(engine, ServerConfig(port=0, end_on_failure=True))
+
+    def serve_until_it_fails() -> None:
+        with server.background() as url:
+            engine.fail_next = RuntimeError("out of order")
+            reply = Served(url, server, engine).complete()
+            assert (reply.status, "out of order" in reply.error["message"]) == (500, True)
+
+    with pytest.raises(EngineError, match="out of order"):
+        serve_until_it_fails()
+
+
+def test_a_unix_socket(tmp_path: Path) -> None:
+    path = str(tmp_path / "here")
+    server = Server(FakeEngine(), ServerConfig(socket_path=path))
+    with server.background() as url:
+        assert url == f"unix:{path}"
+        with httpx2.Client(transport=httpx2.HTTPTransport(uds=path), base_url="http://any.name") as client:
+            assert client.get("/health").json() == {"status": "ok"}
+        with pytest.raises(ListenError, match="where nothing is yet"):
+            Server(FakeEngine(), ServerConfig(socket_path=path)).run(lambda url: None)
+    assert not Path(path).exists()

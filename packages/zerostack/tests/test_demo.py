@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
+import urllib.request
 
 import pytest
 import torch
@@ -86,6 +88,32 @@ def test_ctrl_c_saves_resume_goes_on_and_the_proofs_hold(tmp_path):
     assert "(50%)" in output
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert len((out / "sample.txt").read_text()) > 100
+    assert_it_can_be_served(output)
+
+
+def assert_it_can_be_served(output):
+    """By the command at the end of what the demo has printed."""
+    pytest.importorskip("fastgen")
+    command = output.splitlines()[-1].strip()
+    assert re.fullmatch(r"\S+fastgen serve \S+/out/model", command)
+    served = subprocess.Popen(
+        [*shlex.split(command), "--port", "0", "--cache-gib", "0.01"], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        url = re.search(r"http://[\w.:]+", served.stdout.readline()).group()
+        for path, asked in [
+            ("completions", {"prompt": "line 7 of"}),
+            ("chat/completions", {"messages": [{"role": "user", "content": "line 7 of"}]}),
+        ]:
+            body = json.dumps({**asked, "max_tokens": 9, "temperature": 0}).encode()
+            request = urllib.request.Request(f"{url}/v1/{path}", body, {"Content-Type": "application/json"})
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                usage = json.load(answer)["usage"]
+            assert (usage["prompt_tokens"], usage["completion_tokens"]) == (9, 9)
+        served.terminate()
+        assert served.wait(30) == 0
+    finally:
+        served.kill()
 
 
 def test_it_goes_on_with_any_number_of_processes(tmp_path):

@@ -11,7 +11,7 @@ Modules, in the order in which a request passes through them:
 - ``choices`` -> ``sampler`` with ``grammar``; ``beam_step`` with ``beams``: logits to tokens; ``speculation``: guesses.
 - ``text``, ``lines``, ``jobs``: tokens to text, ends, and what is told of a request.
 - ``engine``: a step; ``output``: what it tells.
-- ``llm``: completions in ten lines; ``serve``: HTTP and the command line.
+- ``llm``: completions in ten lines; ``ranks``: an engine over several processes; ``serve``: HTTP, the command line.
 - ``errors``, ``version``.
 """
 

@@ -25,3 +25,7 @@ class ModelError(FastgenError, ValueError):
 
 class CacheError(FastgenError, RuntimeError):
     """There is no memory for the KV cache."""
+
+
+class RankError(FastgenError, RuntimeError):
+    """A process that shares the model has ended, or no longer says what the others say; names the rank."""

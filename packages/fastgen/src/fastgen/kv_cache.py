@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .config import CachePolicy
 from .errors import CacheError
+from .parallel import TensorParallel
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,7 @@ def build_cache(
     activation_bytes: int = 0,
     max_blocks: int | None = None,
     beside: CacheLayout | None = None,
+    parallel: TensorParallel | None = None,
 ) -> KVCache:
     """A cache of the size that `policy` asks for, once the weights are loaded.
 
@@ -137,6 +139,7 @@ def build_cache(
         activation_bytes: that a forward will need beside it.
         max_blocks: more are never needed.
         beside: of a second cache with as many blocks, for which room is left.
+        parallel: ranks that share the model: each gets as many blocks as the one with the least room.
 
     Raises:
         CacheError: not one block fits, or the memory is not there.
@@ -151,6 +154,8 @@ def build_cache(
     num_blocks = budget // block_bytes
     if max_blocks is not None:
         num_blocks = min(num_blocks, max_blocks)
+    if parallel is not None:
+        num_blocks = int(parallel.least(num_blocks))
     if num_blocks < 1:
         raise CacheError(
             f"KV cache: expected room for at least one block of {block_bytes} bytes, got {budget} bytes "

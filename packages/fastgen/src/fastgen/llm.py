@@ -21,6 +21,7 @@ from .engine import Engine
 from .errors import ConfigError, ModelError
 from .kv_cache import KVCache, build_cache
 from .output import Output, TokenLogprobs
+from .parallel import TensorParallel
 from .request import FinishReason, SamplingParams
 from .runner import Runner
 from .scheduler import Scheduler
@@ -177,6 +178,7 @@ def build_engine(
     config = config or EngineConfig()
     tokenizer = tokenizer or _tokenizer(model)
     loaded = load_model(model, config, group=group)
+    parallel = TensorParallel(group)
     text_config = loaded.hf_config.get_text_config()
     most = config.schedule.token_budget or _MOST_BUDGET
     speculation = config.speculation
@@ -190,6 +192,7 @@ def build_engine(
         activation_bytes=loaded.decoder.activation_bytes(most, min(most, num_logits)),
         max_blocks=config.schedule.max_sequences * -(-loaded.max_model_len // config.cache.block_size),
         beside=small_layout,
+        parallel=parallel,
     )
     guesser: Guesser | None = None
     if speculation is not None and small is not None and small_layout is not None:
@@ -199,7 +202,8 @@ def build_engine(
         guesser = PromptLookup(speculation.ngram, speculation.num_drafts)
     runner = Runner(loaded.decoder, cache, loaded.device, guesser)
     if config.schedule.token_budget is None:
-        measured = runner.saturation_tokens(_MOST_BUDGET, min(loaded.max_model_len, _MEASURED_LEN))
+        longest = min(loaded.max_model_len, _MEASURED_LEN)
+        measured = runner.saturation_tokens(_MOST_BUDGET, longest, parallel.least)
         budget = max(measured, min(config.schedule.max_sequences + 1, _MOST_BUDGET))
         config = replace(config, schedule=replace(config.schedule, token_budget=budget))
     scheduler = Scheduler(

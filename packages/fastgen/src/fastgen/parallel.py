@@ -108,6 +108,15 @@ class TensorParallel:
         part = -(-total // self.size)
         return range(min(self.rank * part, total), min((self.rank + 1) * part, total))
 
+    def least(self, value: float) -> float:
+        """The least of the ranks' values: what each measured for itself, and all must do alike."""
+        if self.group is None:
+            return value
+        on_cpu = "cpu" in dist.get_backend_config(self.group)
+        agreed = torch.tensor(value, dtype=torch.float64, device="cpu" if on_cpu else "cuda")
+        dist.all_reduce(agreed, dist.ReduceOp.MIN, group=self.group)
+        return float(agreed)
+
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum over ranks; may be in place."""
         if self.group is None:

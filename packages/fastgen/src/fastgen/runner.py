@@ -6,6 +6,7 @@ In: what the scheduler has planned. Out: float32 logits of the wanted rows. Next
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -58,12 +59,15 @@ class Runner:
         unit_E: Tensor = hidden_E / hidden_E.norm().clamp_min(1e-12)
         return unit_E
 
-    def saturation_tokens(self, most: int, longest: int) -> int:
+    def saturation_tokens(
+        self, most: int, longest: int, agree: Callable[[float], float] = lambda seconds: seconds
+    ) -> int:
         """Tokens of a forward from which on more of them bring no more tokens a second.
 
         Args:
             most: not more than these.
             longest: tokens of a sequence.
+            agree: makes one of the seconds that each rank measured, so that all stop at the same count.
 
         Source: DeepSpeed-FastGen (Holmes et al. 2024), section 3.1. Doubles from 16 until a doubling gains less than a
         tenth, or a forward takes half a second.
@@ -78,7 +82,7 @@ class Runner:
                 for number, begin in enumerate(range(0, count, longest))
             ]
             plan = StepPlan([each for part in parts for each in part])
-            seconds = min(self._seconds(plan) for _ in range(2))
+            seconds = agree(min(self._seconds(plan) for _ in range(2)))
             if count / seconds < _LEAST_GAIN * best_rate:
                 break
             best, best_rate = count, count / seconds

@@ -185,11 +185,22 @@ class Models(Answer):
     data: list[Model]
 
 
+class ReplicaHealth(Answer):
+    """One of several servers behind one address."""
+
+    replica: int
+    status: str
+    requests: int
+    restarts: int
+    detail: str | None = None
+
+
 class Health(Answer):
-    """The answer of /health."""
+    """The answer of /health; `replicas` where there are several."""
 
     status: Literal["ok", "stopping", "failed"]
     detail: str | None = None
+    replicas: list[ReplicaHealth] | None = None
 
 
 class ServerStats(Answer):

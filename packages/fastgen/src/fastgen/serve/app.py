@@ -72,7 +72,7 @@ def create_app(engine: Engine, config: ServerConfig | None = None) -> FastAPI:
     )
     app.state.service = service
     app.add_middleware(Guard, config=service.config, answered=service.metrics.answered)
-    _add_errors(app)
+    add_errors(app)
     _add_generation(app, service)
     _add_models(app, service)
     _add_health(app, service)
@@ -165,7 +165,9 @@ def _add_health(app: FastAPI, service: Service) -> None:
         return Response(status_code=204)
 
 
-def _add_errors(app: FastAPI) -> None:
+def add_errors(app: FastAPI) -> None:
+    """Answer errors in OpenAI's shape."""
+
     @app.exception_handler(ApiError)
     async def known(request: Request, error: ApiError) -> Response:
         return error.response()

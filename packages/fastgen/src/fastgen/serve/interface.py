@@ -5,9 +5,9 @@ Any object that fits `Engine` can be served: `fastgen.engine`'s, or one of a tes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from ..errors import FastgenError
 from ..output import Output, Stats
@@ -58,6 +58,14 @@ class Engine(Protocol):
         """A vector for a text; `RequestError` where the model has none."""
 
 
+@runtime_checkable
+class MayBeLost(Protocol):
+    """What an engine has, too, that may fail while nobody calls it: one that other processes share."""
+
+    def watch(self, lost: Callable[[FastgenError], None]) -> None:
+        """Call `lost`, in any thread, when it has failed."""
+
+
 class Watch(Protocol):
     """Who wants to know when things happen (`metrics`); times are of `time.perf_counter`."""
 
@@ -72,7 +80,7 @@ class Watch(Protocol):
 
 
 class EngineError(FastgenError, RuntimeError):
-    """The engine raised in a step; it is not used again."""
+    """The engine raised in a step, or was lost; it is not used again."""
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,8 @@ class ServerConfig:
         cors_origins: web pages from elsewhere that may call the API.
         allowed_hosts: names under which the server may be called, against DNS rebinding: a web page whose name suddenly
             points to this machine. None: on a loopback address those of the loopback, else all.
+        socket_path: of a Unix socket to listen on instead of `host` and `port`.
+        end_on_failure: end with an error when the engine has failed; else stay, and say so at /health.
         limits: see `Limits`.
     """
 
@@ -73,6 +75,8 @@ class ServerConfig:
     adapters: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
     allowed_hosts: tuple[str, ...] | None = None
+    socket_path: str | None = None
+    end_on_failure: bool = False
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
@@ -86,4 +90,6 @@ class ServerConfig:
         """Names under which the server may be called, or None for all."""
         if self.allowed_hosts is not None:
             return self.allowed_hosts
+        if self.socket_path is not None:
+            return None
         return LOOPBACK if self.host in {"localhost", "127.0.0.1", "::1"} else None

@@ -19,12 +19,13 @@ from typing import Any, TypeVar
 
 from ..errors import OverloadedError
 from ..output import Output, Stats
-from .interface import Engine, EngineError, Job, Watch
+from .interface import Engine, EngineError, Job, MayBeLost, Watch
 from .stream import Stream
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 Command = Callable[[], None]
+LOST_TIMEOUT_S = 5.0
 
 
 class EngineLoop:
@@ -50,6 +51,7 @@ class EngineLoop:
         self._outbox: list[tuple[list[Output], Stats, float]] = []
         self.stats = Stats()
         self.failure: EngineError | None = None
+        self.failed = asyncio.Event()
 
     # -- the event loop's side ---------------------------------------------------------------------------
 
@@ -59,6 +61,8 @@ class EngineLoop:
         self.stats = self._engine.stats()
         self._thread = threading.Thread(target=self._drive, name="fastgen-engine", daemon=True)
         self._thread.start()
+        if isinstance(self._engine, MayBeLost):
+            self._engine.watch(lambda error: self._tell(self._fail, error))
 
     async def close(self) -> None:
         """Abort what runs and end the thread."""
@@ -67,7 +71,8 @@ class EngineLoop:
             stream.close()
         if self._thread is not None:
             self._commands.put(None)
-            await asyncio.to_thread(self._thread.join)
+            # A lost engine may never come back from its last step.
+            await asyncio.to_thread(self._thread.join, None if self.failure is None else LOST_TIMEOUT_S)
             self._thread = None
 
     @property
@@ -160,6 +165,8 @@ class EngineLoop:
                 self._watch.stepped(outputs, stats, at_s)
 
     def _fail(self, error: BaseException) -> None:
+        if self.failure is not None:
+            return
         self.failure = EngineError(
             f"the engine has failed ({type(error).__name__}: {error}); restart the server"
         )
@@ -167,6 +174,7 @@ class EngineLoop:
         for answer in self._answers:
             if not answer.done():
                 answer.set_exception(self.failure)
+        self.failed.set()
 
     # -- the engine's thread -----------------------------------------------------------------------------
 

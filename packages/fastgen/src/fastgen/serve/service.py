@@ -108,6 +108,9 @@ class Service:
         shown = {name: getattr(stats, name) for name in ServerStats.model_fields if name != "requests"}
         return ServerStats(requests=self.admission.num_inside, **shown)
 
+    async def open(self) -> None:
+        """Nothing: the application's lifespan starts the loop."""
+
     async def drain(self, timeout_s: float) -> bool:
         """Let nobody in, wait for those inside, then end what is left; whether nothing was."""
         self.admission.stop()
@@ -115,8 +118,18 @@ class Service:
         self.loop.fail_all(overloaded("the server is shutting down", retry_after_s=10))
         return finished
 
+    async def wait_idle(self, timeout_s: float) -> bool:
+        """Wait until nobody is inside; False if somebody still is after `timeout_s`."""
+        return await self.admission.wait_idle(timeout_s)
+
+    async def wait_failed(self) -> Exception:
+        """Wait until the engine has failed; gives the reason."""
+        await self.loop.failed.wait()
+        assert self.loop.failure is not None
+        return self.loop.failure
+
     async def close(self) -> None:
-        """End the threads."""
+        """End the threads; calling it again does nothing."""
         await self.loop.close()
         self._reader.shutdown(wait=False, cancel_futures=True)
 

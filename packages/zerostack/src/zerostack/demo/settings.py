@@ -65,6 +65,11 @@ class Settings:
         return self.out_dir / "checkpoints"
 
     @property
+    def model(self) -> Path:
+        """Where the trained model goes, as a Hugging Face directory."""
+        return self.out_dir / "model"
+
+    @property
     def losses(self) -> Path:
         """Where the loss of every step is kept."""
         return self.out_dir / "losses.json"

@@ -27,6 +27,7 @@ from ..explain import num_bytes
 from ..machine import resident_bytes
 from ..resolve import effective
 from . import held, report, text
+from .export import export
 from .gpt import GPT
 from .settings import CONTEXT, Settings
 
@@ -165,6 +166,13 @@ def save(run: Run, engine: Engine) -> str:
     if run.first:
         run.losses.save(run.settings.losses)
     return str(path)
+
+
+def export_model(run: Run, engine: Engine) -> None:
+    """Write the model for programs that serve it."""
+    values = zero.full_state_dict(engine.module)
+    if run.first:
+        export(values, run.settings.model_config(), run.settings.model)
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from ..engine import Engine
 from ..errors import ZerostackError
 from ..machine import bfloat16_pays
 from . import report, text, training
+from .export import serve_command
 from .settings import CONTEXT, Settings, num_params
 from .training import INTERRUPTED, Run, Stop
 
@@ -101,6 +102,7 @@ def _prove(run: Run, engine: Engine, saved: str) -> None:
     """The tables and the text at the end; every rank takes part, the first one prints."""
     settings = run.settings
     first_step = engine.global_steps + 1
+    training.export_model(run, engine)
     held = training.measure_held(run, engine)
     sample = training.generate(run, engine)
     uninterrupted, resumed = training.prove_resume(run, engine)
@@ -120,7 +122,8 @@ def _prove(run: Run, engine: Engine, saved: str) -> None:
     say(report.continuation_table(first_step, uninterrupted, resumed))
     say(f"\nWhat it writes now\n\n{sample}\n")
     (settings.out_dir / "sample.txt").write_text(sample, encoding="utf-8")
-    say(f"Written to {settings.out}: loss.png, losses.json, sample.txt, checkpoints.")
+    say(f"Written to {settings.out}: loss.png, losses.json, sample.txt, checkpoints, model.")
+    say(f"\nServe the model (OpenAI's API, and a page to try it):\n\n  {serve_command(settings.model)}")
 
 
 if __name__ == "__main__":

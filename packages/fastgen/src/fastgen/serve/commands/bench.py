@@ -13,7 +13,7 @@ from ..bench.load import Ask, Run, Target, closed_loop, mixed, open_loop
 from ..bench.report import draw, summarize, table, write_json
 from ..bench.target import EngineTarget, HttpTarget
 from ..loop import EngineLoop
-from .options import add_engine_options, amount, load_engine, positive
+from .options import add_engine_options, amount, loaded_engine, positive
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
@@ -100,12 +100,13 @@ async def _target(args: argparse.Namespace) -> AsyncIterator[Target]:
     if "://" in args.target:
         yield HttpTarget(args.target, model=args.model, api_key=args.api_key)
         return
-    loop = EngineLoop(load_engine(args.target, args), max_queued=max(1024, args.requests))
-    loop.start()
-    try:
-        yield EngineTarget(loop)
-    finally:
-        await loop.close()
+    with loaded_engine(args.target, args) as engine:
+        loop = EngineLoop(engine, max_queued=max(1024, args.requests))
+        loop.start()
+        try:
+            yield EngineTarget(loop)
+        finally:
+            await loop.close()
 
 
 def numbers(text: str) -> list[float]:

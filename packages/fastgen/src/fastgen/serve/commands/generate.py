@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ...errors import RequestError
 from ...request import SamplingParams
 from ..interface import Engine
-from .options import add_engine_options, amount, load_engine, positive
+from .options import add_engine_options, amount, loaded_engine, positive
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
@@ -100,17 +100,17 @@ def run_generate(args: argparse.Namespace) -> int:
     """One prompt."""
     params = _params(args)
     text = sys.stdin.read() if args.prompt == "-" else args.prompt
-    engine = load_engine(args.path, args)
-    if args.chat:
-        prompt_ids = _chat_ids(engine, [{"role": "user", "content": text}])
-    else:
-        prompt_ids = list(engine.tokenizer.encode(text))
-    started_s = time.perf_counter()
-    try:
-        _, num_tokens = stream(engine, prompt_ids, params, _write)
-    finally:
-        _write("\n")
-    elapsed_s = time.perf_counter() - started_s
+    with loaded_engine(args.path, args) as engine:
+        if args.chat:
+            prompt_ids = _chat_ids(engine, [{"role": "user", "content": text}])
+        else:
+            prompt_ids = list(engine.tokenizer.encode(text))
+        started_s = time.perf_counter()
+        try:
+            _, num_tokens = stream(engine, prompt_ids, params, _write)
+        finally:
+            _write("\n")
+        elapsed_s = time.perf_counter() - started_s
     sys.stderr.write(
         f"{len(prompt_ids)} tokens of prompt, {num_tokens} of output in {elapsed_s:.2f} s "
         f"({num_tokens / elapsed_s:.1f} tokens/s)\n"
@@ -121,15 +121,20 @@ def run_generate(args: argparse.Namespace) -> int:
 def run_chat(args: argparse.Namespace) -> int:
     """Turn by turn."""
     params = _params(args)
-    engine = load_engine(args.path, args)
-    messages = [{"role": "system", "content": args.system}] if args.system else []
+    with loaded_engine(args.path, args) as engine:
+        _converse(engine, params, args.system)
+    return 0
+
+
+def _converse(engine: Engine, params: SamplingParams, system: str) -> None:
+    messages = [{"role": "system", "content": system}] if system else []
     while True:
         try:
             said = input("> ").strip()
         except EOFError:
             said = ""
         if not said:
-            return 0
+            return
         messages.append({"role": "user", "content": said})
         try:
             answer, _ = stream(engine, _chat_ids(engine, messages), params, _write)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ...errors import ConfigError
+from ..engine_spec import EngineSpec
 from ..interface import Engine
 
 if TYPE_CHECKING:
@@ -16,13 +19,20 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
-    """What `load_engine` reads."""
+    """What `engine_spec` reads."""
     group = parser.add_argument_group("engine")
     group.add_argument("--dtype", choices=DTYPES, help="of the model (default: as its config says)")
     group.add_argument(
         "--weights", choices=("dense", "int8", "int4"), default="dense", help="how they are held"
     )
     group.add_argument("--device", help="such as cpu or cuda:0 (default: a GPU if there is one)")
+    group.add_argument(
+        "--tensor-parallel",
+        type=positive,
+        metavar="N",
+        default=1,
+        help="processes that share each layer, each on a GPU of its own, or all on the CPU (1)",
+    )
     group.add_argument(
         "--max-model-len", type=positive, metavar="N", help="longest prompt and output together"
     )
@@ -36,7 +46,10 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         "--max-sequences", type=positive, metavar="N", default=256, help="that run at once (256)"
     )
     group.add_argument(
-        "--cache-gib", type=amount, metavar="X", help="of the KV cache (default: 0.8 of free memory)"
+        "--cache-gib",
+        type=amount,
+        metavar="X",
+        help="of each process's KV cache (default: 0.8 of free memory)",
     )
     group.add_argument(
         "--cache-dtype", choices=(*DTYPES, "int8"), help="of keys and values (default: the model's)"
@@ -46,7 +59,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         type=amount,
         metavar="X",
         default=0.0,
-        help="host memory for preempted sequences (0: recompute)",
+        help="host memory of each process for preempted sequences (0: recompute)",
     )
     group.add_argument(
         "--no-prefix-cache", action="store_true", help="share nothing between prompts that begin alike"
@@ -91,18 +104,21 @@ def engine_config(args: argparse.Namespace, **schedule: Any) -> EngineConfig:
     )
 
 
-def load_engine(path: str, args: argparse.Namespace, **schedule: Any) -> Engine:
-    """The engine that the options describe, with its adapters.
+def engine_spec(path: str, args: argparse.Namespace, **schedule: Any) -> EngineSpec:
+    """What the options say of the engine; `schedule` adds fields of `SchedulePolicy`."""
+    adapters = tuple(adapter_pairs(args.adapters))
+    return EngineSpec(path, engine_config(args, **schedule), args.tensor_parallel, adapters)
+
+
+@contextmanager
+def loaded_engine(path: str, args: argparse.Namespace, **schedule: Any) -> Iterator[Engine]:
+    """The engine that the options describe, with its adapters; ends its processes at the end.
 
     Raises:
         FastgenError: the model or an adapter cannot be loaded.
     """
-    from ...llm import build_engine
-
-    engine: Engine = build_engine(path, engine_config(args, **schedule))
-    for name, directory in adapter_pairs(args.adapters):
-        engine.load_adapter(name, directory)
-    return engine
+    with engine_spec(path, args, **schedule).loaded() as engine:
+        yield engine
 
 
 def adapter_pairs(options: list[str]) -> list[tuple[str, str]]:

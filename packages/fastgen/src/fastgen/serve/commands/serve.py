@@ -5,15 +5,21 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import ConfigError
+from ..interface import EngineError
 from ..limits import LOOPBACK, Limits, ServerConfig
-from .options import adapter_pairs, add_engine_options, amount, load_engine, positive
+from .options import adapter_pairs, add_engine_options, amount, engine_spec, positive
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
+
+    from ..engine_spec import EngineSpec
+    from ..replicas import ReplicaServer
 
 EPILOG = """
 examples:
@@ -22,6 +28,8 @@ examples:
   fastgen serve ./model --host 0.0.0.0 --api-key-file keys.txt       other machines may ask, with a key
   fastgen serve ./model --adapters legal=./lora-legal                "model": "legal" chooses the adapter
   fastgen serve ./model --speculate ngram                            guess tokens from the text so far
+  fastgen serve ./model --tensor-parallel 2                          each layer over two GPUs
+  fastgen serve ./model --replicas 4                                 four servers behind one address
 
   curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
        -d '{"messages": [{"role": "user", "content": "Hello"}], "stream": true}'
@@ -30,6 +38,7 @@ examples:
   OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none").models.list()
 
 On SIGTERM new requests get 503, running ones may finish within --drain-timeout, then it exits with 0.
+An engine that fails ends the server with an error; a replica that ends is started again.
 """
 
 
@@ -47,6 +56,13 @@ def add_serve(commands: _SubParsersAction[Any]) -> None:
         "--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine only)"
     )
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (8000)")
+    parser.add_argument(
+        "--replicas",
+        type=positive,
+        metavar="N",
+        default=1,
+        help="servers behind this address, each of --tensor-parallel processes (1)",
+    )
     parser.add_argument("--name", help="the model's name in the API (default: the directory's)")
     access = parser.add_argument_group("access")
     access.add_argument(
@@ -114,6 +130,7 @@ def server_config(args: argparse.Namespace) -> ServerConfig:
         adapters=tuple(name for name, _ in adapter_pairs(args.adapters)),
         cors_origins=tuple(args.cors_origin),
         allowed_hosts=(*LOOPBACK, *args.allowed_host) if args.allowed_host else None,
+        end_on_failure=True,
         limits=limits,
     )
 
@@ -130,11 +147,47 @@ def run_serve(args: argparse.Namespace) -> int:
         sys.stderr.write(
             f"fastgen serve: warning: anybody who reaches {config.host} may ask; give --api-key-file\n"
         )
-    server = Server(load_engine(args.path, args, max_waiting=args.max_queued), config)
-
-    def ready(url: str) -> None:
-        sys.stdout.write(f"serving {server.service.served_name} on {url} (chat page; API: {url}/v1)\n")
-        sys.stdout.flush()
-
-    server.run(ready)
+    spec = engine_spec(args.path, args, max_waiting=args.max_queued)
+    say_ready = partial(_say_ready, config.served_name or Path(args.path).name)
+    if args.replicas > 1:
+        _replicated(spec, config, args.replicas).run(say_ready)
+        return 0
+    try:
+        with spec.loaded() as engine:
+            Server(engine, config).run(say_ready)
+    except EngineError as error:
+        if spec.tensor_parallel > 1:
+            _leave_collectives(error)
+        raise
     return 0
+
+
+def _leave_collectives(error: EngineError) -> None:
+    """End at once where a GPU may still wait for a rank that has ended."""
+    import torch
+
+    from ...ranks.processes import leave
+
+    if torch.cuda.is_initialized():
+        sys.stderr.write(f"fastgen serve: error: {error}\n")
+        leave(2)
+
+
+def _replicated(spec: EngineSpec, config: ServerConfig, replicas: int) -> ReplicaServer:
+    import torch
+
+    from ...ranks.places import check_devices
+    from ..replicas import ReplicaServer
+
+    device = spec.config.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    num_processes = replicas * spec.tensor_parallel
+    gpus = 0
+    if device.type == "cuda":
+        check_devices(device, num_processes)
+        gpus = spec.tensor_parallel
+    return ReplicaServer(replace(spec, processes_here=num_processes), config, replicas=replicas, gpus=gpus)
+
+
+def _say_ready(name: str, url: str) -> None:
+    sys.stdout.write(f"serving {name} on {url} (chat page; API: {url}/v1)\n")
+    sys.stdout.flush()

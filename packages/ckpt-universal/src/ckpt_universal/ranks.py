@@ -99,9 +99,20 @@ class Ranks:
         return CheckpointError(f"{doing}: rank {peer} of {self.world} has ended or did not answer ({said})")
 
     def gather(self, mine: Any, doing: str) -> list[Any]:
-        """Every rank's value (what msgpack knows), in rank order."""
-        packed = self.gather_bytes(msgpack.packb(mine), doing)
-        return [msgpack.unpackb(each, strict_map_key=False) for each in packed]
+        """Every rank's value (what msgpack knows), in rank order.
+
+        Raises:
+            CheckpointError: as `gather_bytes`; or another rank is doing something else.
+        """
+        packed = self.gather_bytes(msgpack.packb([doing, mine]), doing)
+        said = [msgpack.unpackb(each, strict_map_key=False) for each in packed]
+        for rank, (its, _) in enumerate(said):
+            if its != doing:
+                raise CheckpointError(
+                    f"rank {self.rank} is at {doing!r}, and rank {rank} at {its!r}; every rank makes the same calls in "
+                    "the same order: after an error on some of them alone, start anew"
+                )
+        return [value for _, value in said]
 
     def together(self, doing: str, act: Callable[[], T]) -> T:
         """Do something on all ranks, and go on on all of them or none.

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from tqdm import tqdm
 
-from .errors import CheckpointError
+from .errors import CheckpointError, ConfigError, NotACheckpointError
 from .interchange.convert import FORMATS, convert, export_safetensors
 from .places import open_directory
-from .steps import Retention, list_steps, prune, prune_partial
+from .steps import Retention, Step, list_steps, prune, prune_partial
+from .stores import Directory
 from .values import DTYPES
-from .verify import diff, inspect, verify
+from .verify import diff, inspect, marked_steps, verify
 from .version import __version__
 
 EXAMPLES = """
@@ -37,18 +40,26 @@ torch.distributed.checkpoint, or of DeepSpeed (ZeRO 0 to 3, universal): it is re
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; 0 if all is well, 1 if something was found (verify, diff), 2 for an error."""
+    """Run a command; 0 if all is well, 1 if something was found (verify, diff), 2 for an error.
+
+    141, as a shell has it, if nobody reads the output any more: what was to be found may not have been.
+    """
     parser = _parser()
     options = parser.parse_args(arguments)
     logging.basicConfig(format="%(message)s", level=logging.INFO if options.verbose else logging.WARNING)
     try:
         run: Callable[[argparse.Namespace], int] = options.run
-        return run(options)
+        code = run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # an OSError, too
+        with suppress(OSError, ValueError):  # or the interpreter complains of it at its end
+            output = sys.stdout.fileno()
+            os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+        return 141
     except (CheckpointError, OSError) as error:
         sys.stderr.write(f"ckpt-universal: {error}\n")
         return 2
-    except BrokenPipeError:
-        return 0
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -145,7 +156,7 @@ def _bar(what: str) -> Iterator[Callable[[int], None]]:
 
 def _inspect(options: argparse.Namespace) -> int:
     if options.steps:
-        for step in list_steps(open_directory(options.path)):
+        for step in _some_steps(open_directory(options.path)):
             _say(step.name)
         return 0
     for line in inspect(options.path, name=options.name):
@@ -153,10 +164,15 @@ def _inspect(options: argparse.Namespace) -> int:
     return 0
 
 
+def _some_steps(root: Directory) -> list[Step]:
+    steps = list_steps(root)
+    if not steps:
+        raise NotACheckpointError(f"{root.path}: no committed checkpoint")
+    return steps
+
+
 def _verify(options: argparse.Namespace) -> int:
-    names = [options.name]
-    if options.all:
-        names = [step.name for step in list_steps(open_directory(options.path))]
+    names = marked_steps(options.path) if options.all else [options.name]
     failed = False
     for name in names:
         with _bar("verifying") as progress:
@@ -182,7 +198,7 @@ def _convert(options: argparse.Namespace) -> int:
             dtype=_dtype(options),
             step=options.step,
             compress=options.compress,
-            max_file_bytes=int(options.max_file_gb * 1e9),
+            max_file_bytes=_max_file_bytes(options),
             progress=progress,
         )
     for line in left_out:
@@ -200,7 +216,7 @@ def _export(options: argparse.Namespace) -> int:
             strip=options.strip,
             dtype=_dtype(options),
             name=options.name,
-            max_file_bytes=int(options.max_file_gb * 1e9),
+            max_file_bytes=_max_file_bytes(options),
             progress=progress,
         )
     _say(str(path))
@@ -209,6 +225,12 @@ def _export(options: argparse.Namespace) -> int:
 
 def _dtype(options: argparse.Namespace) -> torch.dtype | None:
     return None if options.dtype is None else DTYPES[options.dtype]
+
+
+def _max_file_bytes(options: argparse.Namespace) -> int:
+    if not math.isfinite(options.max_file_gb) or options.max_file_gb * 1e9 < 1:
+        raise ConfigError(f"--max-file-gb: expected a number > 0, got {options.max_file_gb}")
+    return int(options.max_file_gb * 1e9)
 
 
 def _diff(options: argparse.Namespace) -> int:
@@ -221,7 +243,11 @@ def _diff(options: argparse.Namespace) -> int:
 
 
 def _prune(options: argparse.Namespace) -> int:
+    if not 0 <= options.older_than_h < math.inf:
+        raise ConfigError(f"--older-than-h: expected hours >= 0, got {options.older_than_h}")
     root = open_directory(options.path)
+    if not (options.partial and root.names()):  # interrupted saves may be all there is
+        _some_steps(root)
     removed = prune(root, Retention(keep_last=options.keep_last, keep_every=options.keep_every))
     if options.partial:
         removed += prune_partial(root, older_than_s=3600 * options.older_than_h)

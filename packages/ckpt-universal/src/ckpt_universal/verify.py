@@ -7,7 +7,7 @@ megabytes at a time.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 
@@ -15,12 +15,12 @@ import torch
 
 from .boxes import disjoint_cover
 from .buffers import BufferPool
-from .errors import CheckpointError, CorruptError
-from .index import CODECS, Index
+from .errors import CheckpointError, ConfigError, CorruptError, NotACheckpointError
+from .index import CODECS, MARKER, Index
 from .pages import Checksums, first_bad_page
 from .places import open_directory
 from .reader import READ_BYTES, Want, read_checksums, read_into
-from .steps import Step, find_step
+from .steps import Step, check_name, find_step
 from .stores import ALIGN, Directory
 from .values import DTYPES, PerRankValues, TensorRef, pack
 
@@ -59,10 +59,14 @@ def verify(
     Raises:
         NotACheckpointError: There is no committed step.
     """
-    step = find_step(open_directory(path), name)
-    report = Verification(step.directory.path)
+    root = open_directory(path)
+    report = Verification(root.path if name is None else root.child(name).path)
     try:
+        step = find_step(root, name)
+        report.path = step.directory.path
         index = step.index()
+    except (NotACheckpointError, ConfigError):
+        raise
     except CheckpointError as error:
         report.problems.append(str(error))
         return report
@@ -76,6 +80,29 @@ def verify(
         report.problems += _check_file(step.directory, index, number, progress)
         report.num_bytes += index.files[number].data_bytes
     return report
+
+
+def marked_steps(path: str | os.PathLike[str]) -> list[str | None]:
+    """The names of all steps below a path that have a marker, be it a damaged one; None for the path itself.
+
+    Raises:
+        NotACheckpointError: There is none.
+    """
+    root = open_directory(path)
+    names = root.names()
+    if MARKER in names:
+        return [None]
+    found: list[str | None] = [name for name in sorted(names) if MARKER in _names_below(root, name)]
+    if not found:
+        raise NotACheckpointError(f"{root.path}: no committed checkpoint")
+    return found
+
+
+def _names_below(root: Directory, name: str) -> list[str]:
+    try:
+        return root.child(check_name(name)).names()
+    except (ConfigError, NotADirectoryError):
+        return []
 
 
 def _check_file(
@@ -152,22 +179,32 @@ def inspect(path: str | os.PathLike[str], *, name: str | None = None) -> Iterato
     yield from _value_lines(index.values, "")
 
 
-def _value_lines(node: object, path: str) -> Iterator[str]:
+def _value_lines(values: object, path: str) -> Iterator[str]:
+    for at, leaf in _leaves(values, path):
+        yield f"  {at} = {_shown(leaf)}"
+
+
+def _leaves(node: object, path: str) -> Iterator[tuple[str, object]]:
+    """The values of a tree that are shown as one, by path; tensors are none."""
     if isinstance(node, TensorRef):
         return
+    pairs: Iterable[tuple[object, object]] | None = None
     if isinstance(node, dict):
-        for key, each in node.items():
-            yield from _value_lines(each, f"{path}.{key}" if path else str(key))
+        pairs = node.items()
+    elif isinstance(node, (list, tuple)) and any(isinstance(each, (dict, TensorRef)) for each in node):
+        pairs = enumerate(node)
+    if pairs is None:
+        yield path, node
         return
-    if isinstance(node, PerRankValues):
-        yield f"  {path} = one value for each of {len(node.values)} rank(s)"
-        return
-    if isinstance(node, (list, tuple)) and any(isinstance(each, (dict, TensorRef)) for each in node):
-        for at, each in enumerate(node):
-            yield from _value_lines(each, f"{path}.{at}")
-        return
-    text = repr(node)
-    yield f"  {path} = {text if len(text) <= 100 else text[:97] + '...'}"
+    for key, each in pairs:
+        yield from _leaves(each, f"{path}.{key}" if path else str(key))
+
+
+def _shown(leaf: object) -> str:
+    if isinstance(leaf, PerRankValues):
+        return f"one value for each of {len(leaf.values)} rank(s)"
+    text = repr(leaf)
+    return text if len(text) <= 100 else text[:97] + "..."
 
 
 def diff(
@@ -192,18 +229,40 @@ def diff(
             yield f"! {name}: {described[0]} and {described[1]}"
             continue
         yield from _compare(name, steps, indices, progress)
-    if pack(indices[0].values, "") != pack(indices[1].values, ""):
-        lines = [dict(_pairs(index.values)) for index in indices]
-        for key in dict.fromkeys([*lines[0], *lines[1]]):
-            a, b = (each.get(key, "nothing") for each in lines)
-            if a != b:
-                yield f"! {key}: {a} and {b}"
+    if not _equal(indices[0].values, indices[1].values):
+        yield from _differences(*(dict(_leaves(index.values, "")) for index in indices))
 
 
-def _pairs(values: object) -> Iterator[tuple[str, str]]:
-    for line in _value_lines(values, ""):
-        key, _, text = line.strip().partition(" = ")
-        yield key, text
+def _equal(a: object, b: object) -> bool:
+    """Whether two trees of values are, but for the order of dictionaries."""
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, dict) and isinstance(b, dict):
+        return _keys(a) == _keys(b) and all(_equal(each, b[key]) for key, each in a.items())
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    return pack(a, "") == pack(b, "")
+
+
+def _keys(node: dict[object, object]) -> set[tuple[type, object]]:
+    return {(type(key), key) for key in node}
+
+
+def _differences(first: dict[str, object], second: dict[str, object]) -> Iterator[str]:
+    """A line for each value that is not equal; one if only what holds the values is not."""
+    found = False
+    for key in dict.fromkeys([*first, *second]):
+        if key in first and key in second and _equal(first[key], second[key]):
+            continue
+        found = True
+        a, b = (_shown(each[key]) if key in each else "nothing" for each in (first, second))
+        yield (
+            f"! {key}: {a} and {b}"
+            if a != b
+            else f"! {key}: {a} in both, and what is not shown of it differs"
+        )
+    if not found:
+        yield "! the values are equal, and the dictionaries and lists that hold them differ"
 
 
 def _compare(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +75,13 @@ def write_source(
     Returns:
         The path of the step.
 
+    Raises:
+        ConfigError: The number is none that a step can have.
+
     Memory: 64 MiB and 48 MiB of buffers, whatever the sizes.
     """
+    if type(step) is not int or not 0 <= step < 2**63:
+        raise ConfigError(f"step: expected a number >= 0 and < 2**63, got {step!r}")
     root = open_directory(path)
     directory = root.child(step_name(step))
     token = new_token()
@@ -99,7 +104,7 @@ def write_source(
             name: TensorRecord(d.shape, dtype_name(d.dtype), tuple(chunks.get(name, ())))
             for name, d in source.tensors.items()
         }
-        values = _tree(source.tensors) if source.values is None else source.values
+        values = tree_of(_references(source)) if source.values is None else source.values
         index = Index(step, time.time(), 1, PAGE_BYTES, (written.file,), tensors, values)
         commit(directory, index_name(token), index.pack())
     except BaseException:
@@ -123,9 +128,33 @@ def _pieces(source: Source, boxes: list[tuple[str, Box]]) -> Iterator[Piece]:
             yield Piece(name, values)
 
 
-def _tree(tensors: Any) -> dict[str, Any]:
-    """A flat tree of tensors, for formats without any."""
-    return {name: TensorRef(name) for name in tensors}
+def _references(source: Source) -> dict[str, TensorRef]:
+    return {name: TensorRef(name) for name in source.tensors}
+
+
+def tree_of(leaves: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A tree of what has dotted names, for formats without any: as a save of `{"model": module}` gives it.
+
+    A module's state is flat (`{"layers.0.weight": ...}`), so a name is taken apart only as far as the prefix is that
+    it was given, or at its first dot. A name that cannot be, since another one is what it begins with, stays whole.
+
+    Args:
+        leaves: By name.
+        prefix: What all names begin with, where the caller has put it there.
+    """
+    depth = prefix.count(".") or 1
+    tree: dict[str, Any] = {}
+    for name, leaf in leaves.items():
+        *above, rest = name.split(".", depth)
+        begins = [".".join(above[:n]) for n in range(1, len(above) + 1)]
+        if any(begin in leaves for begin in begins):
+            tree[name] = leaf
+            continue
+        node = tree
+        for key in above:
+            node = node.setdefault(key, {})
+        node[rest] = leaf
+    return tree
 
 
 def convert(
@@ -180,8 +209,8 @@ def convert(
     elif to == "dcp":
         written = str(write_dcp(chosen, out, progress=progress))
     else:
-        if chosen.values is not None and not isinstance(source, StepSource):
-            chosen.values = {**chosen.values, **_tree(chosen.tensors)}
+        if chosen.values is None or not isinstance(source, StepSource):
+            chosen.values = tree_of({**(chosen.values or {}), **_references(chosen)}, prefix)
         written = write_source(chosen, out, step=number, compress=compress, progress=progress)
     return written, source.left_out
 

@@ -6,9 +6,9 @@ DCP's `.metadata` is a pickle of a few dataclasses of torch; those are admitted 
 from __future__ import annotations
 
 import io
-import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -16,31 +16,48 @@ import torch
 from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 from torch.distributed.checkpoint.state_dict_saver import save as torch_save
 
-from ..boxes import Box, intersect, whole_box
+from ..boxes import Box, cut, flat_range, intersect, whole_box
 from ..errors import CheckpointError, ConfigError, CorruptError
 from ..values import DTYPES, TensorRef
-from .source import Described, Source
-from .unpickle import load_plain
+from .source import PART_BYTES, Described, Source, reading
+from .torch_records import Stored, find_stored
+from .unpickle import Call, Sealed, load_plain
 
 METADATA = ".metadata"
 _METADATA_BYTES = 1 << 30
 
+
+class _Index(metadata.MetadataIndex, metaclass=Sealed):
+    """As the keys of a file's metadata; equal to none of torch's own class."""
+
+
+class _Properties(metaclass=Sealed):
+    """What the metadata says of a tensor beside its shape."""
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        """Of layout, gradient and memory format nothing is wanted."""
+        self.dtype = state[0]
+
+
 _CLASSES: dict[tuple[str, str], Any] = {
-    ("torch.distributed.checkpoint.metadata", name): getattr(metadata, name)
+    ("torch.distributed.checkpoint.metadata", name): Sealed(name, (getattr(metadata, name),), {})
     for name in (
-        "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties",
-        "MetadataIndex", "_MEM_FORMAT_ENCODING", "StorageMeta",
+        "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "StorageMeta",
     )
     if hasattr(metadata, name)
 } | {
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): filesystem._StorageInfo,
-    ("torch.serialization", "_get_layout"): lambda name: {"torch.strided": torch.strided}[name],
-    ("pathlib", "PosixPath"): PurePosixPath,
-    ("pathlib._local", "PosixPath"): PurePosixPath,
+    ("torch.distributed.checkpoint.metadata", "MetadataIndex"): _Index,
+    ("torch.distributed.checkpoint.metadata", "TensorProperties"): _Properties,
+    ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"): Call(int),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): Sealed("_StorageInfo", (filesystem._StorageInfo,), {}),
+    ("torch.serialization", "_get_layout"): Call(str),
+    ("pathlib", "PosixPath"): Call(PurePosixPath),
+    ("pathlib._local", "PosixPath"): Call(PurePosixPath),
 }  # fmt: skip
+"""What the metadata may name, as it gets it: see Note [What a pickle is handed] in `unpickle`."""
 
 
 class DcpSource:
@@ -59,25 +76,35 @@ class DcpSource:
         described = load_plain(file.read_bytes(), _CLASSES, str(file))
         if not isinstance(described, metadata.Metadata):
             raise CorruptError(f"{file}: not the metadata of a checkpoint")
-        self._places: Mapping[Any, Any] = described.storage_data
+        self._places: Mapping[Any, Any] = {}
         self._chunks: dict[str, list[Box]] = {}
         self._last: tuple[Any, torch.Tensor] | None = None
+        self._found: tuple[Any, Stored | None] | None = None
+        self.tensors: Mapping[str, Described] = {}
+        self.values: Any = {}
+        with reading(file):
+            self._take(described, file)
+
+    def _take(self, described: metadata.Metadata, file: Path) -> None:
+        if not isinstance(described.storage_data, dict):
+            raise TypeError("it does not say where values lie")
+        self._places = described.storage_data
         tensors: dict[str, Described] = {}
-        values: dict[str, Any] = {}
         for name, entry in described.state_dict_metadata.items():
+            if type(name) is not str:
+                raise TypeError(f"{name!r} is no name")
             if isinstance(entry, metadata.TensorStorageMetadata):
                 if entry.properties.dtype not in DTYPES.values():
                     raise CheckpointError(f"{file}: {name!r} has dtype {entry.properties.dtype}")
                 tensors[name] = Described(tuple(entry.size), entry.properties.dtype)
-                self._chunks[name] = [Box(tuple(c.offsets), tuple(c.sizes)) for c in entry.chunks]
+                self._chunks[name] = [_box(chunk, tensors[name].shape) for chunk in entry.chunks]
             else:
-                self._take_value(name, values)
-        self.tensors: Mapping[str, Described] = tensors
-        self.values: Any = values
+                self._take_value(name, self.values)
+        self.tensors = tensors
 
     def _take_value(self, name: str, values: dict[str, Any]) -> None:
         try:
-            values[name] = self._load(metadata.MetadataIndex(name))
+            values[name] = self._load(_Index(name))
         except CheckpointError as error:
             self.left_out.append(str(error))
 
@@ -85,50 +112,91 @@ class DcpSource:
         place = self._places.get(index)
         if place is None:
             raise CorruptError(f"{self.path}: {index.fqn!r}: the metadata does not say where it lies")
-        name = str(place.relative_path)
-        if Path(name).name != name:
-            raise CorruptError(f"{self.path}: {name!r} is no name of a file in it")
+        path = self._file_of(place)
         try:
-            with Path(self.path, name).open("rb") as file:
+            with path.open("rb") as file:
                 file.seek(place.offset)
                 data = file.read(place.length)
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         except FileNotFoundError:
-            raise CorruptError(f"{self.path}/{name}: missing; it holds {index.fqn!r}") from None
+            raise CorruptError(f"{path}: missing; it holds {index.fqn!r}") from None
         except Exception as error:  # torch refuses by name what is no tensor or plain container
             said = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise CheckpointError(f"{self.path}/{name}: {index.fqn!r}: {said}") from error
+            raise CheckpointError(f"{path}: {index.fqn!r}: {said}") from error
 
     def read(self, name: str, box: Box) -> torch.Tensor:
         """See `Source`."""
+        with reading(self.path):
+            return self._read(name, box)
+
+    def _read(self, name: str, box: Box) -> torch.Tensor:
         values = torch.empty(box.sizes, dtype=self.tensors[name].dtype)
         filled = 0
         for number, chunk in enumerate(self._chunks[name]):
             shared = intersect(chunk, box)
             if shared is None:
                 continue
-            loaded = self._chunk(name, number, chunk)
-            values[_inside(shared, box)] = loaded[_inside(shared, chunk)]
+            values[_inside(shared, box)] = self._part(name, number, chunk, shared)
             filled += shared.numel
         if filled != box.numel:
             raise CorruptError(f"{self.path}: {name!r}: {box.numel - filled} elements are in no chunk")
         return values
+
+    def _part(self, name: str, number: int, chunk: Box, part: Box) -> torch.Tensor:
+        """A part of a chunk, without the rest of it where it can be."""
+        local = Box(tuple(a - b for a, b in zip(part.start, chunk.start, strict=True)), part.sizes)
+        span = flat_range(chunk.sizes, local)
+        stored = self._stored(name, number, chunk)
+        if span is None or stored is None:
+            return self._chunk(name, number, chunk)[_inside(part, chunk)]
+        return stored.read(*span).view(part.sizes)
+
+    def _stored(self, name: str, number: int, chunk: Box) -> Stored | None:
+        if self._found is None or self._found[0] != (name, number):
+            place = self._places.get(self._index(name, torch.Size(chunk.start), number))
+            found = None
+            if place is not None and not getattr(place, "transform_descriptors", None):
+                found = find_stored(self._file_of(place), place.offset, place.length)
+            if found is not None and (
+                found.dtype is not self.tensors[name].dtype or found.numel != chunk.numel
+            ):
+                found = None
+            self._found = ((name, number), found)
+        return self._found[1]
+
+    def _file_of(self, place: Any) -> Path:
+        name = str(place.relative_path)
+        if Path(name).name != name:
+            raise CorruptError(f"{self.path}: {name!r} is no name of a file in it")
+        return Path(self.path, name)
 
     def _chunk(self, name: str, number: int, box: Box) -> torch.Tensor:
         key = (name, number)
         if self._last is None or self._last[0] != key:
             offset = torch.Size(box.start)
             loaded = self._load(self._index(name, offset, number))
-            if not isinstance(loaded, torch.Tensor) or loaded.numel() != box.numel:
+            wanted = self.tensors[name].dtype
+            if (
+                not isinstance(loaded, torch.Tensor)
+                or loaded.numel() != box.numel
+                or loaded.dtype is not wanted
+            ):
                 raise CorruptError(f"{self.path}: {name!r}: chunk {number} is not what the metadata says")
             self._last = (key, loaded.reshape(box.sizes))
         return self._last[1]
 
     def _index(self, name: str, offset: torch.Size, number: int) -> Any:
-        for index in (metadata.MetadataIndex(name, offset, number), metadata.MetadataIndex(name, offset)):
+        for index in (_Index(name, offset, number), _Index(name, offset)):
             if index in self._places:
                 return index
-        return metadata.MetadataIndex(name)
+        return _Index(name)
+
+
+def _box(chunk: Any, shape: tuple[int, ...]) -> Box:
+    box = Box(tuple(chunk.offsets), tuple(chunk.sizes))
+    if not box.within(shape):
+        raise ValueError(f"a chunk at {box.start} of {box.sizes} is not inside of shape {shape}")
+    return box
 
 
 def _inside(part: Box, whole: Box) -> tuple[slice, ...]:
@@ -143,16 +211,40 @@ class _LazyPlanner(DefaultSavePlanner):
         self._source = source
         self._progress = progress
 
+    def create_local_plan(self) -> SavePlan:
+        """The plan, with a chunk for each part of a tensor that is read at once."""
+        plan = super().create_local_plan()
+        self.plan = replace(plan, items=[part for item in plan.items for part in _parts_of(item)])
+        return self.plan
+
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
         """The values of an item of the plan."""
-        if write_item.type == WriteItemType.BYTE_IO:
+        chunk = write_item.tensor_data.chunk if write_item.tensor_data else None
+        if chunk is None:
             return super().resolve_data(write_item)
         name = write_item.index.fqn
-        shape = self._source.tensors[name].shape
-        values = self._source.read(name, whole_box(shape)) if math.prod(shape) else torch.empty(shape)
+        box = Box(tuple(chunk.offsets), tuple(chunk.sizes))
+        values = self._source.read(name, box) if box.numel else torch.empty(box.sizes)
         if self._progress is not None:
             self._progress(values.numel() * values.element_size())
         return values.to(self._source.tensors[name].dtype)
+
+
+def _parts_of(item: WriteItem) -> Iterator[WriteItem]:
+    data = item.tensor_data
+    boxes = []
+    if data is not None:
+        boxes = list(cut(whole_box(data.size), PART_BYTES // data.properties.dtype.itemsize))
+    if data is None or len(boxes) == 1:
+        yield item
+        return
+    for box in boxes:
+        start, sizes = torch.Size(box.start), torch.Size(box.sizes)
+        yield WriteItem(
+            metadata.MetadataIndex(item.index.fqn, start),
+            WriteItemType.SHARD,
+            tensor_data=replace(data, chunk=metadata.ChunkStorageMetadata(start, sizes)),
+        )
 
 
 def write_dcp(
@@ -168,7 +260,7 @@ def write_dcp(
     Raises:
         ConfigError: `out` is there and not empty.
 
-    Memory: one tensor at a time. Values beside tensors are written under their dotted paths.
+    Memory: 64 MiB, whatever the sizes. Values beside tensors are written under their dotted paths.
     """
     target = Path(out)
     if target.exists() and any(target.iterdir()):

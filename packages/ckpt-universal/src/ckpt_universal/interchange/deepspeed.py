@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 
 from ..boxes import Box, flat_range
 from ..errors import CheckpointError, CorruptError
-from .source import Described
+from .source import Described, reading
 from .unpickle import load_tensors
 
 _OPTIM = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
@@ -37,7 +37,8 @@ class DeepSpeedSource:
     """A directory that DeepSpeed's `save_checkpoint`, or its conversion to a universal checkpoint, wrote."""
 
     def __init__(self, path: Path) -> None:
-        root = _step_folder(path)
+        with reading(path / "latest"):
+            root = _step_folder(path)
         self.path = str(root)
         self.left_out: list[str] = []
         self._flat: dict[str, _Flat] = {}
@@ -46,11 +47,32 @@ class DeepSpeedSource:
             raise CheckpointError(
                 f"{root}: no files '*mp_rank_00_model_states.pt'; is it a folder of DeepSpeed?"
             )
-        states = [load_tensors(file) for file in models]
-        self._module: Mapping[str, torch.Tensor] = states[0]["module"] or {}
-        self.values: Any = {"deepspeed": _facts(states[0])}
-        universal = root / "zero"
-        optims = [load_tensors(file)["optimizer_state_dict"] for file in _by_rank(root, _OPTIM)]
+        states = [_entries(file) for file in models]
+        with reading(models[0]):
+            self._module = self._tensors_of(models[0], states[0]["module"] or {})
+            self.values: Any = {"deepspeed": _facts(states[0])}
+        optims = [_entries(file, "optimizer_state_dict") for file in _by_rank(root, _OPTIM)]
+        with reading(root):
+            self._take_optimizer(root / "zero", states, optims)
+        for name, tensor in self._module.items():
+            if tensor.numel() or not math.prod(tensor.shape):
+                self._flat.setdefault(f"model.{name}", _whole(tensor))
+        self.tensors: Mapping[str, Described] = {name: flat.described for name, flat in self._flat.items()}
+
+    def _tensors_of(self, file: Path, module: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        found: dict[str, torch.Tensor] = {}
+        for name, value in module.items():
+            if isinstance(value, torch.Tensor):
+                found[name] = value
+            else:
+                self.left_out.append(
+                    f"{file}: {name!r} of the module is no tensor, but of type {type(value).__name__}"
+                )
+        return found
+
+    def _take_optimizer(
+        self, universal: Path, states: Sequence[Mapping[str, Any]], optims: Sequence[Mapping[str, Any]]
+    ) -> None:
         if universal.is_dir():
             self._take_universal(universal, states)
         elif optims and "fp32_flat_groups" in optims[0]:
@@ -59,14 +81,13 @@ class DeepSpeedSource:
             self._take_stage12(states[0], optims)
         elif states[0].get("optimizer") is not None:
             self.left_out.append("the optimizer's state: at stage 0 it has no parameters' names")
-        for name, tensor in self._module.items():
-            if tensor.numel() or not math.prod(tensor.shape):
-                self._flat.setdefault(f"model.{name}", _whole(tensor))
-        self.tensors: Mapping[str, Described] = {name: flat.described for name, flat in self._flat.items()}
 
     def read(self, name: str, box: Box) -> torch.Tensor:
         """See `Source`."""
-        flat = self._flat[name]
+        with reading(self.path):
+            return self._read(self._flat[name], box)
+
+    def _read(self, flat: _Flat, box: Box) -> torch.Tensor:
         span = flat_range(flat.described.shape, box)
         if span is None:
             ranges = tuple(slice(a, b) for a, b in zip(box.start, box.stop, strict=True))
@@ -115,19 +136,23 @@ class DeepSpeedSource:
         """Each parameter cut into equal parts, one a rank; a rank's parts of all parameters one after another."""
         world = len(optims)
         kept = [optim["optimizer_state_dict"]["state"] for optim in optims]
-        flats = {"master": [torch.cat(list(optim["fp32_flat_groups"])) for optim in optims]}
+        flats = {"master": [list(optim["fp32_flat_groups"]) for optim in optims]}
         keys = [
             k for k, v in next(iter(kept[0].values()), {}).items() if isinstance(v, torch.Tensor) and v.dim()
         ]
         for key in keys:
-            flats[key] = [torch.cat([each[key] for _, each in sorted(state.items())]) for state in kept]
+            flats[key] = [[each[key] for _, each in sorted(state.items())] for state in kept]
         at = 0
         for shapes in states[0]["param_shapes"]:
             for name, shape in shapes.items():
                 numel = math.prod(shape)
                 part = -(-numel // world)
                 for key, ranks in flats.items():
-                    pieces = [(rank * part, flat[at : at + part]) for rank, flat in enumerate(ranks)]
+                    pieces = [
+                        (rank * part + begins, piece)
+                        for rank, groups in enumerate(ranks)
+                        for begins, piece in _slice(groups, at, at + part)
+                    ]
                     self._add(name, key, shape, _clipped(pieces, numel))
                 at += part
             self._note_steps(next(iter(kept[0].values()), {}), shapes)
@@ -194,6 +219,17 @@ class DeepSpeedSource:
         return scalars
 
 
+def _entries(file: Path, key: str | None = None) -> Mapping[str, Any]:
+    """The dictionary that a file holds, or the one under a key of it."""
+    found = load_tensors(file)
+    with reading(file):
+        if key is not None:
+            found = found[key]
+        if not isinstance(found, dict):
+            raise TypeError(f"expected a dictionary, got a {type(found).__name__}")
+    return found
+
+
 def _step_folder(path: Path) -> Path:
     latest = path / "latest"
     if latest.is_file() and not any(path.glob("*_states.pt")):
@@ -218,6 +254,16 @@ def _by_rank(root: Path, pattern: re.Pattern[str]) -> list[Path]:
     if [rank for rank, _ in found] != list(range(len(found))):
         raise CorruptError(f"{root}: files of ranks {[rank for rank, _ in found]}; some are missing")
     return [file for _, file in found]
+
+
+def _slice(groups: Sequence[torch.Tensor], start: int, stop: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """Elements of flat tensors one after another, as parts of these: nothing is read from the disk for it."""
+    at = 0
+    for group in groups:
+        low, high = max(start, at), min(stop, at + group.numel())
+        if low < high:
+            yield low - start, group.reshape(-1)[low - at : high - at]
+        at += group.numel()
 
 
 def _clipped(pieces: Sequence[tuple[int, torch.Tensor]], numel: int) -> list[tuple[int, torch.Tensor]]:

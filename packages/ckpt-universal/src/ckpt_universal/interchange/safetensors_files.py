@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from ..boxes import Box
 from ..errors import CheckpointError, ConfigError, CorruptError
 from ..writer import bytes_of
-from .source import Described, Source, parts_of
+from .source import Described, Source, parts_of, reading
 
 NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
@@ -89,10 +89,12 @@ def write_safetensors(
         progress: Told of bytes written.
 
     Raises:
-        ConfigError: `out` is there and not empty, or nothing is to be written.
+        ConfigError: `out` is there and not empty, or nothing is to be written, or the size of files is none.
 
     Memory: 64 MiB, whatever the sizes.
     """
+    if type(max_file_bytes) is not int or max_file_bytes < 1:
+        raise ConfigError(f"max_file_bytes: expected bytes >= 1, got {max_file_bytes!r}")
     target = Path(out)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{target}: is there already; choose a new directory")
@@ -178,8 +180,9 @@ class SafetensorsSource:
 
     def _files(self, root: Path) -> list[Path]:
         if (root / INDEX).exists():
-            names = sorted(set(json.loads((root / INDEX).read_text())["weight_map"].values()))
-            inside = [name for name in names if Path(name).name != name]
+            with reading(root / INDEX):
+                names = sorted(set(json.loads((root / INDEX).read_text())["weight_map"].values()))
+                inside = [name for name in names if Path(name).name != name]
             if inside:
                 raise CorruptError(f"{root / INDEX}: {inside[0]!r} is no name of a file beside it")
             return [root / name for name in names]

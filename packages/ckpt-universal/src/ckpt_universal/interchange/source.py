@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import fnmatch
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
 from ..boxes import Box, cut, whole_box
+from ..errors import CheckpointError, ConfigError, CorruptError
 from ..reader import Want, read_into
 from ..steps import Step
 from ..values import DTYPES
@@ -26,10 +29,33 @@ class Described:
     shape: tuple[int, ...]
     dtype: torch.dtype
 
+    def __post_init__(self) -> None:
+        if not all(type(size) is int and size >= 0 for size in self.shape):
+            raise ValueError(f"shape {self.shape}: expected sizes >= 0")
+        if not isinstance(self.dtype, torch.dtype):
+            raise TypeError(f"{self.dtype!r} is no dtype")
+
     @property
     def nbytes(self) -> int:
         """Bytes of it."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+@contextmanager
+def reading(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Around what takes a file apart: what fails because the file holds other things than it should is an error of it.
+
+    Raises:
+        CorruptError: names the file.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise CorruptError(
+            f"{os.fspath(path)}: not laid out as it should be ({type(error).__name__}: {error})"
+        ) from error
 
 
 class Source(Protocol):
@@ -81,6 +107,9 @@ class Renamed:
         only: pattern of names.
         rename: from a name to the new one.
         dtype: of floating-point tensors; None keeps each one's own.
+
+    Raises:
+        ConfigError: two tensors would have one name.
     """
 
     def __init__(
@@ -92,7 +121,16 @@ class Renamed:
         dtype: torch.dtype | None = None,
     ) -> None:
         self._source = source
-        self._names = {rename(name): name for name in source.tensors if fnmatch.fnmatchcase(name, only)}
+        self._names: dict[str, str] = {}
+        for name in source.tensors:
+            if (
+                fnmatch.fnmatchcase(name, only)
+                and (first := self._names.setdefault(rename(name), name)) != name
+            ):
+                raise ConfigError(
+                    f"{source.path}: {first!r} and {name!r} would both be called {rename(name)!r}; choose one of "
+                    "them by 'only', or take another 'strip' or 'prefix'"
+                )
         self._dtype = dtype
         self.path = source.path
         self.values = source.values

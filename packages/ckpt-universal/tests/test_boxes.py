@@ -6,7 +6,16 @@ import math
 
 import numpy as np
 import pytest
-from ckpt_universal.boxes import Box, cut, disjoint_cover, flat_boxes, flat_range, intersect, whole_box
+from ckpt_universal.boxes import (
+    Box,
+    covers_once,
+    cut,
+    disjoint_cover,
+    flat_boxes,
+    flat_range,
+    intersect,
+    whole_box,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -101,3 +110,34 @@ def test_what_nobody_holds_is_an_error():
         disjoint_cover((2, 3), [Box((0, 0), (2, 2))])
     assert disjoint_cover((0, 3), []) == []
     assert disjoint_cover((), [Box((), ())]) == [(Box((), ()), [0])]
+
+
+@given(st.data())
+def test_a_cover_is_told_from_what_overlaps(data):
+    shape = tuple(data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=3)))
+    count = np.zeros(shape, int)
+    boxes = []
+    for box in cut_up(whole_box(shape), data):
+        at = data.draw(st.integers(0, 9))
+        moved = box if at else Box(tuple(0 for _ in box.start), box.sizes)
+        boxes.append(moved)
+        count[tuple(slice(a, b) for a, b in zip(moved.start, moved.stop, strict=True))] += 1
+    assert covers_once(shape, boxes) == bool((count == 1).all())
+
+
+def cut_up(box, data):
+    """Boxes that cover one, by cuts of any direction within each other."""
+    dim = data.draw(st.integers(0, len(box.sizes) - 1))
+    if box.sizes[dim] == 1 or data.draw(st.integers(0, 3)) == 0:
+        return [box]
+    low = data.draw(st.integers(1, box.sizes[dim] - 1))
+    sizes, rest, start = list(box.sizes), list(box.sizes), list(box.start)
+    sizes[dim], rest[dim], start[dim] = low, rest[dim] - low, start[dim] + low
+    return cut_up(Box(box.start, tuple(sizes)), data) + cut_up(Box(tuple(start), tuple(rest)), data)
+
+
+def test_covers_of_scalars_and_of_nothing():
+    assert covers_once((), [Box((), ())])
+    assert not covers_once((), [Box((), ()), Box((), ())])
+    assert covers_once((0, 3), [])
+    assert not covers_once((2,), [])

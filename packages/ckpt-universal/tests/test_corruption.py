@@ -5,11 +5,16 @@ from __future__ import annotations
 import os
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import ckpt_universal as ckpt
 import pytest
 import torch
+from ckpt_universal.index import Marker
+from ckpt_universal.local_store import LocalDirectory
+from ckpt_universal.reader import check_sizes
+from ckpt_universal.steps import find_step
 
 PATTERN = {"a.weight": (700, 100), "b.weight": (3000,), "c": (5, 5)}
 
@@ -104,6 +109,58 @@ def test_a_damaged_marker_is_an_error_and_latest_falls_back(tmp_path, text, capl
     assert ckpt.load(tmp_path, into=state).step == 1
     assert "taking step-000000001 instead" in caplog.text
     assert torch.equal(state["c"], a_state()["c"])
+
+
+def test_a_lying_index_is_refused_by_every_reader(tmp_path):
+    files = saved(tmp_path, chunk_bytes=16 << 10)
+    step = find_step(LocalDirectory(tmp_path))
+    index = step.index()
+    honest = index.tensors["a.weight"]
+    assert len(honest.chunks) > 2
+    twice = (
+        *honest.chunks[:-2],
+        replace(honest.chunks[-3], offset=honest.chunks[-2].offset),
+        honest.chunks[-1],
+    )
+    lying = {**index.tensors, "a.weight": replace(honest, chunks=twice)}
+    packed = replace(index, tensors=lying).pack()
+    Path(files["index"]).write_bytes(packed)
+    Path(files["COMMIT"]).write_bytes(Marker.of(step.marker.index, packed).text())
+    for read in (
+        lambda: ckpt.load(tmp_path, into=a_state(fill=0.0)),
+        lambda: ckpt.read_tree(tmp_path),
+        lambda: ckpt.describe(tmp_path),
+    ):
+        with pytest.raises(ckpt.CorruptError, match=r"'a\.weight': chunks overlap"):
+            read()
+    assert "chunks overlap" in ckpt.verify(tmp_path).problems[0]
+
+
+def test_room_is_justified_by_the_files(tmp_path):
+    files = saved(tmp_path)
+    step = find_step(LocalDirectory(tmp_path))
+    check_sizes(step.directory, step.index())
+    with open(files["data"], "ab") as file:
+        file.write(b"x")
+    with pytest.raises(
+        ckpt.CorruptError, match=rf"{os.path.basename(files['data'])}: \d+ bytes long, expected"
+    ):
+        check_sizes(step.directory, step.index())
+    os.unlink(files["data"])
+    with pytest.raises(ckpt.CorruptError, match="missing"):
+        check_sizes(step.directory, step.index())
+
+
+@pytest.mark.parametrize("length", ["1" * 18, "1" * 24, "\u00b2"])
+def test_a_marker_with_a_lying_length(tmp_path, length):
+    files = saved(tmp_path)
+    words = Path(files["COMMIT"]).read_text().split()
+    words[3] = length
+    Path(files["COMMIT"]).write_text(" ".join(words))
+    with pytest.raises(ckpt.CheckpointError, match=r"not the index that was|no committed checkpoint"):
+        ckpt.read_tree(tmp_path)
+    with pytest.raises(ckpt.CorruptError, match=r"not the index that was|not a commit marker"):
+        ckpt.load(os.path.dirname(files["COMMIT"]), into=a_state(fill=0.0))
 
 
 def test_verify_counts(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections import Counter
 from contextlib import suppress
 
 import msgpack
@@ -58,6 +59,27 @@ def test_what_is_special():
         WARM = "warm"
 
     assert unpack(pack(Phase.WARM, "x"), "x") == "warm"
+
+
+def test_sets_within_sets_and_keys():
+    for value in (
+        {frozenset({1, 2}): 3, (frozenset({"a"}), 1): 4},
+        {frozenset({frozenset({1}), frozenset()}), (1, (frozenset({2}),))},
+        Counter({frozenset({"x"}): 2}),
+    ):
+        found = unpack(pack(value, "x"), "x")
+        assert found == value
+        assert type(found) is type(value)
+    # In one order, whatever order they were made in.
+    some = [frozenset({f"{at}", f"{at + 1}"}) for at in range(20)]
+    assert pack(frozenset(some), "x") == pack(set(some[7:] + some[:7]), "x")
+
+
+@pytest.mark.parametrize("key", [torch.ones(1), (1, torch.ones(1)), PerRankValues((1,))])
+def test_keys_that_would_not_come_back(key):
+    for value in ({key: 1}, {key}):
+        with pytest.raises(ConfigError, match=r"x\.(key|element): .* as a key or in a set cannot be stored"):
+            pack(value, "x")
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,18 @@ Note [Flat parts]
 A shard may be a range of the flattened (row-major) tensor, as ZeRO's are. Such a range is a few boxes: the rest of the
 first row, whole rows, the beginning of the last. Each of them is contiguous in the range, and they follow each other
 there, so boxes serve for flat parts, for rows, columns and blocks alike.
+
+Note [Random measure]
+Do boxes cover a tensor once? Give each dim's cells, between all edges, widths drawn at random, and compare the boxes'
+volumes with the tensor's. Volumes add up whatever the widths are if each cell is in one box; else the difference is a
+polynomial in them that is not zero, of degree `dims`, and vanishes for at most dims / 2^64 of all draws (Schwartz,
+Fast probabilistic algorithms for verification of polynomial identities, 1980). One pass, for boxes of any arrangement.
 """
 
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -126,6 +133,36 @@ def cut(box: Box, most: int) -> Iterator[Box]:
     for at in range(0, box.sizes[0], rows):
         taken = min(rows, box.sizes[0] - at)
         yield Box((box.start[0] + at, *box.start[1:]), (taken, *box.sizes[1:]))
+
+
+def covers_once(shape: Sequence[int], boxes: Sequence[Box]) -> bool:
+    """Whether each element of a tensor is in exactly one of the boxes, which lie within it.
+
+    In time proportional to their number; wrongly true with a probability of dims / 2^64, see Note [Random measure].
+    """
+    if sum(box.numel for box in boxes) != math.prod(shape):
+        return False
+    if len(boxes) <= 1:
+        return True
+    draw = random.SystemRandom().getrandbits  # nobody may foresee it
+    places = []
+    for dim, size in enumerate(shape):
+        edges = {0, size}
+        for box in boxes:
+            edges.add(box.start[dim])
+            edges.add(box.start[dim] + box.sizes[dim])
+        place, at = {}, 0
+        for edge in sorted(edges):
+            place[edge] = at
+            at += 1 + draw(64)
+        places.append(place)
+    total = 0
+    for box in boxes:
+        volume = 1
+        for place, start, size in zip(places, box.start, box.sizes, strict=True):
+            volume *= place[start + size] - place[start]
+        total += volume
+    return total == math.prod(place[size] - place[0] for place, size in zip(places, shape, strict=True))
 
 
 def disjoint_cover(shape: Sequence[int], boxes: Sequence[Box]) -> list[tuple[Box, list[int]]]:

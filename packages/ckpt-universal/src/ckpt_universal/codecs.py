@@ -17,6 +17,9 @@ import zstandard
 from .errors import ConfigError, CorruptError
 
 RAW, ZSTD, ZSTD_BYTES = range(3)
+MOST_RATIO = (128 << 10) // 4
+"""No zstd frame decompresses to more times its length: a block holds at most 128 KiB, and takes at least 4 bytes to
+hold any (RFC 8878, section 3.1.1.2)."""
 LEVELS = (1, 3, 6)
 """Levels that `measure` tries; higher ones gain a percent and take several times as long."""
 

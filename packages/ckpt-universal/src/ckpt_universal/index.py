@@ -11,23 +11,27 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import msgpack
 
-from .boxes import Box
-from .errors import CheckpointError, CorruptError
+from .boxes import Box, covers_once
+from .codecs import MOST_RATIO, RAW
+from .errors import CheckpointError, ConfigError, CorruptError
 from .pages import checksum, num_pages
-from .values import DTYPES, pack, unpack
+from .values import DTYPES, pack, references, unpack
 
 FORMAT, VERSION = "ckpt-universal", 1
 MARKER = "COMMIT"
 CODECS = ("raw", "zstd", "zstd-bytes")
 """As it is; compressed; compressed after the first bytes of all elements, then the second ones, and so on."""
-MAX_DIMS = 32
+MAX_DIMS = 64
+"""Torch knows no more."""
 _TOKEN = r"[0-9a-f]{16}"
-_DATA_NAME = re.compile(rf"data-{_TOKEN}-\d{{5,}}\.bin")
+_DATA_NAME = re.compile(rf"data-{_TOKEN}-[0-9]{{5,}}\.bin")
 _INDEX_NAME = re.compile(rf"index-{_TOKEN}\.msgpack")
+_NUMBER = re.compile("[0-9]{1,18}")
 T = TypeVar("T")
 
 
@@ -105,7 +109,15 @@ class Index:
     values: Any = field(default=None)
 
     def pack(self) -> bytes:
-        """As msgpack."""
+        """As msgpack.
+
+        Raises:
+            ConfigError: the values refer to a tensor twice, or to one that there is not.
+        """
+        try:
+            _check_references(self.values, self.tensors)
+        except ValueError as error:
+            raise ConfigError(f"state: {error}; rename one of the keys on the way to it") from None
         content = {
             "format": FORMAT,
             "version": VERSION,
@@ -151,6 +163,7 @@ def _guarded(parse: Callable[[], T], where: str) -> T:
         TypeError,
         KeyError,
         IndexError,
+        AttributeError,
         OverflowError,
         RuntimeError,
         msgpack.UnpackException,
@@ -174,7 +187,10 @@ def _index(content: Any, where: str) -> Index:
         for name, data_bytes, footer in content["files"]
     )
     tensors = {str(name): _tensor(str(name), raw, files) for name, raw in content["tensors"].items()}
+    _check_places(tensors, files)
     created_s = float(content["created_s"])
+    values = unpack(content["values"], where)
+    _check_references(values, tensors)
     return Index(
         step=_count(content["step"]),
         created_s=created_s,
@@ -182,7 +198,7 @@ def _index(content: Any, where: str) -> Index:
         page_bytes=page_bytes,
         files=files,
         tensors=tensors,
-        values=unpack(content["values"], where),
+        values=values,
     )
 
 
@@ -191,15 +207,44 @@ def _tensor(name: str, raw: Any, files: tuple[FileRecord, ...]) -> TensorRecord:
     if dtype not in DTYPES:
         raise ValueError(f"{name!r} has dtype {dtype!r}, which this torch lacks")
     dims = _dims(shape)
+    if math.prod(max(size, 1) for size in dims) * DTYPES[dtype].itemsize >= 1 << 63:
+        raise ValueError(f"{name!r}: no tensor of shape {dims} can be")
     record = TensorRecord(dims, dtype, tuple(_chunk(name, dims, each, files) for each in chunks))
     covered = sum(chunk.box.numel for chunk in record.chunks)
     if covered != math.prod(dims):
         raise ValueError(f"{name!r}: chunks hold {covered} of {math.prod(dims)} elements")
     for chunk in record.chunks:
         raw_bytes = chunk.box.numel * record.itemsize
-        if CODECS[chunk.codec] == "raw" and chunk.nbytes != raw_bytes:
+        if chunk.codec == RAW and chunk.nbytes != raw_bytes:
             raise ValueError(f"{name!r}: a chunk of {chunk.nbytes} bytes, expected {raw_bytes}")
+        if raw_bytes > chunk.nbytes * MOST_RATIO:
+            raise ValueError(f"{name!r}: no {chunk.nbytes} bytes can decompress to {raw_bytes}")
+    if not covers_once(dims, [chunk.box for chunk in record.chunks]):
+        raise ValueError(f"{name!r}: chunks overlap, and leave out others of its elements")
     return record
+
+
+def _check_places(tensors: dict[str, TensorRecord], files: tuple[FileRecord, ...]) -> None:
+    """No byte of a file is in two chunks: else a small file would stand for any number of tensors."""
+    places = sorted(
+        (chunk.file, chunk.offset, chunk.offset + chunk.nbytes)
+        for tensor in tensors.values()
+        for chunk in tensor.chunks
+    )
+    for (file, _, stop), (other, start, _) in pairwise(places):
+        if file == other and start < stop:
+            raise ValueError(f"two chunks lie at byte {start} of {files[file].name}")
+
+
+def _check_references(values: Any, tensors: dict[str, TensorRecord]) -> None:
+    """Every tensor that is referred to is there, and is not referred to twice."""
+    seen: set[str] = set()
+    for name in references(values):
+        if name in seen:
+            raise ValueError(f"two places of the tree have the tensor {name!r}")
+        if name not in tensors:
+            raise ValueError(f"the tree refers to a tensor {name!r} that there is not")
+        seen.add(name)
 
 
 def _chunk(name: str, shape: tuple[int, ...], raw: Any, files: tuple[FileRecord, ...]) -> ChunkRecord:
@@ -267,14 +312,16 @@ def parse_marker(text: bytes, where: str) -> Marker:
         CheckpointError: it is of a later version.
     """
     words = text.decode(errors="replace").split()
-    if len(words) != 5 or words[0] != FORMAT or not words[1].isdigit():
+    if len(words) != 5 or words[0] != FORMAT or not _NUMBER.fullmatch(words[1]):
         raise CorruptError(f"{where}: not a commit marker of {FORMAT}")
     if int(words[1]) > VERSION:
         raise CheckpointError(
             f"{where} is of version {words[1]} of the format, this package reads up to {VERSION}; update it"
         )
     if not (
-        _INDEX_NAME.fullmatch(words[2]) and words[3].isdigit() and re.fullmatch("[0-9a-f]{16}", words[4])
+        _INDEX_NAME.fullmatch(words[2])
+        and _NUMBER.fullmatch(words[3])
+        and re.fullmatch("[0-9a-f]{16}", words[4])
     ):
         raise CorruptError(f"{where}: not a commit marker of {FORMAT}")
     return Marker(words[2], int(words[3]), int(words[4], 16))

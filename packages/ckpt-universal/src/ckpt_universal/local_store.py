@@ -6,11 +6,14 @@ import ctypes
 import errno
 import fcntl
 import os
+import secrets
 import shutil
 import socket
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 from .errors import CheckpointError, CorruptError
@@ -46,25 +49,29 @@ class LocalDirectory:
     def names(self) -> list[str]:
         """See `Directory`."""
         try:
-            return sorted(os.listdir(self._path))
+            with _readable(self.path):
+                return sorted(os.listdir(self._path))
         except (FileNotFoundError, NotADirectoryError):
             return []
 
     def size(self, name: str) -> int:
         """See `Directory`."""
-        return (self._path / name).stat().st_size
+        with _readable(str(self._path / name)):
+            return (self._path / name).stat().st_size
 
     def read(self, name: str, most: int) -> bytes:
         """See `Directory`."""
-        with (self._path / name).open("rb") as file:
-            data = file.read(most + 1)
+        with _readable(str(self._path / name)), (self._path / name).open("rb") as file:
+            # What it has decides, for `most` may be anything; a byte more tells whether it grows.
+            data = file.read(min(most, os.fstat(file.fileno()).st_size) + 1)
         if len(data) > most:
             raise CorruptError(f"{self._path / name}: longer than the {most} bytes that it should have")
         return data
 
     def put(self, name: str, data: bytes) -> None:
         """See `Directory`."""
-        beside = self._path / f".{name}.{os.getpid()}.new"
+        # Another thread, or a process of this number in another container, may be putting one here, too.
+        beside = self._path / f".{name}.{secrets.token_hex(8)}.new"
         with _explained(str(self._path / name)):
             try:
                 with beside.open("wb") as file:
@@ -103,7 +110,8 @@ class LocalDirectory:
 
     def source(self, name: str) -> LocalSource:
         """See `Directory`."""
-        return LocalSource(self._path / name)
+        with _readable(str(self._path / name)):
+            return LocalSource(self._path / name)
 
     def remove(self, name: str) -> None:
         """See `Directory`."""
@@ -118,26 +126,79 @@ class LocalDirectory:
         """See `Directory`."""
         path = self._path / name
         with _explained(str(path)):
-            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            lock = _Lock(path)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(handle)
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            if not lock.acquire():
+                lock.close()
                 return None
-            return lambda: None  # a file system without locks
-        os.truncate(handle, 0)
-        os.write(handle, f"{socket.gethostname()}, process {os.getpid()}\n".encode())
-
-        def release() -> None:
-            path.unlink(missing_ok=True)
-            os.close(handle)
-
-        return release
+        except BaseException:  # the file may be another's: it stays
+            lock.close()
+            raise
+        try:
+            lock.sign()
+        except BaseException:
+            lock.release()
+            raise
+        return lock.release
 
     def modified_s(self, name: str) -> float:
         """See `Directory`."""
-        return (self._path / name).stat().st_mtime
+        with _readable(str(self._path / name)):
+            return (self._path / name).stat().st_mtime
+
+
+class _Lock:
+    """A file that is locked by its open descriptor; whoever dies lets go of it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._handle: int | None = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        _locks().add(self)
+
+    def acquire(self) -> bool:
+        """Whether nobody else holds it; a file system without locks lets everyone have it."""
+        assert self._handle is not None
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
+        return True
+
+    def sign(self) -> None:
+        """Say who holds it, if the disk has room: it is for messages alone."""
+        assert self._handle is not None
+        with suppress(OSError):
+            os.truncate(self._handle, 0)
+            os.write(self._handle, f"{socket.gethostname()}, process {os.getpid()}\n".encode())
+
+    def release(self) -> None:
+        """Remove the file and let go; nothing in a forked child, and nothing the second time."""
+        if self._handle is not None:
+            try:
+                with _explained(str(self._path)):
+                    self._path.unlink(missing_ok=True)
+            finally:
+                self.close()
+
+    def close(self) -> None:
+        """Let go; the file stays."""
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            with suppress(OSError):
+                os.close(handle)
+
+
+@cache
+def _locks() -> weakref.WeakSet[_Lock]:
+    """Those of this process. A forked child drops its copies, which would hold them when this process has died."""
+    locks: weakref.WeakSet[_Lock] = weakref.WeakSet()
+
+    def drop() -> None:
+        for lock in list(locks):
+            lock.close()
+
+    os.register_at_fork(after_in_child=drop)
+    return locks
 
 
 @contextmanager
@@ -154,6 +215,17 @@ def _explained(path: str) -> Iterator[None]:
         elif error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             cure = "; choose a path that this process may write to"
         raise CheckpointError(f"{path}: {error.strerror or error}{cure}") from error
+
+
+@contextmanager
+def _readable(path: str) -> Iterator[None]:
+    """What the system says where the right to read is missing; its other errors are for the caller."""
+    try:
+        yield
+    except PermissionError as error:
+        raise CheckpointError(
+            f"{path}: {error.strerror or error}; let this process read it, or choose another path"
+        ) from error
 
 
 class LocalSink:

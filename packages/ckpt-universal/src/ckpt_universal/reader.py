@@ -150,18 +150,37 @@ def _in_file(copy: _Copy) -> tuple[int, int, int]:
     return chunk.file, chunk.offset + copy.start, chunk.offset + copy.stop
 
 
-def _open(directory: Directory, index: Index, number: int, stack: ExitStack) -> tuple[Source, Checksums]:
+def check_sizes(directory: Directory, index: Index) -> None:
+    """All data files are as long as the index says: then room for its tensors may be made, for it bounds them by that.
+
+    Raises:
+        CorruptError: a file is missing, or of another length.
+    """
+    for number in range(len(index.files)):
+        _check_size(directory, index, number)
+
+
+def _check_size(directory: Directory, index: Index, number: int) -> None:
     record = index.files[number]
     where = f"{directory.path}/{record.name}"
     try:
         size = directory.size(record.name)
-        source = directory.source(record.name)
     except FileNotFoundError:
         raise CorruptError(f"{where}: missing; {_holds(index, number)}") from None
-    stack.callback(source.close)
     expected = record.num_bytes(index.page_bytes)
     if size != expected:
         raise CorruptError(f"{where}: {size} bytes long, expected {expected}; {_holds(index, number)}")
+
+
+def _open(directory: Directory, index: Index, number: int, stack: ExitStack) -> tuple[Source, Checksums]:
+    _check_size(directory, index, number)
+    name = index.files[number].name
+    where = f"{directory.path}/{name}"
+    try:
+        source = directory.source(name)
+    except FileNotFoundError:
+        raise CorruptError(f"{where}: missing; {_holds(index, number)}") from None
+    stack.callback(source.close)
     return source, read_checksums(source, index, number, where)
 
 

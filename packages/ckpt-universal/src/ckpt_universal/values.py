@@ -11,7 +11,7 @@ import enum
 import math
 import struct
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,25 +108,31 @@ def _plain(value: Any, where: str, depth: int) -> Any:
     def inner(each: Any, at: Any) -> Any:
         return _plain(each, f"{where}.{at}", depth + 1)
 
+    def key_of(each: Any, at: str = "key") -> Any:
+        _check_key(each, f"{where}.{at}")
+        return inner(each, at)
+
     def extension(code: Code, content: Any) -> msgpack.ExtType:
         return msgpack.ExtType(code, msgpack.packb(content, use_bin_type=True))
 
     if isinstance(value, Mapping):
         if isinstance(value, Counter):
-            return extension(Code.COUNTER, [[inner(key, "key"), inner(n, key)] for key, n in value.items()])
+            return extension(Code.COUNTER, [[key_of(key), inner(n, key)] for key, n in value.items()])
         if all(type(key) is str for key in value):
             return {
                 key: _plain_ref(each) if type(each) is TensorRef else inner(each, key)
                 for key, each in value.items()
             }
-        pairs = [[inner(key, "key"), inner(each, key)] for key, each in value.items()]
+        pairs = [[key_of(key), inner(each, key)] for key, each in value.items()]
         return extension(Code.PAIRS, pairs)
     if kind is list:
         return [inner(each, at) for at, each in enumerate(value)]
     if isinstance(value, tuple):
         return extension(Code.TUPLE, [inner(each, at) for at, each in enumerate(value)])
     if isinstance(value, (set, frozenset)):
-        return extension(Code.SET, [inner(each, "element") for each in sorted(value, key=repr)])
+        # By their bytes: equal sets are then equal on all ranks, whatever order their hashes give.
+        elements = sorted((key_of(each, "element") for each in value), key=msgpack.packb)
+        return extension(Code.SET, elements)
     if kind is PerRankValues:
         return extension(Code.PER_RANK, [inner(each, at) for at, each in enumerate(value.values)])
     if kind is complex:
@@ -148,6 +154,17 @@ def _plain(value: Any, where: str, depth: int) -> Any:
         f"{where}: a {kind.__module__}.{kind.__qualname__} cannot be stored (nothing is pickled); give its state as "
         "tensors, numbers, text, lists and dictionaries, or give it state_dict() and load_state_dict()"
     )
+
+
+def _check_key(value: Any, where: str) -> None:
+    """Refuse what could not be a key, or an element of a set, when it comes back."""
+    if isinstance(value, (tuple, frozenset)):
+        for each in value:
+            _check_key(each, where)
+    elif isinstance(value, (Mapping, torch.Tensor, PerRankValues)):
+        raise ConfigError(
+            f"{where}: a {type(value).__qualname__} as a key or in a set cannot be stored; use text, numbers or tuples"
+        )
 
 
 def _plain_ref(ref: TensorRef) -> msgpack.ExtType:
@@ -175,7 +192,15 @@ def unpack(packed: bytes, where: str) -> Any:
         return _unpack(packed, 0)
     except CheckpointError:
         raise
-    except (ValueError, TypeError, KeyError, struct.error, msgpack.UnpackException, RuntimeError) as error:
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        OverflowError,
+        struct.error,
+        msgpack.UnpackException,
+        RuntimeError,
+    ) as error:
         raise CorruptError(f"{where}: not a value of a checkpoint: {error}") from error
 
 
@@ -206,15 +231,52 @@ def _extension(code: int, content: bytes, depth: int) -> Any:
     if kind is Code.TUPLE:
         return tuple(inner)
     if kind is Code.SET:
-        return set(inner)
+        return set(map(_hashable, inner))
     if kind is Code.PAIRS:
-        return {key: value for key, value in inner}  # noqa: C416 - a pair that is none is an error here
+        return {_hashable(key): value for key, value in inner}
     if kind is Code.COUNTER:
-        return Counter({key: count for key, count in inner})  # noqa: C416 - as above
+        return Counter({_hashable(key): count for key, count in inner})
     if kind is Code.PER_RANK:
+        if not inner:
+            raise ValueError("a value for each rank, and none at all")
         return PerRankValues(tuple(inner))
     name, shape, raw = inner
     return _tensor_of(name, shape, raw)
+
+
+def _hashable(value: Any) -> Any:
+    """What is to be a key, or an element of a set: sets in it are frozen, for they cannot have been anything else."""
+    if isinstance(value, set):
+        return frozenset(value)
+    return tuple(map(_hashable, value)) if type(value) is tuple else value
+
+
+def references(values: Any) -> Iterator[str]:
+    """The names of the tensors that belong into a tree, with repetitions.
+
+    Raises:
+        ValueError: one is to be part of a key, of a set or of a rank's own value, where none can be; or it is nested
+            deeper than any tree that can be packed.
+    """
+    left: list[tuple[Any, int, bool]] = [(values, 0, True)]
+    while left:
+        node, depth, allowed = left.pop()
+        kind = type(node)
+        if kind is TensorRef:
+            if not allowed:
+                raise ValueError(f"the tensor {node.name!r} cannot be a key, in a set, or one rank's")
+            yield node.name
+        elif isinstance(node, Mapping):
+            left += [(each, depth + 1, allowed) for each in node.values()]
+            left += [(key, depth + 1, False) for key in node if type(key) is not str]
+        elif isinstance(node, (list, tuple)):
+            left += [(each, depth + 1, allowed) for each in node]
+        elif isinstance(node, (set, frozenset)):
+            left += [(each, depth + 1, False) for each in node]
+        elif kind is PerRankValues:
+            left += [(each, depth + 1, False) for each in node.values]
+        if depth > MAX_DEPTH + 1:
+            raise ValueError(f"nested deeper than {MAX_DEPTH}")
 
 
 def _tensor_of(name: str, shape: list[int], raw: bytes) -> torch.Tensor:

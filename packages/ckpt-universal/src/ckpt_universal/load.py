@@ -21,7 +21,7 @@ from .errors import ConfigError, MismatchError
 from .index import Index, TensorRecord
 from .places import open_directory
 from .ranks import Ranks
-from .reader import Want, read_into
+from .reader import Want, check_sizes, read_into
 from .steps import Step, find_step, read_step
 from .targets import Targets, find_targets, whole_tree
 from .tree import Part
@@ -186,6 +186,7 @@ def read_tree(
     """
     step = find_step(open_directory(path), name)
     index = step.index()
+    check_sizes(step.directory, index)  # before room is made for what the index says
     targets = whole_tree(index.values, index.tensors, 0, index.world)
     matches = _matcher(only)
     chosen = [part for each, part in targets.parts.items() if matches(each)]

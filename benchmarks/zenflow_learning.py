@@ -194,7 +194,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--out", type=Path, default=HERE / "results" / "zenflow_learning.json")
     options = parser.parse_args()
-    pretraining, steps, every = (8, 8, 4) if options.quick else (options.pretraining, options.steps, 20)
+    pretraining, steps, every = (4, 4, 4) if options.quick else (options.pretraining, options.steps, 20)
     rows = run_ranks(measure, 1, pretraining, steps, every, timeout_s=3600)[0]
     record = {
         "benchmark": "zenflow_learning",

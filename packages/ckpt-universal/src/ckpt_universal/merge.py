@@ -50,7 +50,7 @@ def _merge(nodes: list[Any], path: tuple[str, ...]) -> Any:
         if all(type(node) is kind for _, node in known):
             length = max(len(node) for _, node in known)
             for rank, node in known:
-                if len(node) < length and not any(_has_tensors(each) for _, each in known):
+                if len(node) < length and not all(_are_records(each) for _, each in known):
                     raise ConfigError(
                         f"{'.'.join(path)}: ranks have lists of different lengths, {len(node)} on rank {rank} and "
                         f"{length} on another; make them equal, or save ckpt_universal.PerRank(value)"
@@ -75,12 +75,12 @@ def _merge(nodes: list[Any], path: tuple[str, ...]) -> Any:
     return first
 
 
-def _has_tensors(node: Any) -> bool:
-    if isinstance(node, TensorRef):
-        return True
-    if isinstance(node, dict):
-        return any(map(_has_tensors, node.values()))
-    return isinstance(node, (list, tuple)) and any(map(_has_tensors, node))
+def _are_records(nodes: Any) -> bool:
+    """Whether a list is of tensors and dictionaries, such as groups of parameters: a rank may know the first alone."""
+    return all(
+        isinstance(node, (TensorRef, dict)) or (isinstance(node, (list, tuple)) and _are_records(node))
+        for node in nodes
+    )
 
 
 def _short(value: Any) -> str:

@@ -223,7 +223,10 @@ def _files_of(directory: Directory, token: str) -> Iterator[str]:
 def _committed_token(directory: Directory) -> str | None:
     try:
         return parse_marker(directory.read(MARKER, _MARKER_BYTES), directory.path).token
-    except (FileNotFoundError, CorruptError):  # what may not be read, or is of a later version, may be committed
+    except (
+        FileNotFoundError,
+        CorruptError,
+    ):  # what may not be read, or is of a later version, may be committed
         return None
 
 

@@ -277,3 +277,20 @@ def test_conjugates_are_stored_as_what_they_show(tmp_path):
     found = ckpt.read_tree(tmp_path)
     assert torch.equal(found["conj"], value.conj().resolve_conj())
     assert torch.equal(found["neg"], -value.imag)
+
+
+def test_an_optimizer_that_has_not_stepped_takes_chosen_state(tmp_path):
+    def made():
+        param = nn.Parameter(torch.ones(3))
+        return param, torch.optim.AdamW([param], lr=0.5)
+
+    param, optimizer = made()
+    param.sum().backward()
+    optimizer.step()
+    ckpt.save(tmp_path, {"o": optimizer}, step=1)
+    other, fresh = made()
+    fresh.param_groups[0]["lr"] = 0.25
+    ckpt.load(tmp_path, into={"o": fresh}, only="o.state.*")
+    assert torch.equal(fresh.state[other]["exp_avg"], optimizer.state[param]["exp_avg"])
+    assert fresh.state[other]["step"] == 1
+    assert fresh.param_groups[0]["lr"] == 0.25

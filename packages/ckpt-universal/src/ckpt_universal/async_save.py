@@ -85,7 +85,7 @@ def _finish_at_exit(saver: AsyncSaver) -> None:
 
     def finish() -> None:
         left = known()
-        if left is not None and not left._closed:
+        if left is not None and left._jobs and not left._closed:
             log.warning("an AsyncSaver was not closed; the program waits for its last saves")
             left.wait()
 

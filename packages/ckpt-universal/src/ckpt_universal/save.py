@@ -31,6 +31,7 @@ from .steps import (
     Claim,
     Retention,
     check_name,
+    check_step,
     claim,
     commit,
     discard,
@@ -155,8 +156,7 @@ class Target:
         Raises:
             ConfigError: the step or the name is none.
         """
-        if type(step) is not int or not 0 <= step < 2**63:
-            raise ConfigError(f"step: expected a number >= 0 and below 2**63, got {step!r}")
+        check_step(step)
         return Target(open_directory(path), step, step_name(step) if name is None else check_name(name))
 
 

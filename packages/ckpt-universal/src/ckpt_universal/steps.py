@@ -43,6 +43,16 @@ def step_name(step: int) -> str:
     return f"step-{step:09d}"
 
 
+def check_step(step: int) -> None:
+    """Refuse what is no number of a step.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if type(step) is not int or not 0 <= step < 2**63:
+        raise ConfigError(f"step: expected a number >= 0 and below 2**63, got {step!r}")
+
+
 def check_name(name: str) -> str:
     """Refuse names that are no plain name of a directory.
 

@@ -139,7 +139,9 @@ def _stateful(targets: Targets, node: Stateful, saved: Any, path: Path) -> Apply
     # A module has no use for what it does not know; tensors have names of their own, whatever the tree is like.
     inner = _visit(targets, state, saved, path, own=not isinstance(node, nn.Module))
     if not targets.chosen(join(path)) and not targets.chosen(join(path) + "."):
-        return lambda: node  # of a module, tensors alone may have been chosen
+        prefix = join(path) + "."
+        if not (isinstance(node, Optimizer) and any(each.startswith(prefix) for each in _chosen(targets))):
+            return lambda: node  # of a module, tensors alone may have been chosen: they are filled in place
 
     def apply() -> Stateful:
         node.load_state_dict(inner())
@@ -159,8 +161,13 @@ def _make_room(targets: Targets, optimizer: Optimizer, state: dict[str, Any], sa
         have = state["state"].setdefault(index, {})
         for key, ref in entries.items():
             record = targets.tensors.get(ref.name) if isinstance(ref, TensorRef) else None
-            if key not in have and record is not None:
+            name = join((*path, "state", str(index), key))
+            if key not in have and record is not None and targets.chosen(name):
                 have[key] = _like(params[index], record)
+
+
+def _chosen(targets: Targets) -> list[str]:
+    return [name for name in targets.parts if targets.chosen(name)]
 
 
 def _like(param: torch.Tensor, record: TensorRecord) -> torch.Tensor:

@@ -21,7 +21,7 @@ from ..errors import CheckpointError, ConfigError
 from ..index import ChunkRecord, Index, TensorRecord, data_name, index_name
 from ..pages import PAGE_BYTES
 from ..places import open_directory
-from ..steps import claim, commit, discard, find_step, new_token, point_latest, step_name
+from ..steps import check_step, claim, commit, discard, find_step, new_token, point_latest, step_name
 from ..values import TensorRef, dtype_name
 from ..writer import Piece, write_file
 from .dcp import METADATA, DcpSource, write_dcp
@@ -80,8 +80,7 @@ def write_source(
 
     Memory: 64 MiB and 48 MiB of buffers, whatever the sizes.
     """
-    if type(step) is not int or not 0 <= step < 2**63:
-        raise ConfigError(f"step: expected a number >= 0 and < 2**63, got {step!r}")
+    check_step(step)
     root = open_directory(path)
     directory = root.child(step_name(step))
     token = new_token()

@@ -5,9 +5,9 @@
     python3 tools/dev.py bench offload_preflight --quick
 
 Two ranks train a GPT in fp32 at stage 3 with everything in host memory, with everything on the drive, and with a part
-of the optimizer's state alone on the drive (Twin-Flow). The forecast is made before, from speeds of this machine;
-seconds of a forward and backward, which it cannot know, come from the same run without a store. Measured are medians
-over steps, each between two meetings of the ranks.
+of the optimizer's state alone on the drive (Twin-Flow). Each forecast is made just before its run, from speeds of this
+machine; seconds of a forward and backward, which it cannot know, come from the same job without a store. Measured are
+medians over steps, each between two meetings of the ranks; shown are medians of a few forecasts and of their runs.
 """
 
 from __future__ import annotations
@@ -108,35 +108,40 @@ def measured(case: Case, model: str, folder: str, steps: int) -> dict[str, float
     return {"backward_s": backward, "optimizer_s": optimizer}
 
 
-def rows_of(model: str, folder: str, steps: int) -> list[dict[str, Any]]:
-    """A row for each case: what was forecast, then what came."""
+def forecast_of(case: Case, model: str, folder: str, compute_s: float) -> dict[str, float]:
+    """Seconds that a step will take."""
     with torch.device("meta"):
         built = GPT(PRESETS[model])
-    compute_s = measured(Case("device"), model, folder, steps)["backward_s"]
-    rows = []
-    for case in CASES:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # as each rank will have
-        found = off.preflight(
-            built, stage=3, world=RANKS, path=folder, compute_s=compute_s, strict=True, **case.placement()
-        )
-        torch.set_num_threads(threads)
-        print(found, end="\n\n")
-        assert found.forecast is not None
-        assert found.speeds is not None
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as each rank will have
+    found = off.preflight(
+        built, stage=3, world=RANKS, path=folder, compute_s=compute_s, strict=True, **case.placement()
+    )
+    torch.set_num_threads(threads)
+    print(found, end="\n\n", flush=True)
+    assert found.forecast is not None
+    assert found.forecast.step_s is not None
+    return {
+        "forecast_optimizer_s": found.forecast.optimizer_s,
+        "forecast_step_s": found.forecast.step_s,
+        "drive_s": found.forecast.drive_s,
+    }
+
+
+def row_of(case: Case, model: str, folder: str, steps: int, rounds: int) -> dict[str, Any]:
+    """What was forecast, then what came: medians of rounds."""
+    found = []
+    for _ in range(rounds):
+        alone = measured(Case("device"), model, folder, steps)["backward_s"]
+        forecast = forecast_of(case, model, folder, alone)
         came = measured(case, model, folder, steps)
-        rows.append(
-            {
-                "case": case.name,
-                "forecast_optimizer_s": found.forecast.optimizer_s,
-                "optimizer_s": came["optimizer_s"],
-                "forecast_step_s": found.forecast.step_s,
-                "step_s": came["optimizer_s"] + came["backward_s"],
-                "drive_s": found.forecast.drive_s,
-                "speeds": vars(found.speeds),
-            }
-        )
-    return rows
+        step_s = came["optimizer_s"] + came["backward_s"]
+        found.append({**forecast, "optimizer_s": came["optimizer_s"], "step_s": step_s})
+    return {
+        "case": case.name,
+        **{name: statistics.median(each[name] for each in found) for name in found[0]},
+        "rounds": found,
+    }
 
 
 def page(record: dict[str, Any]) -> str:
@@ -150,7 +155,8 @@ def page(record: dict[str, Any]) -> str:
         + ".",
         "",
         f"GPT {record['model']}, fp32, stage 3, {RANKS} ranks, everything in one tier, or a part of the "
-        f"optimizer's state alone; medians of {record['steps']} steps (bar: the optimizer's step within {BAR:.0%}).",
+        f"optimizer's state alone; medians of {record['rounds_each']} forecasts, each with a run of {record['steps']} "
+        f"steps (bar: the optimizer's step within {BAR:.0%}).",
         "",
         "| at rest | optimizer's step, forecast | measured | off by | drive busy | whole step, forecast | measured "
         "| off by |",
@@ -173,14 +179,17 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--folder", type=Path, default=Path.cwd(), help="on the drive in question")
     parser.add_argument("--model", choices=PRESETS, default="25m")
-    parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--steps", type=int, default=7, help="of a run")
+    parser.add_argument("--rounds", type=int, default=3, help="forecasts, each with its run")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "offload_preflight.json")
-    parser.add_argument("--quick", action="store_true", help="a tiny model, two steps; writes nothing")
+    parser.add_argument(
+        "--quick", action="store_true", help="a tiny model, two steps, one round; writes nothing"
+    )
     options = parser.parse_args(arguments)
     if options.quick:
-        options.model, options.steps = "tiny", 2
+        options.model, options.steps, options.rounds = "tiny", 2, 1
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="preflight-bench-") as folder:
-        rows = rows_of(options.model, folder, options.steps)
+        rows = [row_of(case, options.model, folder, options.steps, options.rounds) for case in CASES]
     record = {
         "benchmark": "offload_preflight",
         "date": _measure.today(),
@@ -192,6 +201,7 @@ def main(arguments: Sequence[str]) -> int:
         },
         "model": options.model,
         "steps": options.steps,
+        "rounds_each": options.rounds,
         "rows": rows,
     }
     print(page(record))

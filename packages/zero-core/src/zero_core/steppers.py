@@ -115,7 +115,8 @@ class FusedRule:
     def advance(self, inner: Optimizer, slot: ShardSlot) -> Any:
         """Count the step of one slot; returns its segment."""
         segment, state = self.next_segment(inner, slot), inner.state[slot.master]
-        state["step"] = _num_steps(state)
+        if "step" not in state:
+            state["step"] = torch.tensor(_num_steps(state))
         state["step"] += 1
         return segment
 
@@ -140,9 +141,9 @@ class FusedRule:
             self.kernel(master, grad, *states, segments, grad_scale=scale, low_precision=low)
 
 
-def _num_steps(state: dict[str, Any]) -> Any:
-    """Of one slot, 0-dim; torch's SGD counts no steps, but its buffer says that there was one."""
-    return state.get("step", torch.tensor(1.0 if "momentum_buffer" in state else 0.0))
+def _num_steps(state: dict[str, Any]) -> float:
+    """Of one slot; torch's SGD counts no steps, but its buffer says that there was one."""
+    return float(state.get("step", "momentum_buffer" in state))
 
 
 def _adam_segment(

@@ -228,6 +228,7 @@ def preflight(
             ranks=ranks,
             device=tiers.device,
             numel=plan.traffic.memory // BYTES_STEPPED * ranks,
+            traffic=plan.traffic,
         )
     if speeds is None:
         return found

@@ -1,6 +1,6 @@
 """How fast this machine's tiers are: measured, in a few seconds.
 
-In: folders, a number of ranks, the size of a step. Out: `forecast.Speeds`.
+In: folders, a number of ranks, what a step moves. Out: `forecast.Speeds`.
 """
 
 from __future__ import annotations
@@ -12,28 +12,41 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import accel_kernels as ak
 import torch
 
+from .blocks import Block
 from .errors import OffloadDiskError
 from .forecast import Speeds
 from .free_bytes import existing
+from .nvme_store import NvmeStore
+from .tiers import Traffic
+from .window import InStore, Operand, Window
 
 LEAST_ELEMENTS, MOST_ELEMENTS = 1 << 20, 32 << 20
 """Of each of four arrays: 16 to 512 MiB in all, since what fits a processor's caches is stepped faster."""
 BYTES_STEPPED = 7 * 4
 """That a step of AdamW reads and writes for an element."""
-BLOCK_BYTES, NUM_BLOCKS = 4 << 20, 12
-"""Of transfers in both directions at once, as a `Window` has them."""
+MOST_BURST, MOST_FILES, PAUSE_S = 1 << 30, 256 << 20, 0.05
+"""Bytes that a rank moves without a pause, bytes of all ranks' files, and the pause."""
+MOST_BLOCK, PIECE = 4 << 20, 1 << 16
+"""Elements of a block that passes through a window: at most, and a divisor."""
 LINK_BYTES = 256 << 20
 REPEATS = 5
 
 
 def measure_speeds(
-    paths: Sequence[str], *, ranks: int, device: str, numel: int = MOST_ELEMENTS, seconds: float = 2.0
+    paths: Sequence[str],
+    *,
+    ranks: int,
+    device: str,
+    numel: int = MOST_ELEMENTS,
+    traffic: Traffic | None = None,
+    seconds: float = 2.0,
 ) -> Speeds:
     """Measure memory, drives and link; nothing else should run meanwhile, so one rank of a machine does it.
 
@@ -42,6 +55,7 @@ def measure_speeds(
         ranks: of this machine: as many cores are used as they will use.
         device: type of the device that computes.
         numel: that all these ranks step; of more than 32 Mi elements, so many.
+        traffic: of a rank's step, on the drives.
         seconds: for each drive, and half as long again for both directions at once.
 
     Raises:
@@ -52,11 +66,18 @@ def measure_speeds(
     drives = {os.stat(existing(path)).st_dev: existing(path) for path in paths}
     settings = [_tuned(folder, seconds) for folder in drives.values()]
     threads = min(len(os.sched_getaffinity(0)), ranks * torch.get_num_threads())
+
+    def both(folder: str) -> float:
+        if traffic is None:
+            return both_speed(folder, ranks, seconds / 2)
+        nbytes = 2 * min(traffic.drive_read, traffic.drive_written) // len(drives)
+        return both_speed(folder, ranks, seconds / 2, nbytes, traffic.blocks)
+
     return Speeds(
         memory=memory_speed(threads, numel),
         drive_read=sum(each.read_gb_per_s for each in settings) or None,
         drive_write=sum(each.write_gb_per_s for each in settings) or None,
-        drive_both=sum(both_speed(folder, ranks, seconds / 2) for folder in drives.values()) or None,
+        drive_both=sum(both(folder) for folder in drives.values()) or None,
         link=None if device == "cpu" else _link_speed(device),
     )
 
@@ -75,41 +96,48 @@ def memory_speed(num_threads: int, numel: int) -> float:
     return BYTES_STEPPED * numel / 1e9 / taken
 
 
-def both_speed(folder: str, ranks: int, seconds: float) -> float:
-    """GB/s of a drive that several ranks read and write at once, each a file of its own.
+def both_speed(
+    folder: str, ranks: int, seconds: float, nbytes: int = MOST_BURST, num_blocks: int = 64
+) -> float:
+    """GB/s of a drive under the steps of several ranks: what a step reads and writes, without its arithmetic.
+
+    Args:
+        folder: on the drive.
+        ranks: as many threads, each with a store of its own.
+        seconds: that it may take, but for making the files.
+        nbytes: that a rank's step reads and writes. A drive that begins anew is slower than one in full swing, at first
+            a step only reads, and at last it only writes; so the speed of short steps is less.
+        num_blocks: that a rank's step is cut into.
 
     Raises:
         OffloadDiskError: the drive fails, or is full.
     """
-    start = threading.Barrier(ranks)
+    if not os.path.isdir(folder):
+        raise OffloadDiskError(errno.ENOENT, f"preflight: {folder}: cannot be measured: no such folder")
+    numel = max(min(nbytes, MOST_BURST) // 8, 1)  # of fp32, each read and written
+    block = -(-numel // max(num_blocks, 1))
+    room = min(MOST_FILES, shutil.disk_usage(folder).free // 4) // ranks // 4
+    block = max(min(-(-block // PIECE) * PIECE, MOST_BLOCK, room // PIECE * PIECE), PIECE)
+    starts = range(0, max(min(numel, room) // block, 1) * block, block)
+    blocks = [
+        Block(0, starts[k % len(starts)], starts[k % len(starts)] + block, (), last=False)
+        for k in range(-(-numel // block))
+    ]
+    meetings = _Meetings(ranks, seconds)
 
-    def move(path: str) -> tuple[int, float]:
-        free = min(256 << 20, shutil.disk_usage(folder).free // 4)
-        nbytes = max(free // ranks // BLOCK_BYTES, 2) * BLOCK_BYTES
-        with ak.TransferEngine() as engine, engine.open(path, nbytes=nbytes) as file:
-            blocks = [ak.aligned_empty(BLOCK_BYTES).random_() for _ in range(NUM_BLOCKS)]
-            offsets = range(0, nbytes, BLOCK_BYTES)
-            for transfer in [engine.write(file, at, blocks[0]) for at in offsets]:
-                transfer.wait()
-            start.wait()
-            began, count, moving = time.perf_counter(), 0, deque[ak.Transfer]()
-            while time.perf_counter() - began < seconds:
-                if len(moving) == NUM_BLOCKS:
-                    moving.popleft().wait()
-                # Every other one is written; reads come from the other half of the file.
-                at = offsets[(count + count % 2 * len(offsets) // 2) % len(offsets)]
-                act = engine.write if count % 2 else engine.read
-                moving.append(act(file, at, blocks[count % NUM_BLOCKS]))
-                count += 1
-            for transfer in moving:
-                transfer.wait()
-            return count * BLOCK_BYTES, time.perf_counter() - began
-
-    def at_once(path: str) -> tuple[int, float]:
+    def at_once(path: str) -> None:
         try:
-            return move(path)
+            with NvmeStore(path) as store:
+                store.put("state", torch.rand(starts.stop))
+                store.flush()
+                window, operand = Window(block), Operand(InStore(store, "state"), torch.float32)
+                while not meetings.are_over():
+                    with meetings.timed():
+                        deque(window.through(blocks, [[operand]]), maxlen=0)
+        except threading.BrokenBarrierError:
+            return  # another one says why
         except BaseException:
-            start.abort()  # nobody waits for this one
+            meetings.abort()  # nobody waits for this one
             raise
 
     try:
@@ -117,12 +145,42 @@ def both_speed(folder: str, ranks: int, seconds: float) -> float:
             tempfile.TemporaryDirectory(prefix=".preflight-", dir=folder) as made,
             ThreadPoolExecutor(ranks) as pool,
         ):
-            found = list(pool.map(at_once, [os.path.join(made, str(rank)) for rank in range(ranks)]))
+            list(pool.map(at_once, [os.path.join(made, str(rank)) for rank in range(ranks)]))
     except OSError as error:
         raise OffloadDiskError(
             error.errno or errno.EIO, f"preflight: {folder}: cannot be measured: {error}"
         ) from error
-    return sum(moved / taken for moved, taken in found) / 1e9
+    return ranks * len(blocks) * block * 8 / 1e9 / meetings.usual()
+
+
+class _Meetings:
+    """Several threads do something at once, rest, and do it again, for some seconds."""
+
+    def __init__(self, ranks: int, seconds: float) -> None:
+        self._seconds = seconds
+        self._times: list[float] = []  # it begins, it ends, it begins again
+        self._barrier = threading.Barrier(ranks, action=lambda: self._times.append(time.perf_counter()))
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """From when the first begins until the last ends."""
+        self._barrier.wait()
+        yield
+        self._barrier.wait()
+        time.sleep(PAUSE_S)
+
+    def are_over(self) -> bool:
+        """The same for every thread."""
+        return bool(self._times) and self._times[-1] - self._times[0] > self._seconds
+
+    def usual(self) -> float:
+        """Seconds, the lower quartile: whoever else uses the drive only ever slows it."""
+        taken = sorted(b - a for a, b in zip(self._times[::2], self._times[1::2], strict=True))
+        return taken[len(taken) // 4]
+
+    def abort(self) -> None:
+        """One is missing; the others raise `threading.BrokenBarrierError`."""
+        self._barrier.abort()
 
 
 def _link_speed(device: str) -> float:

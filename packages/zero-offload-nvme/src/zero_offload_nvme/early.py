@@ -7,6 +7,7 @@ took the wrong things for granted, is for `speculation` and `last_backward` to s
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -17,7 +18,7 @@ from zero_core import ShardSlot
 from zero_core.flat_unit import FlatUnit
 from zero_core.hooks import Lane
 
-from .background import Background, Job
+from .background import Background
 from .shadow import Shadow
 from .store_stepper import FlatStep, StoreStepper, run
 from .window import Window
@@ -66,7 +67,7 @@ class EarlyStep:
 
     Attributes:
         is_wanted: False: the thread may stop.
-        is_done: the thread has written all results.
+        is_done: the thread has been through it; all results are written when `EarlySteps.wait` returns.
     """
 
     lane: Lane
@@ -97,7 +98,7 @@ class EarlySteps:
     _used_bytes: int = 0
     _failure: BaseException | None = None
     _background: Background = field(default_factory=lambda: Background("early-step"))
-    _last: Job | None = None
+    _in_use: Window | None = None  # by the thread, or what it wrote is still on its way
 
     def make_room(self, unit: FlatUnit) -> None:
         """Have room for the unit's results, if there is to be any.
@@ -138,7 +139,8 @@ class EarlySteps:
         def work() -> None:
             self._run(early, step, window, queued, unit.device)
 
-        self._last = self._background.submit(work)
+        self._background.submit(work)
+        self._in_use = window
         self.under_way[unit.index] = early
         self.count.begun += 1
 
@@ -177,18 +179,14 @@ class EarlySteps:
             raise failure
 
     def wait(self) -> None:
-        """Return when the thread has nothing left to do; raises what it met."""
-        if self._last is not None:
-            self._last.wait()
-            self._last = None
+        """Return when the thread has nothing left to do, and all is written; raises what it met."""
+        self.finish()
         self.check()
 
     def forget(self) -> None:
         """All that a step writes is about to be replaced: nothing that is under way or failed matters any more."""
         self.drop_all()
-        if self._last is not None:
-            self._last.wait()
-            self._last = None
+        self.finish()
         self._failure = None
 
     def commit(self, unit: FlatUnit) -> None:
@@ -206,11 +204,26 @@ class EarlySteps:
     def close(self) -> None:
         """End the thread, and give room back; raises what the thread has met."""
         self.drop_all()
+        self.finish()
         self._background.close()
         for shadow in self._shadows.values():
             shadow.release()
         self._shadows.clear()
         self.check()
+
+    def finish(self) -> None:
+        """Return when the thread has nothing left to do, and nothing is on its way to a store."""
+        window, self._in_use = self._in_use, None
+        if window is None:
+            return
+
+        def settle() -> None:
+            try:
+                window.settle()
+            except OSError as error:
+                self._failure = self._failure or error
+
+        self._background.submit(settle).wait()
 
     def _run(
         self, early: EarlyStep, step: FlatStep, window: Window, queued: Any, device: torch.device
@@ -219,8 +232,8 @@ class EarlySteps:
             return
         try:
             with torch.no_grad(), _beside(queued, device):
-                for _ in run(self.stepper.rule, window, [step], lambda: early.is_wanted):
-                    pass
+                through = run(self.stepper.rule, window, [step], lambda: early.is_wanted, leave_writes=True)
+                deque(through, maxlen=0)
             early.is_done = early.is_wanted
         except BaseException as error:  # told by `check`
             self._failure = error

@@ -54,16 +54,19 @@ def run(
     steps: Sequence[FlatStep],
     is_wanted: Callable[[], bool] = _always,
     meanwhile: Callable[[], bool] | None = None,
+    *,
+    leave_writes: bool = False,
 ) -> Iterator[int]:
     """Step units block by block; yields the position of each that moved, when it is final and given to its store.
 
-    Ends between two blocks when it is no longer wanted. `meanwhile`: see `Window.through`.
+    Ends between two blocks when it is no longer wanted. `meanwhile`, `leave_writes`: see `Window.through`.
     """
     final = None
     runs = [(each.numel, merge(each.segments) if each.segments else []) for each in steps]
     whole = {position for position, each in enumerate(steps) if each.goes_elsewhere}
     blocks = cut_blocks(runs, window.block_elements, whole=whole)
-    for block, tensors in window.through(blocks, [each.operands for each in steps], meanwhile):
+    through = window.through(blocks, [each.operands for each in steps], meanwhile, leave_writes=leave_writes)
+    for block, tensors in through:
         if not is_wanted():
             return
         step = steps[block.unit]

@@ -128,6 +128,8 @@ class Window:
         blocks: Iterable[Block],
         operands: Sequence[Sequence[Operand]],
         meanwhile: Callable[[], bool] | None = None,
+        *,
+        leave_writes: bool = False,
     ) -> Iterator[tuple[Block, list[torch.Tensor]]]:
         """Each block with its tensors on the CPU; what was written to them by the next turn is kept.
 
@@ -135,8 +137,10 @@ class Window:
             blocks: in order.
             operands: for each unit.
             meanwhile: called where a block is waited for, and again until it returns False: nothing is left to do.
+            leave_writes: the last blocks may be on their way to their stores when the iteration ends; those of the next
+                one are read meanwhile, and `settle` waits for the last.
 
-        When the iteration ends, nothing is on its way any more, and unless it ends with an error all has been kept.
+        When the iteration ends, nothing else is on its way any more, and unless it ends with an error all has been kept.
 
         Raises:
             OSError: a store cannot read or write.
@@ -162,10 +166,26 @@ class Window:
                 free.append(room)
             finished = True
         finally:
-            errors = [error for _, _, _, reads in coming for error in _settle(reads)]
-            errors += [error for room in self._rooms for error in room.settle()]
-            if errors and finished:  # else the error that ended the iteration is the one to be seen
-                raise errors[0]
+            if finished:
+                self._rooms = [*free]  # first the one that has been written from for longest
+                if not leave_writes:
+                    self.settle()
+            else:  # the error that ended the iteration is the one to be seen
+                for _, _, _, reads in coming:
+                    _settle(reads)
+                self._settle_rooms()
+
+    def settle(self) -> None:
+        """Return when nothing is on its way.
+
+        Raises:
+            OSError: a store cannot write.
+        """
+        for error in self._settle_rooms():
+            raise error
+
+    def _settle_rooms(self) -> list[OSError]:
+        return [error for room in self._rooms for error in room.settle()]
 
 
 def _settle(handles: Iterable[Handle]) -> list[OSError]:

@@ -49,7 +49,7 @@ def main() -> None:
     with torch.device("meta"):
         model = GPT(config)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("dp",))
-    store = Counting(os.environ["OFFLOAD_FOLDER"], cache_bytes=32 << 20) if order["drive"] else None
+    store = Counting(os.environ["OFFLOAD_FOLDER"], cache_bytes=64 << 20) if order["drive"] else None
     model = zero.shard(model, mesh, stage=3, store=store, init_module=initialise)
     zero.checkpoint_modules(model, Block, zero.CheckpointPolicy())
     inner = _engines.torch_adamw(model.parameters())

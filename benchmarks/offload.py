@@ -36,8 +36,8 @@ ENGINES = (
     "zero-core-3-drive", "deepspeed-2-host", "deepspeed-3-host", "deepspeed-2-drive", "deepspeed-3-drive",
 )  # fmt: skip
 GROUPS = Path("/sys/fs/cgroup/memory")
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
-"""Large blocks that are freed are given back; else the C library keeps some of them, for every case alike."""
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), "THP_MEM_ALLOC_ENABLE": "1"}
+"""For every case alike: large blocks that are freed are given back, not kept by the C library; and they come in few pages."""
 
 
 def time_rows(options: argparse.Namespace) -> list[dict[str, Any]]:

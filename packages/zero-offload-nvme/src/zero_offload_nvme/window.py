@@ -140,7 +140,7 @@ class Window:
             leave_writes: the last blocks may be on their way to their stores when the iteration ends; those of the next
                 one are read meanwhile, and `settle` waits for the last.
 
-        When the iteration ends, nothing else is on its way any more, and unless it ends with an error all has been kept.
+        When the iteration ends, nothing else is on its way, and unless it ends with an error all has been kept.
 
         Raises:
             OSError: a store cannot read or write.

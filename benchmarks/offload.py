@@ -37,7 +37,7 @@ ENGINES = (
 )  # fmt: skip
 GROUPS = Path("/sys/fs/cgroup/memory")
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), "THP_MEM_ALLOC_ENABLE": "1"}
-"""For every case alike: large blocks come in few pages, and are given back when freed; else the C library keeps some."""
+"""For every case alike: large blocks come in few pages and are given back when freed, not kept by the C library."""
 
 
 def time_rows(options: argparse.Namespace) -> list[dict[str, Any]]:

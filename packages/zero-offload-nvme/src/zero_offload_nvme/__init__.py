@@ -41,7 +41,8 @@ from .offloaded import OffloadedOptimizer
 from .preflight import Preflight, preflight
 from .store_stepper import StoreStepper
 from .tail import hidden_ratio
-from .tiers import Tier, TierPlan, Tiers, Traffic, plan_tiers
+from .tier_plan import plan_tiers
+from .tiers import Tier, TierPlan, Tiers, Traffic
 from .topology import CoreSet
 from .version import __version__
 from .zenflow import ZenFlow

@@ -1,7 +1,7 @@
 """`preflight`: what a run will take and how long its steps will be, before anything of it is allocated.
 
 In: a model or a number of parameters, and where things are to rest. Out: a `Preflight`, which prints as a table and
-refuses what does not fit. `tiers` and `forecast` do the arithmetic, `free_bytes` and `speeds` ask the machine.
+refuses what does not fit. `tier_plan` and `forecast` do the arithmetic, `free_bytes` and `speeds` ask the machine.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from .errors import OffloadConfigError, OffloadDiskError, OffloadMemoryError
 from .forecast import Forecast, Speeds, forecast
 from .free_bytes import Free, existing, free_bytes
 from .speeds import BYTES_STEPPED, measure_speeds
-from .tiers import KINDS, TIERS, Tier, TierPlan, Tiers, plan_tiers
+from .tier_plan import plan_tiers
+from .tiers import KINDS, TIERS, Tier, TierPlan, Tiers
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 

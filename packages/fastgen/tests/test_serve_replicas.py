@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
 import threading
 from collections.abc import Iterator
@@ -11,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from fastgen.serve import Limits, ServerConfig
-from fastgen.serve.replicas import ReplicaServer
+from fastgen.serve.replicas import ReplicaServer, pool
 from fastgen.serve.replicas.front import Front
 from fastgen.serve.replicas.pool import WorkerError
 from replica_lab import BrokenSpec, FakeSpec
@@ -176,6 +178,23 @@ def test_a_killed_worker_is_out_and_comes_again(replicas: Replicas) -> None:
     assert replicas.complete(max_tokens=3).status == 200
     assert replicas.metric('fastgen_replica_restarts{replica="0"}') == 1.0
     assert replicas.metric("fastgen_generated_tokens_total") >= tokens + 3
+
+
+def test_a_worker_that_hangs_is_killed_and_comes_again(
+    replicas: Replicas, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "ASK_S", 0.2)
+    monkeypatch.setattr(pool, "SILENT_S", 3.0)
+    wait_until(lambda: replicas.status() == ["ready", "ready"])
+    stuck = replicas.front.pool.replicas[1]
+    restarts, process = stuck.restarts, stuck.process
+    assert process is not None
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGSTOP)
+    wait_until(lambda: stuck.detail == "it did not answer for 3 s, and was killed", timeout_s=30)
+    assert replicas.complete(max_tokens=3).status == 200  # by the other one
+    wait_until(lambda: replicas.status() == ["ready", "ready"], timeout_s=30)
+    assert stuck.restarts == restarts + 1
 
 
 def test_what_cannot_be_loaded_ends_the_server(tmp_path: Path) -> None:

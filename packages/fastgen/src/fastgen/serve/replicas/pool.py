@@ -1,6 +1,7 @@
 """The workers: started together, again when they end, and ended together.
 
-A worker that ends is out at once; it is started again after a pause, which doubles while it keeps ending soon.
+A worker that ends is out at once; it is started again after a pause, which doubles while it keeps ending soon. One that
+does not answer any more is ended.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 FIRST_PAUSE_S = 0.5
 MOST_PAUSE_S = 60.0
 STEADY_S = 60.0  # a worker that lived so long starts again after the first pause
+ASK_S, SILENT_S = 5.0, 30.0  # how often each is asked whether it is there, and how long it may take to say so
 
 
 class WorkerError(FastgenError, RuntimeError):
@@ -164,8 +166,12 @@ class Pool:
             replica.status, replica.detail = Status.READY, ""
             if not first.done():
                 first.set_result(None)
-            await _readable(process.sentinel)
-            said = _heard(connection)
+            listening = asyncio.create_task(_end_if_silent(replica.client, process))
+            try:
+                await _readable(process.sentinel)
+                said = listening.result() if listening.done() else _heard(connection)
+            finally:
+                listening.cancel()
         elif process.exitcode is None:
             await _readable(process.sentinel)
         replica.status = Status.DOWN
@@ -195,6 +201,19 @@ def _heard(connection: Connection) -> bytes:
         return connection.recv_bytes() if connection.poll() else b""
     except (EOFError, OSError):
         return b""
+
+
+async def _end_if_silent(client: httpx2.AsyncClient, process: BaseProcess) -> bytes:
+    """Kill a worker when it does not answer any more; why."""
+    while True:
+        await asyncio.sleep(ASK_S)
+        try:
+            await client.get("/health", timeout=SILENT_S)
+        except httpx2.TimeoutException:
+            process.kill()
+            return f"it did not answer for {SILENT_S:g} s, and was killed".encode()
+        except httpx2.HTTPError:
+            continue  # it has ended, or is about to: its sentinel says so
 
 
 async def _readable(*descriptors: int) -> None:

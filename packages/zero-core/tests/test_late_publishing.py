@@ -243,8 +243,18 @@ def dies(rank: int) -> tuple[str, float]:
         overlap=zero.Overlap(publish_late=True, timeout_s=5),
     )  # fmt: skip
     opt = zero.ShardedOptimizer(model, torch.optim.SGD(model.parameters(), lr=0.1))
-    if rank == 1:  # it goes before it has sent anything of its own
-        opt._publisher.publish = lambda *_, **__: os._exit(1)
+    told, publish = torch.distributed.distributed_c10d._get_default_store(), opt._publisher.publish
+
+    def publish_or_die(*args: object, **options: object) -> None:
+        if (
+            rank == 1
+        ):  # it goes before it has sent anything of its own, when the other one misses nothing else
+            told.wait(["rank 0 publishes"])
+            os._exit(1)
+        told.set("rank 0 publishes", "yes")
+        publish(*args, **options)
+
+    opt._publisher.publish = publish_or_die
     loss_of(model, next(iter(batches(rank, 1)))).backward()
     begun = time.monotonic()
     message = ""

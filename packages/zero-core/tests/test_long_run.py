@@ -62,7 +62,7 @@ def train(rank: int, world_size: int, stage: int) -> tuple[float, float, list[in
         return float(F.mse_loss(model(x), y)), float(F.mse_loss(plain(x), y)), resident, tensors
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_nothing_grows_and_the_loss_agrees(stage: int) -> None:
     for ours, plain, resident, tensors in run_ranks(train, 2, 2, stage, timeout_s=240):
         assert ours == pytest.approx(plain, rel=1e-4)

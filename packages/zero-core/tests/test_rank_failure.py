@@ -41,7 +41,7 @@ def fail(rank: int, world_size: int, stage: int, how: str) -> tuple[str, float]:
     return "", time.monotonic() - start
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("how", ["dies in backward", "dies in forward", "stalls"])
 def test_survivors_end_with_a_name(stage: int, how: str) -> None:
     results = run_ranks(fail, 2, 2, stage, how, tolerate=(0, 1) if "dies" in how else (), timeout_s=90)

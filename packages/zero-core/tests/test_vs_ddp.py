@@ -90,8 +90,20 @@ def compare(rank, world_size, stage, dtype, knobs, use_no_sync):
     return worst
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("stage", "world_size"),
+    [
+        (0, 2),
+        (1, 3),
+        (2, 2),
+        (3, 2),
+        (3, 3),
+        *(pytest.param(stage, world, marks=SLOW) for stage, world in ((0, 3), (1, 2), (2, 3))),
+    ],
+)
 def test_fp32_equals_ddp(stage: int, world_size: int) -> None:
     for worst in run_ranks(
         compare, world_size, world_size, stage, torch.float32, KNOBS, False, timeout_s=280

@@ -71,7 +71,7 @@ def compare(rank: int, stage: int) -> dict[tuple, float]:
     return worst
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, *(pytest.param(each, marks=pytest.mark.slow) for each in (1, 2)), 3])
 def test_fp32_equals_ddp(stage: int) -> None:
     for worst in run_ranks(compare, 4, stage, timeout_s=280):
         assert len(worst) == len(KNOBS)

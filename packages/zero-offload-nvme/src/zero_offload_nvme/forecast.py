@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from .errors import OffloadConfigError
 from .tiers import TierPlan
 
-PARAMETER_S = 45e-6
+PARAMETER_S = 80e-6
 """What Python spends on a parameter in a step; matters for models whose step takes a few milliseconds."""
 
 

@@ -14,7 +14,7 @@ from stored_models import Net, batch, loss_of
 from torch.distributed.device_mesh import init_device_mesh
 from zero_core.testing import run_ranks
 from zero_offload_nvme.free_bytes import address_space_free, drive_free, host_free
-from zero_offload_nvme.speeds import both_speed
+from zero_offload_nvme.speeds import both_speed, measure_speeds
 from zero_offload_nvme.tiers import KINDS, TIERS
 
 SPEEDS = off.Speeds(memory=20, drive_read=2, drive_write=4, link=10)
@@ -109,6 +109,13 @@ def test_both_directions_are_measured(tmp_path) -> None:
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(off.OffloadDiskError, match="cannot be measured"):
         both_speed(str(tmp_path / "nowhere"), 2, 0.1)
+
+
+def test_a_step_in_one_direction_asks_for_no_speed_of_both(tmp_path) -> None:
+    traffic = off.Traffic(drive_read=1 << 20, blocks=1)
+    found = measure_speeds([str(tmp_path)], ranks=1, device="cpu", numel=1, traffic=traffic, seconds=0.1)
+    assert found.drive_both is None
+    assert found.drive_read > 0
 
 
 def test_a_link_is_used_where_the_device_is_not_the_host() -> None:

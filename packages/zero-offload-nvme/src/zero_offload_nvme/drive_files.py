@@ -141,23 +141,10 @@ class DriveFiles:
                 f"NvmeStore: {name!r} needs {nbytes} bytes, and {self.limit_bytes - self.used_bytes} of "
                 f"{self.limit_bytes} are free; raise limit_bytes",
             )
-        drives = sorted(self._drives, key=lambda each: each.used)
-        for drive in drives:
-            used_before = bool(drive.free.get(nbytes))
-            if used_before:
-                offset = drive.free[nbytes].pop()
-            else:
-                offset = drive.end
-                try:
-                    _grow(drive, nbytes, name)
-                except OffloadDiskError:
-                    if drive is drives[-1]:
-                        raise
-                    continue
-            self._places[name] = Place(drive, offset, numel, dtype, not used_before)
-            self.used_bytes += nbytes
-            break
-        return self._places[name]
+        drive, offset, is_fresh = self._room_for(name, nbytes)
+        self._places[name] = place = Place(drive, offset, numel, dtype, is_fresh)
+        self.used_bytes += nbytes
+        return place
 
     def remove(self, name: str) -> None:
         """Its range serves the next tensor of its size."""
@@ -177,6 +164,22 @@ class DriveFiles:
             drive.file.close()
             os.close(drive.descriptor)
         self._drives.clear()
+
+    def _room_for(self, name: str, nbytes: int) -> tuple[Drive, int, bool]:
+        """Drive and offset of a range, and whether no tensor was there before."""
+        drives = sorted(self._drives, key=lambda each: each.used)
+        for drive in drives:
+            if drive.free.get(nbytes):
+                return drive, drive.free[nbytes].pop(), False
+            offset = drive.end
+            try:
+                _grow(drive, nbytes, name)
+            except OffloadDiskError:
+                if drive is drives[-1]:
+                    raise
+            else:
+                return drive, offset, True
+        raise AssertionError("a store has a drive")
 
     def _check_open(self, name: str) -> None:
         if not self._drives:

@@ -71,7 +71,8 @@ def measure_speeds(
         if traffic is None:
             return both_speed(folder, ranks, seconds / 2)
         nbytes = 2 * min(traffic.drive_read, traffic.drive_written) // len(drives)
-        return both_speed(folder, ranks, seconds / 2, nbytes, traffic.blocks)
+        # A step that only reads or only writes asks for no such speed.
+        return both_speed(folder, ranks, seconds / 2, nbytes, traffic.blocks) if nbytes else 0.0
 
     return Speeds(
         memory=memory_speed(threads, numel),
@@ -113,7 +114,7 @@ def both_speed(
         OffloadDiskError: the drive fails, or is full.
     """
     if not os.path.isdir(folder):
-        raise OffloadDiskError(errno.ENOENT, f"preflight: {folder}: cannot be measured: no such folder")
+        raise OffloadDiskError(errno.ENOTDIR, f"preflight: {folder}: cannot be measured: not a folder")
     numel = max(min(nbytes, MOST_BURST) // 8, 1)  # of fp32, each read and written
     block = -(-numel // max(num_blocks, 1))
     room = min(MOST_FILES, shutil.disk_usage(folder).free // 4) // ranks // 4

@@ -97,6 +97,11 @@ class Main:
 
     folder: Path
     capsys: pytest.CaptureFixture[str]
+    others: frozenset[psutil.Process]
+    """Processes that were there before: ranks of other tests, waiting for their next."""
+
+    def models(self) -> list[psutil.Process]:
+        return [each for each in _models_of(os.getpid()) if each not in self.others]
 
     def run(self, act: Callable[[Served], None], *options: str) -> tuple[int, str]:
         """Its exit code and what it wrote to standard error."""
@@ -104,7 +109,7 @@ class Main:
             acting = pool.submit(self._beside, act)
             code = main(_words(self.folder, *options))
             acting.result()
-        assert not _models_of(os.getpid())
+        assert not self.models()
         assert not torch.distributed.is_initialized()
         return code, self.capsys.readouterr().err
 
@@ -118,7 +123,7 @@ class Main:
         try:
             act(Served(found[0], None, None))  # type: ignore[arg-type]
         except BaseException:
-            for each in _models_of(os.getpid()):  # the server ends, too, and the test
+            for each in self.models():  # the server ends, too, and the test
                 each.kill()
             raise
 
@@ -126,7 +131,7 @@ class Main:
 @pytest.fixture
 def here(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Main:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    return Main(tmp_path, capsys)
+    return Main(tmp_path, capsys, frozenset(_models_of(os.getpid())))
 
 
 def test_two_ranks_serve_as_one_and_stop_in_order(here: Main) -> None:
@@ -158,7 +163,7 @@ def test_a_killed_follower_ends_the_server_and_says_so(here: Main) -> None:
         with ThreadPoolExecutor(1) as pool:
             asked = pool.submit(served.complete, max_tokens=450, ignore_eos=True, stream=True)
             wait_until(lambda: bool(served.get("/stats").json["running"]))
-            (follower,) = _models_of(os.getpid())
+            (follower,) = here.models()
             follower.kill()
             replies.append(asked.result())
 

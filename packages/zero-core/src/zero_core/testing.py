@@ -55,6 +55,16 @@ class _Worker:
 _idle: list[_Worker] = []
 
 
+def _take_worker() -> _Worker:
+    """One that waits and still lives (somebody may have ended it meanwhile), or a new one."""
+    while _idle:
+        worker = _idle.pop()
+        if worker.process.is_alive():
+            return worker
+        worker.end()
+    return _Worker()
+
+
 def run_ranks(
     fn: Callable[..., Any],
     world_size: int,
@@ -74,7 +84,7 @@ def run_ranks(
     Raises:
         RankFailedError: the first rank that failed, with its traceback.
     """
-    workers = [_idle.pop() if _idle else _Worker() for _ in range(world_size)]
+    workers = [_take_worker() for _ in range(world_size)]
     clean = False
     try:
         with tempfile.TemporaryDirectory() as folder:

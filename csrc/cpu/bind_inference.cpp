@@ -1,6 +1,9 @@
 #include "bind_inference.h"
 
+#include <functional>
 #include <stdexcept>
+#include <utility>
+#include <vector>
 
 #include "dispatch.h"
 #include "inference_dispatch.h"
@@ -10,6 +13,25 @@ namespace py = pybind11;
 namespace accel {
 
 namespace {
+
+// Calls in their order, to be made again with the same addresses.
+using Tape = std::vector<std::function<void()>>;
+thread_local Tape* recording = nullptr;
+
+// Make a call, without the GIL, and note it where this thread records.
+template <class Call>
+void run(Call call) {
+    {
+        py::gil_scoped_release release;
+        call();
+    }
+    if (recording != nullptr) recording->push_back(std::move(call));
+}
+
+void replay(const Tape& tape) {
+    py::gil_scoped_release release;
+    for (const auto& call : tape) call();
+}
 
 template <class T>
 T* pointer(std::uintptr_t address) {
@@ -27,8 +49,7 @@ void linear(int kind, std::uintptr_t x, std::int64_t x_stride, std::uintptr_t we
                           pointer<std::uint8_t>(zero), pointer<void>(bias), pointer<void>(out), m, n, k, group,
                           DType(dtype), WeightKind(kind)};
     const InferenceKernels& kernels = inference_kernels_for(isa);
-    py::gil_scoped_release release;
-    run_linear(kernels, args, num_threads);
+    run([=, &kernels] { run_linear(kernels, args, num_threads); });
 }
 
 void paged_attention(std::uintptr_t q, std::int64_t q_token_stride, std::int64_t q_head_stride, std::uintptr_t k_cache,
@@ -65,8 +86,7 @@ void paged_attention(std::uintptr_t q, std::int64_t q_token_stride, std::int64_t
     args.softcap = float(softcap);
     args.dtype = DType(dtype);
     const InferenceKernels& kernels = inference_kernels_for(isa);
-    py::gil_scoped_release release;
-    run_attention(kernels, args, num_tokens, num_threads);
+    run([=, &kernels] { run_attention(kernels, args, num_tokens, num_threads); });
 }
 
 void write_kv(std::uintptr_t k, std::int64_t k_token_stride, std::int64_t k_head_stride, std::uintptr_t v,
@@ -84,16 +104,17 @@ void write_kv(std::uintptr_t k, std::int64_t k_token_stride, std::int64_t k_head
                            head_dim,
                            block_size,
                            DType(dtype)};
-    for (std::int64_t t = 0; t < num_tokens; ++t) {
-        if (args.slots[t] >= num_blocks * block_size) {
-            throw std::invalid_argument("slots[" + std::to_string(t) + "]: expected below " +
-                                        std::to_string(num_blocks * block_size) + ", got " +
-                                        std::to_string(args.slots[t]));
-        }
-    }
     const InferenceKernels& kernels = inference_kernels_for(isa);
-    py::gil_scoped_release release;
-    run_write_kv(kernels, args, num_tokens, num_threads);
+    run([=, &kernels] {
+        for (std::int64_t t = 0; t < num_tokens; ++t) {
+            if (args.slots[t] >= num_blocks * block_size) {
+                throw std::invalid_argument("slots[" + std::to_string(t) + "]: expected below " +
+                                            std::to_string(num_blocks * block_size) + ", got " +
+                                            std::to_string(args.slots[t]));
+            }
+        }
+        run_write_kv(kernels, args, num_tokens, num_threads);
+    });
 }
 
 void rms_norm(std::uintptr_t x, std::int64_t x_token, std::int64_t x_head, std::uintptr_t residual,
@@ -105,8 +126,7 @@ void rms_norm(std::uintptr_t x, std::int64_t x_token, std::int64_t x_head, std::
                            rows(out, out_token, out_head), pointer<void>(weight), DType(weight_dtype), DType(dtype),
                            num_heads, dim, float(eps), float(weight_offset)};
     const InferenceKernels& kernels = inference_kernels_for(isa);
-    py::gil_scoped_release release;
-    run_rms_norm(kernels, args, num_rows, num_threads);
+    run([=, &kernels] { run_rms_norm(kernels, args, num_rows, num_threads); });
 }
 
 void rotary(std::uintptr_t x, std::int64_t token_stride, std::int64_t head_stride, std::int64_t num_heads,
@@ -115,24 +135,24 @@ void rotary(std::uintptr_t x, std::int64_t token_stride, std::int64_t head_strid
             bool interleaved, int dtype, int num_threads, const std::string& isa) {
     const RotaryArgs args{rows(x, token_stride, head_stride), pointer<float>(cos), pointer<float>(sin), cos_stride,
                           sin_stride, pointer<std::int64_t>(positions), num_heads, half, DType(dtype), interleaved};
-    for (std::int64_t t = 0; t < num_tokens; ++t) {
-        if (args.positions[t] < 0 || args.positions[t] >= num_positions) {
-            throw std::invalid_argument("positions[" + std::to_string(t) + "]: expected 0 to " +
-                                        std::to_string(num_positions - 1) + ", got " +
-                                        std::to_string(args.positions[t]));
-        }
-    }
     const InferenceKernels& kernels = inference_kernels_for(isa);
-    py::gil_scoped_release release;
-    run_rotary(kernels, args, num_tokens * num_heads, num_threads);
+    run([=, &kernels] {
+        for (std::int64_t t = 0; t < num_tokens; ++t) {
+            if (args.positions[t] < 0 || args.positions[t] >= num_positions) {
+                throw std::invalid_argument("positions[" + std::to_string(t) + "]: expected 0 to " +
+                                            std::to_string(num_positions - 1) + ", got " +
+                                            std::to_string(args.positions[t]));
+            }
+        }
+        run_rotary(kernels, args, num_tokens * num_heads, num_threads);
+    });
 }
 
 void gated(std::uintptr_t gate_up, std::int64_t stride, std::uintptr_t out, std::int64_t out_stride,
            std::int64_t num_rows, std::int64_t width, bool gelu, int dtype, int num_threads, const std::string& isa) {
     const GatedArgs args{pointer<void>(gate_up), pointer<void>(out), stride, out_stride, width, DType(dtype), gelu};
     const InferenceKernels& kernels = inference_kernels_for(isa);
-    py::gil_scoped_release release;
-    run_gated(kernels, args, num_rows, num_threads);
+    run([=, &kernels] { run_gated(kernels, args, num_rows, num_threads); });
 }
 
 float stream_read(std::uintptr_t p, std::int64_t numel, int num_threads, const std::string& isa) {
@@ -144,6 +164,12 @@ float stream_read(std::uintptr_t p, std::int64_t numel, int num_threads, const s
 }  // namespace
 
 void bind_inference(py::module_& m) {
+    py::class_<Tape>(m, "Tape")
+        .def(py::init<>())
+        .def("__len__", &Tape::size)
+        .def("record", [](Tape& tape) { recording = &tape; })
+        .def("replay", &replay);
+    m.def("stop_recording", [] { recording = nullptr; });
     m.def("linear", &linear);
     m.def("paged_attention", &paged_attention);
     m.def("write_kv", &write_kv);

@@ -138,7 +138,7 @@ class FakeEngine:
     def abort(self, request_id: str) -> None:
         self.num_aborted += self.requests.pop(request_id, None) is not None
 
-    def step(self) -> list[Output]:
+    def step(self, prompt_tokens: int | None = None) -> list[Output]:
         if self.fail_next is not None:
             raise self.fail_next
         if self.step_s:

@@ -37,6 +37,7 @@ class FakeEngine:
         vocabulary: tokens; few make prefixes meet.
         draft_probability: that a sequence has drafts.
         stop_probability: that a sequence ends at a token.
+        paced: forwards have random limits of prompt tokens beside decodes.
     """
 
     def __init__(
@@ -46,12 +47,14 @@ class FakeEngine:
         vocabulary: int = 3,
         draft_probability: float = 0.0,
         stop_probability: float = 0.0,
+        paced: bool = False,
     ) -> None:
         self.scheduler = scheduler
         self.random = random.Random(seed)
         self.vocabulary = vocabulary
         self.draft_probability = draft_probability
         self.stop_probability = stop_probability
+        self.paced = paced
         self.size = scheduler.tables.block_size
         self.device: list[list[object]] = [
             [None] * self.size for _ in range(scheduler.tables.device.num_blocks)
@@ -68,7 +71,7 @@ class FakeEngine:
     def step(self, abort: str | None = None) -> StepPlan:
         """Plan, check, run, commit. `abort` goes away while the forward runs."""
         self.steps += 1
-        plan = self.scheduler.schedule()
+        plan = self.plan()
         self.check_plan(plan)
         self.copy(plan)
         for each in plan.scheduled:
@@ -83,6 +86,19 @@ class FakeEngine:
                 self.ended_at[request.id] = self.steps
                 for sequence in request.sequences:
                     self.past.pop(sequence, None)
+        return plan
+
+    def plan(self) -> StepPlan:
+        """The next, under a random limit if `paced`."""
+        if not self.paced:
+            return self.scheduler.schedule()
+        limit = self.random.choice((None, 1, 2, 3, 5, 8))
+        decoding = {each for each in self.past if each.status is Status.RUNNING and each.num_uncomputed == 1}
+        plan = self.scheduler.schedule(limit)
+        if limit is not None and any(each.sequence in decoding for each in plan.scheduled):
+            whole = sum(each.num_tokens for each in plan.scheduled if each.num_tokens > 1)
+            assert whole <= limit, "more of prompts beside decodes than may be"
+            self.counts["limited"] += whole == limit
         return plan
 
     def check_plan(self, plan: StepPlan) -> None:

@@ -21,6 +21,7 @@ def test_every_call_comes_back() -> None:
         LoadAdapter("legal", "/some/where"),
         Embed([5]),
         Step(),
+        Step(12),
     ]
     assert unpacked(packed(calls, 77)) == (calls, 77)
 

@@ -16,12 +16,16 @@ from scheduler_lab import FakeEngine, make_request, make_scheduler
 class Traffic:
     """Random requests to one scheduler, with cancels, until all have ended."""
 
-    def __init__(self, seed: int, *, longest: int = 60, rate: float = 0.3, **setup: object) -> None:
+    def __init__(
+        self, seed: int, *, longest: int = 60, rate: float = 0.3, paced: bool = False, **setup: object
+    ) -> None:
         self.random = random.Random(seed)
         self.longest = longest
         self.rate = rate
         self.scheduler = make_scheduler(**setup)
-        self.engine = FakeEngine(self.scheduler, seed, draft_probability=0.3, stop_probability=0.02)
+        self.engine = FakeEngine(
+            self.scheduler, seed, draft_probability=0.3, stop_probability=0.02, paced=paced
+        )
         self.added: dict[str, tuple[Request, int]] = {}
         self.refused = 0
 
@@ -120,6 +124,10 @@ SETUPS: dict[str, tuple[dict[str, object], dict[str, int]]] = {
         {"num_blocks": 60, "token_budget": 8, "max_sequences": 5, "patience_steps": 5000},
         USUAL,
     ),
+    "paced": (
+        {"num_blocks": 60, "token_budget": 24, "paced": True},
+        {**USUAL, "limited": 500, "preempted": 20},
+    ),
     "full queue": (
         {"num_blocks": 40, "token_budget": 24, "max_waiting": 5, "rate": 0.6},
         {**USUAL, "refused": 100, "hits": 300},
@@ -151,9 +159,12 @@ def test_random_traffic(name: str) -> None:
     patience_steps=st.sampled_from([0, 1, 30]),
     prefix=st.booleans(),
     kind=st.sampled_from(list(Schedule)),
+    paced=st.booleans(),
     max_model_len=st.integers(2, 80),
 )
 def test_any_setup(seed: int, **setup: object) -> None:
+    if setup["kind"] is Schedule.PREFILL_FIRST and setup["paced"]:
+        setup["paced"] = False  # whole prompts have no limit
     traffic = Traffic(seed, longest=30, rate=0.4, **setup)
     traffic.run(40)
     if setup["patience_steps"] and setup["kind"] is Schedule.SPLIT_FUSE:

@@ -73,6 +73,7 @@ def test_help_teaches(command: list[str], capsys: pytest.CaptureFixture[str]) ->
         (["serve", "model", "--weights", "int3"], "int3"),
         (["serve", "model", "--token-budget", "0"], ">= 1"),
         (["serve", "model", "--replicas", "0"], ">= 1"),
+        (["serve", "model", "--max-gap-ms", "-3"], ">= 0"),
         (["generate", "model", "x", "--tensor-parallel", "none"], "none"),
         (["generate", "model", "x", "--temperature", "-1"], ">= 0"),
         (["bench", "http://x", "--clients", "0"], "above 0"),
@@ -98,6 +99,7 @@ def test_a_wrong_command_line_is_one_line(
         (["serve", "model", "--port", "99999"], "0 to 65535"),
         (["serve", "model", "--api-key-file", "/no/such/file"], "No such file"),
         (["serve", "model", "--adapters", "x"], "expected NAME=DIR, got 'x'"),
+        (["serve", "model", "--max-gap-ms", "0"], "gap_s=...): expected seconds above 0, got 0.0"),
         (["serve", "model", "--replicas", "2", "--device", "cuda:0"], "expected 'cuda' for 2 processes"),
         (["generate", "model", "x", "--top-p", "2"], "top_p"),
         (["bench", "ftp://x"], "expected a URL"),
@@ -119,11 +121,15 @@ def test_options_of_the_engine() -> None:
     argv = (
         "--dtype bfloat16 --weights int4 --cache-gib 1.5 --cache-dtype int8 --swap-gib 2 --no-prefix-cache "
     )
-    argv += "--token-budget 64 --max-sequences 7 --max-model-len 99 --batch-invariant --device cpu"
+    argv += "--token-budget 64 --max-gap-ms 12.5 --max-sequences 7 --max-model-len 99 --batch-invariant --device cpu"
     config = engine_config(parsed("serve", "model", *argv.split(), "--speculate", "ngram", "--drafts", "3"))
     assert (config.dtype, config.weights, config.cache.dtype) == (torch.bfloat16, Weights.INT4, torch.int8)
     assert (config.cache.max_bytes, config.cache.swap_bytes, config.cache.prefix) == (3 * 2**29, 2**31, False)
-    assert (config.schedule.token_budget, config.schedule.max_sequences) == (64, 7)
+    assert (config.schedule.token_budget, config.schedule.gap_s, config.schedule.max_sequences) == (
+        64,
+        0.0125,
+        7,
+    )
     assert (config.max_model_len, config.batch_invariant, config.device) == (99, True, torch.device("cpu"))
     assert config.speculation is not None
     assert (config.speculation.num_drafts, config.speculation.ngram) == (3, 3)

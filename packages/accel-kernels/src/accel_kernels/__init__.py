@@ -13,6 +13,7 @@ Modules, in the order in which a call passes through them:
 - ``backends``: ``cpu`` (C++ extension), ``cuda`` (NVRTC through CuPy, Triton), ``portable`` (numba or plain
   torch); those of the inference ops in ``backends.inference``.
 - ``reference``: what each op means, in plain torch; every back end is held against it.
+- ``recording``: calls that were made once, again, without the Python between them.
 - ``transfers``: files to memory and back, with many requests in flight.
 - ``errors``, ``version``.
 
@@ -41,6 +42,7 @@ from .ops.rms_norm import rms_norm
 from .ops.rotary import rotary
 from .ops.sgd import sgd_step
 from .ops.write_kv import write_kv
+from .recording import Recording
 from .report import Report, report
 from .segments import AdagradSegment, AdamSegment, LionSegment, SgdSegment
 from .tables import StepTable
@@ -63,6 +65,7 @@ __all__ = [
     "AdamSegment",
     "BackendUnavailableError",
     "LionSegment",
+    "Recording",
     "Report",
     "SgdSegment",
     "StepTable",

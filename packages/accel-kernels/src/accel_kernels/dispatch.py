@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import native
 from .errors import AccelValueError, BackendUnavailableError
+from .recording import refuse_while_recording
 from .segments import Optimizer, Segment
 
 BACKENDS = ("cpu", "cuda", "portable", "reference")
@@ -171,6 +172,7 @@ def choose(op: str, device: torch.device, backend: str | None) -> Backend:
         AccelValueError: ``backend`` is not a name in ``BACKENDS``.
         BackendUnavailableError: it is, but cannot run here.
     """
+    refuse_while_recording(op)
     if backend is None:
         return _load(preferred(device.type))
     if backend not in BACKENDS:

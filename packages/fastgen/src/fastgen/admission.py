@@ -12,6 +12,8 @@ away after it, and its blocks in host memory are read before they are written ag
 
 from __future__ import annotations
 
+import sys
+
 from .block_tables import BlockTables
 from .groups import Group, Order
 from .request import Sequence, Status
@@ -30,6 +32,7 @@ class Forward:
         plan: what is copied, and who was sent away.
         decodes: sequences with their last token.
         chunks: parts of prompts.
+        prompts_left: of `left`, what prompts may have.
         set_aside: tokens of `left` were set aside for the next token of each group that runs.
         num_slots: places that running groups take.
         num_live: their sequences.
@@ -38,6 +41,7 @@ class Forward:
     def __init__(self, step: int, order: Order, left: int) -> None:
         self.step = step
         self.left = left
+        self.prompts_left = sys.maxsize
         self.set_aside = False
         self.plan = StepPlan()
         self.decodes: list[Scheduled] = []

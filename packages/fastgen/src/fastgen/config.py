@@ -60,6 +60,8 @@ class SchedulePolicy:
 
     Attributes:
         token_budget: most tokens of a forward; None: where throughput saturates, measured at the start.
+        gap_s: seconds that running sequences may have between two tokens for the sake of prompts beside them, whose
+            chunks become as small as that needs (`pace`); None: only the budget limits them.
         max_sequences: that run at once.
         kind: Dynamic SplitFuse, or (to compare) whole prompts before decodes.
         patience_steps: a waiting request's priority improves by one for so many forwards; 0: never.
@@ -67,6 +69,7 @@ class SchedulePolicy:
     """
 
     token_budget: int | None = None
+    gap_s: float | None = None
     max_sequences: int = 256
     kind: Schedule = Schedule.SPLIT_FUSE
     patience_steps: int = 1000
@@ -75,6 +78,8 @@ class SchedulePolicy:
     def __post_init__(self) -> None:
         if self.token_budget is not None and self.token_budget < 1:
             raise ConfigError(f"SchedulePolicy(token_budget=...): expected >= 1, got {self.token_budget!r}")
+        if self.gap_s is not None and not 0.0 < self.gap_s < float("inf"):
+            raise ConfigError(f"SchedulePolicy(gap_s=...): expected seconds above 0, got {self.gap_s!r}")
         if self.max_sequences < 1:
             raise ConfigError(f"SchedulePolicy(max_sequences=...): expected >= 1, got {self.max_sequences!r}")
 
@@ -110,6 +115,8 @@ class EngineConfig:
         dtype: of the model; None: a module's own, or as a directory's config says.
         weights: how linear weights are held.
         max_model_len: longest prompt and output; None: as the model's config says.
+        replay: small forwards of a shape that has come before are made again without Python (on CUDA: as a graph); the
+            same tokens, sooner.
         batch_invariant: a request's tokens and log-probabilities depend on nothing else in the batch, bit for bit.
         device: None: a CUDA device if there is one, else the CPU.
         seed: of requests without a seed of their own.
@@ -121,6 +128,7 @@ class EngineConfig:
     dtype: torch.dtype | None = None
     weights: Weights = Weights.DENSE
     max_model_len: int | None = None
+    replay: bool = True
     batch_invariant: bool = False
     device: torch.device | None = None
     seed: int = 0

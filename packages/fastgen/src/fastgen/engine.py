@@ -5,6 +5,7 @@ A step is: guess, schedule, run, choose, commit. No threads and no HTTP; `llm` a
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence as Items
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ from .grammar import GrammarFactory
 from .jobs import Job
 from .lines import Line
 from .output import Output, Stats
+from .pace import Pace
 from .request import FinishReason, Request, SamplingParams, Sequence, Status
 from .runner import Runner
 from .sampler import logprobs_of
@@ -68,6 +70,8 @@ class Engine:
         self._seeds = torch.Generator().manual_seed(seed)
         self._jobs: dict[str, Job] = {}
         self._lines: dict[Sequence, Line] = {}
+        policy = scheduler.policy
+        self._pace = Pace(policy.gap_s, policy.token_budget or 1) if policy.gap_s else None
         self._generated = self._drafted = self._accepted = self._batch_tokens = 0
 
     # -- requests ---------------------------------------------------------------------------------------------
@@ -176,12 +180,28 @@ class Engine:
 
     # -- a step -----------------------------------------------------------------------------------------------
 
-    def step(self) -> list[Output]:
-        """One forward; what it added to sequences, and which have ended."""
+    @property
+    def prompt_tokens(self) -> int | None:
+        """Tokens of prompts that the next forward may have beside decodes; None: as many as fit."""
+        return None if self._pace is None else self._pace.prompt_tokens
+
+    def step(self, prompt_tokens: int | None = None) -> list[Output]:
+        """One forward; what it added to sequences, and which have ended.
+
+        Args:
+            prompt_tokens: that it may have beside decodes, where that was decided elsewhere; None: as the property.
+        """
+        begun = time.perf_counter()
         self._guess()
-        plan = self.scheduler.schedule()
+        plan = self.scheduler.schedule(prompt_tokens or self.prompt_tokens)
         if not plan.scheduled:
             return []
+        outputs = self._run(plan)
+        if self._pace is not None and plan.num_decodes:
+            self._pace.took(plan.num_prompt_tokens, time.perf_counter() - begun)
+        return outputs
+
+    def _run(self, plan: StepPlan) -> list[Output]:
         self._batch_tokens = plan.num_tokens
         logits_LV, batch = self.runner.run(plan)
         parts = [

@@ -22,6 +22,7 @@ from .errors import ConfigError, ModelError
 from .kv_cache import KVCache, build_cache
 from .output import Output, TokenLogprobs
 from .parallel import TensorParallel
+from .replays import Replays
 from .request import FinishReason, SamplingParams
 from .runner import Runner
 from .scheduler import Scheduler
@@ -200,7 +201,10 @@ def build_engine(
         guesser = DraftModel(small.decoder, own, speculation.num_drafts, small.device)
     elif speculation is not None:
         guesser = PromptLookup(speculation.ngram, speculation.num_drafts)
-    runner = Runner(loaded.decoder, cache, loaded.device, guesser)
+    replays: Replays | None = None
+    if config.replay and loaded.decoder.replayable:
+        replays = Replays(loaded.decoder, cache, loaded.device, loaded.max_model_len)
+    runner = Runner(loaded.decoder, cache, loaded.device, guesser, replays)
     if config.schedule.token_budget is None:
         longest = min(loaded.max_model_len, _MEASURED_LEN)
         measured = runner.saturation_tokens(_MOST_BUDGET, longest, parallel.least)

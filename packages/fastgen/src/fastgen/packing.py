@@ -41,8 +41,8 @@ class Packer:
         self._admission = admission
         self.step = 0
 
-    def pack(self) -> StepPlan:
-        """The next forward."""
+    def pack(self, prompt_tokens: int | None = None) -> StepPlan:
+        """The next forward; beside decodes with at most so many tokens of prompts, where SplitFuse splits these."""
         self.step += 1
         forward = Forward(self.step, self._order, self._budget)
         num_decodes, num_drafts, has_prompts = self._count()
@@ -58,6 +58,8 @@ class Packer:
         # Guesses do not keep prompts waiting: these get at least half of what decodes leave.
         num_drafts = min(num_drafts, forward.left // 2 if has_prompts else forward.left)
         forward.left -= num_drafts
+        if prompt_tokens is not None and num_decodes:
+            forward.prompts_left = prompt_tokens
         self._serve_all(forward, decodes=True, prompts=True)
         self._draft(forward, num_drafts + forward.left)
         return forward.finish()
@@ -98,7 +100,9 @@ class Packer:
             if admits:
                 waiting = self._order.best_waiting()
                 if waiting is not None and (group is None or waiting.key < group.key):
-                    if forward.left > 0 and self._admission.admit(forward, waiting):
+                    if min(forward.left, forward.prompts_left) > 0 and self._admission.admit(
+                        forward, waiting
+                    ):
                         group = waiting
                     else:
                         admits = False  # nobody overtakes it
@@ -116,7 +120,7 @@ class Packer:
                         forward.left += is_set_aside
                         if decodes and forward.left > 0:
                             self._decode(forward, group, sequence)
-                    elif prompts and forward.left > 0:
+                    elif prompts and min(forward.left, forward.prompts_left) > 0:
                         self._admission.skip(sequence)
                         self._chunk(forward, group, sequence)
             at += 1
@@ -136,7 +140,8 @@ class Packer:
                         self._decode(forward, group, sequence)
         elif prompts:
             for sequence in group.live:
-                if sequence.num_uncomputed > 1 and sequence.block_table and forward.left > 0:
+                room = min(forward.left, forward.prompts_left)
+                if sequence.num_uncomputed > 1 and sequence.block_table and room > 0:
                     self._chunk(forward, group, sequence, held_back=1)
 
     def _decode(self, forward: Forward, group: Group, sequence: Sequence) -> None:
@@ -151,7 +156,7 @@ class Packer:
         if not sequence.block_table and not self._admission.begin_sibling(forward, group, sequence):
             return
         start, uncomputed = sequence.num_computed, sequence.num_uncomputed - held_back
-        count = min(uncomputed, forward.left)
+        count = min(uncomputed, forward.left, forward.prompts_left)
         if self._whole_prompts:
             if count < uncomputed and forward.chunks:
                 forward.left = 0  # nobody overtakes it
@@ -162,6 +167,7 @@ class Packer:
         wants_logits = count == sequence.num_uncomputed
         forward.chunks.append(Scheduled(sequence, start, count, wants_logits=wants_logits))
         forward.left = max(0, forward.left - count)
+        forward.prompts_left -= count
 
     def _extend(self, forward: Forward, group: Group, sequence: Sequence, end: int) -> bool:
         """Make a sequence's next positions its own, if need be at the cost of worse groups."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from .batch import RaggedBatch, ragged_batch
 from .kv_cache import KVCache
 from .models.causal import CausalModel
+from .replays import Replays
 from .request import Request, SamplingParams, Sequence
 from .speculation import Guesser
 from .step_plan import Scheduled, StepPlan
@@ -30,25 +31,33 @@ class Runner:
         cache: its cache.
         device: of both.
         guesser: is told of every forward; None: nobody guesses.
+        replays: makes forwards of the same shapes again; None: every forward is made from Python.
     """
 
     def __init__(
-        self, decoder: CausalModel, cache: KVCache, device: torch.device, guesser: Guesser | None = None
+        self,
+        decoder: CausalModel,
+        cache: KVCache,
+        device: torch.device,
+        guesser: Guesser | None = None,
+        replays: Replays | None = None,
     ) -> None:
         self.decoder = decoder
         self.cache = cache
         self.device = device
         self.guesser = guesser
+        self.replays = replays
 
     def run(self, plan: StepPlan) -> tuple[Tensor, RaggedBatch]:
-        """One forward: logits `[L, vocab]`, and the batch that says whose they are."""
+        """One forward: logits `[L, vocab]`, valid until the next, and the batch that says whose they are."""
         self.cache.swap_out(plan.swap_out)
         self.cache.swap_in(plan.swap_in)
         self.cache.copy_blocks(plan.copies)
         batch = ragged_batch(plan, self.cache.block_size, self.device)
         if self.guesser is not None:
             self.guesser.follow(plan, batch)
-        return self.decoder(batch, self.cache), batch
+        logits_LV = self.replays.run(batch) if self.replays else self.decoder(batch, self.cache)
+        return logits_LV, batch
 
     def embed(self, prompt_ids: list[int]) -> Tensor:
         """The last token's hidden state, `[width]` float32, of unit length; in a cache of its own."""

@@ -132,13 +132,16 @@ class Scheduler:
         """There are requests; `schedule` will find something to do."""
         return bool(self._groups)
 
-    def schedule(self) -> StepPlan:
+    def schedule(self, prompt_tokens: int | None = None) -> StepPlan:
         """The next forward; empty only without requests.
+
+        Args:
+            prompt_tokens: beside decodes, at most so many tokens of prompts (1 or more); None: as the budget allows.
 
         Raises:
             FastgenError: sequences were not advanced as they must be.
         """
-        plan = self._packer.pack()
+        plan = self._packer.pack(prompt_tokens)
         if self._groups and not plan.scheduled:
             raise FastgenError(
                 f"expected a sequence that can go on, got none of {len(self._groups)} requests; finish sequences of "

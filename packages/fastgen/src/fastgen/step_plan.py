@@ -24,6 +24,11 @@ class Scheduled:
     drafts: tuple[int, ...] = ()
     wants_logits: bool = True
 
+    @property
+    def is_decode(self) -> bool:
+        """One token, after which the next is chosen."""
+        return self.num_tokens == 1 and self.wants_logits
+
 
 @dataclass(frozen=True)
 class StepPlan:
@@ -47,3 +52,13 @@ class StepPlan:
     def num_tokens(self) -> int:
         """Tokens of the forward."""
         return sum(each.num_tokens + len(each.drafts) for each in self.scheduled)
+
+    @property
+    def num_decodes(self) -> int:
+        """Sequences of which only the last token is computed."""
+        return sum(each.is_decode for each in self.scheduled)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of the others."""
+        return sum(each.num_tokens for each in self.scheduled if not each.is_decode)

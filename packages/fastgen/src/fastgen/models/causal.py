@@ -12,7 +12,15 @@ from ..kv_cache import CacheLayout, KVCache
 
 
 class CausalModel(Protocol):
-    """A model that reads and writes a paged cache."""
+    """A model that reads and writes a paged cache.
+
+    Attributes:
+        replayable: a forward makes the same calls whatever the values in the tensors of its batch.
+        weights_version: changes when weights are loaded again, into other tensors.
+    """
+
+    replayable: bool
+    weights_version: int
 
     def __call__(self, batch: RaggedBatch, cache: KVCache) -> Tensor:
         """Float32 logits `[L, vocab]` of the rows that the batch wants."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..batch import RaggedBatch
 from ..kv_cache import CacheLayout, KVCache
-from ..linear import Linear, LinearPolicy
+from ..linear import Linear, LinearPolicy, has_native_linear
 from ..parallel import Shard, TensorParallel
 from .layers import AttentionLayer, Embedding, MlpLayer, Norm, RotaryTable, rowwise
 from .moe import MoeLayer
@@ -117,6 +117,11 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(spec, i, policy, parallel) for i in range(len(spec.layers)))
         self.norm = Norm(spec.final_norm, spec.width, policy) if spec.final_norm else None
         self.lm_head = Linear(vocabulary, dense, spec.logits_bias, shared=spec.tied)
+        # Experts' products one by one: how many rows each has is asked of the tensors.
+        asks = any(isinstance(each, MoeLayer) and not each.grouped for each in self.modules())
+        native = policy.device.type == "cuda" or has_native_linear(policy.device.type, policy.dtype)
+        self.replayable = native and parallel.size == 1 and not asks
+        self.weights_version = 0
 
     def finish(self) -> None:
         """Once the weights are loaded: tie and stack those that are held so."""
@@ -125,6 +130,7 @@ class Decoder(nn.Module):
         for module in self.modules():
             if isinstance(module, MoeLayer):
                 module.finish()
+        self.weights_version += 1
         self.eval()
 
     def cache_layout(self, dtype: torch.dtype | None) -> CacheLayout:
@@ -187,4 +193,4 @@ class Decoder(nn.Module):
 
     def forward(self, batch: RaggedBatch, cache: KVCache) -> Tensor:
         """Float32 logits `[L, vocab]` of the rows that the batch wants."""
-        return self.logits(self.hidden(batch, cache)[batch.logits_rows_L])
+        return self.logits(self.hidden(batch, cache).index_select(0, batch.logits_rows_L))

@@ -43,6 +43,9 @@ class GenericDecoder(nn.Module):
         ModelError: it cannot run this way; says why.
     """
 
+    replayable = False  # what the module asks of its tensors is not known
+    weights_version = 0
+
     def __init__(self, module: Any, policy: LinearPolicy, max_len: int) -> None:
         super().__init__()
         _refuse(module, max_len)

@@ -52,11 +52,13 @@ class Abort:
 
 @dataclass(frozen=True)
 class Step:
-    """`Engine.step`."""
+    """`Engine.step`: rank 0's clock decides for all."""
+
+    prompt_tokens: int | None = None
 
     def make(self, engine: Engine) -> list[Output]:
         """Make the call."""
-        return engine.step()
+        return engine.step(self.prompt_tokens)
 
 
 @dataclass(frozen=True)

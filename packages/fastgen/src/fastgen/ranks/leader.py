@@ -153,7 +153,7 @@ class Leader:
         Raises:
             RankError: one of them has ended.
         """
-        call = Step()
+        call = Step(self._engine.prompt_tokens)
         with self._same_everywhere(call, at_once=True):
             outputs = call.make(self._engine)
         self._digest.outputs(outputs)

@@ -9,6 +9,7 @@ from ...dispatch import AttentionOptions
 from ...errors import AccelValueError
 from ...isa import chosen_cpu_isa
 from ...native import cpu
+from ...recording import keep
 
 assert cpu is not None  # dispatch loads this module only where the extension is there
 _cpu = cpu
@@ -42,6 +43,8 @@ def paged_attention(
     out: Tensor,
 ) -> None:
     """See ``dispatch.InferenceBackend``."""
+    keep(q, k_cache, v_cache, block_tables, query_starts, context_lens, out)
+    keep(options.alibi_slopes, options.k_scale, options.v_scale)
     num_tokens, num_heads, head_dim = q.shape
     num_blocks, num_kv_heads, block_size, _ = k_cache.shape
     try:
@@ -86,6 +89,7 @@ def write_kv(
     v_scale: Tensor | None,
 ) -> None:
     """See ``dispatch.InferenceBackend``."""
+    keep(k, v, k_cache, v_cache, slots, k_scale, v_scale)
     num_blocks, num_heads, block_size, head_dim = k_cache.shape
     try:
         _cpu.write_kv(
@@ -119,6 +123,7 @@ def _linear(
     group: int,
     out: Tensor,
 ) -> None:
+    keep(x, weight, scale, zero, bias, out)
     _cpu.linear(
         kind,
         x.data_ptr(),
@@ -165,6 +170,7 @@ def rms_norm(
     x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, weight_offset: float, out: Tensor
 ) -> None:
     """See ``dispatch.InferenceBackend``."""
+    keep(x, weight, residual, out)
     dim = x.shape[-1]
     _cpu.rms_norm(
         *_row_strides(x),
@@ -187,6 +193,7 @@ def rotary(
     q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: bool
 ) -> None:
     """See ``dispatch.InferenceBackend``."""
+    keep(q, k, cos, sin, positions)
     for x in (q, k):
         if x is None:
             continue
@@ -213,6 +220,7 @@ def rotary(
 
 def gated(activation: str, gate_up: Tensor, out: Tensor) -> None:
     """See ``dispatch.InferenceBackend``."""
+    keep(gate_up, out)
     _cpu.gated(
         gate_up.data_ptr(),
         gate_up.stride(0),

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from ... import reference
 from ...dispatch import AttentionOptions
+from ...recording import refuse_while_recording
 from ...reference.attention import gather_cache
 from .reference import gated, rms_norm, rotary, write_kv
 
@@ -38,6 +39,7 @@ def paged_attention(
     out: Tensor,
 ) -> None:
     """See ``dispatch.InferenceBackend``; torch's fused attention sequence by sequence, where it can be had."""
+    refuse_while_recording("paged_attention", "this back end takes lengths out of their tensors")
     if options.softcap > 0 or options.alibi_slopes is not None:  # 16-bit biases would be too coarse
         tensors = (q, k_cache, v_cache, block_tables, query_starts, context_lens)
         reference.paged_attention(*tensors, **options._asdict(), out=out)

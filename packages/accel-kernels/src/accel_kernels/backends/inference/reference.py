@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ... import reference
 from ...dispatch import AttentionOptions
+from ...recording import refuse_while_recording
 
 
 def paged_attention(
@@ -19,6 +20,7 @@ def paged_attention(
     out: Tensor,
 ) -> None:
     """See ``dispatch.InferenceBackend``."""
+    refuse_while_recording("paged_attention", "this back end takes lengths out of their tensors")
     tensors = (q, k_cache, v_cache, block_tables, query_starts, context_lens)
     reference.paged_attention(*tensors, **options._asdict(), out=out)
 

@@ -43,6 +43,12 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         help="tokens of a forward (default: measured at the start)",
     )
     group.add_argument(
+        "--max-gap-ms",
+        type=amount,
+        metavar="X",
+        help="between two tokens of a running sequence for the sake of prompts, which then take longer (default: any)",
+    )
+    group.add_argument(
         "--max-sequences", type=positive, metavar="N", default=256, help="that run at once (256)"
     )
     group.add_argument(
@@ -94,7 +100,12 @@ def engine_config(args: argparse.Namespace, **schedule: Any) -> EngineConfig:
             swap_bytes=int(args.swap_gib * GIB),
             prefix=not args.no_prefix_cache,
         ),
-        schedule=SchedulePolicy(token_budget=args.token_budget, max_sequences=args.max_sequences, **schedule),
+        schedule=SchedulePolicy(
+            token_budget=args.token_budget,
+            gap_s=None if args.max_gap_ms is None else args.max_gap_ms / 1e3,
+            max_sequences=args.max_sequences,
+            **schedule,
+        ),
         speculation=speculation,
         dtype=getattr(torch, args.dtype) if args.dtype else None,
         weights=Weights(args.weights),

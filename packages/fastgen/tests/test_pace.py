@@ -1,0 +1,84 @@
+"""Prompts beside decodes: forwards are late one time in twenty, and prompts get what time there is."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from engine_lab import engine_of, expected, prompts, run, tokens
+from fastgen import SamplingParams, SchedulePolicy
+from fastgen.errors import ConfigError
+from fastgen.pace import Pace
+from hypothesis import given
+from hypothesis import strategies as st
+
+
+def forwards(pace: Pace, alone: float, token: float, noise: float, count: int) -> list[tuple[int, float]]:
+    """Tokens and seconds of so many, on a machine that needs `alone` and something for each token."""
+    chance = random.Random(0)
+    found = []
+    for _ in range(count):
+        tokens = pace.prompt_tokens
+        seconds = (alone + token * tokens) * (1 + noise * chance.gauss(0, 1))
+        pace.took(tokens, seconds)
+        found.append((tokens, seconds))
+    return found
+
+
+@given(
+    alone=st.floats(1e-3, 0.1),
+    room=st.floats(10, 400),  # tokens that fit
+    part=st.floats(0.2, 0.9),  # of a forward's time that is the decodes'
+    noise=st.floats(0, 0.05),
+)
+def test_few_are_late_and_most_of_the_time_is_used(
+    alone: float, room: float, part: float, noise: float
+) -> None:
+    gap = alone / part
+    token = (gap - alone) / room
+    settled = forwards(Pace(gap, 4096), alone, token, noise, 1500)[300:]
+    assert sum(seconds > gap for _, seconds in settled) <= 0.12 * len(settled)
+    fitting = (gap * (1 - 2 * noise) - alone) / token
+    assert sum(tokens for tokens, _ in settled) >= 0.6 * fitting * len(settled)
+
+
+def test_it_follows_a_machine_that_slows_down_and_recovers() -> None:
+    pace = Pace(0.01, 512)
+    sizes = [forwards(pace, 0.004, token, 0.02, 400)[-1][0] for token in (1e-4, 1e-3, 1e-4)]
+    assert sizes[1] <= 6 < 30 <= sizes[0]
+    assert sizes[2] >= 30
+
+
+def test_prompts_get_on_where_nothing_fits() -> None:
+    assert {tokens for tokens, _ in forwards(Pace(1e-9, 512), 1.0, 1.0, 0.0, 50)} == {4}
+    assert {tokens for tokens, _ in forwards(Pace(1e-9, 2), 1.0, 1.0, 0.0, 50)} == {2}
+    assert forwards(Pace(1e9, 512), 1.0, 1.0, 0.0, 200)[-1][0] == 512
+
+
+def test_the_end_of_a_prompt_teaches_nothing() -> None:
+    pace = Pace(1.0, 512)
+    forwards(pace, 0.0, 0.02, 0.0, 100)
+    before = pace.prompt_tokens
+    for _ in range(100):
+        pace.took(1, 0.01)
+        pace.took(0, 5.0)
+    assert pace.prompt_tokens == before > 30
+
+
+def test_sizes_are_few() -> None:
+    sizes = {tokens for tokens, _ in forwards(Pace(1.0, 512), 0.0, 1e-9, 0.0, 500)}
+    assert sizes <= {4, 5, 6, 7, *(m << e for m in (4, 5, 6, 7) for e in range(1, 8))}
+
+
+def test_an_engine_with_a_gap_gives_the_same_tokens() -> None:
+    greedy = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)
+    jobs = {str(at): (ids, greedy) for at, ids in enumerate(prompts(8, seed=6))}
+    engine = engine_of(schedule=SchedulePolicy(token_budget=64, max_sequences=32, gap_s=1e-6))
+    assert engine.prompt_tokens == 4
+    found = run(engine, jobs, at_once=2)
+    assert all(tokens(found[name]) == expected(tuple(ids), 20) for name, (ids, _) in jobs.items())
+
+
+def test_a_gap_that_is_none_is_refused() -> None:
+    with pytest.raises(ConfigError, match="gap_s"):
+        SchedulePolicy(gap_s=0.0)

@@ -2,10 +2,25 @@
 
 Modules, in the order in which a tensor passes through them:
 
-- ``errors``, ``version``.
+- `errors`, `version`.
+- `topology`, `wire` (pure: formats and bytes), `ops` (the kernels): what travels, and between whom.
+- `hops`, `agreement`: messages among the ranks of one group.
+- `gather` (qwZ, hpZ), `reduce` (qgZ): collectives made of them.
+- `traffic`, `trials`: what was sent, and whether it pays.
+- `adapters`: the same in the places where zero-core, DDP and FSDP2 call for collectives.
 """
 
+from .adapters import QuantizedCollectives
 from .errors import CommCompressError, CompressConfigError, CompressStateError
+from .traffic import Traffic, traffic
 from .version import __version__
 
-__all__ = ["CommCompressError", "CompressConfigError", "CompressStateError", "__version__"]
+__all__ = [
+    "CommCompressError",
+    "CompressConfigError",
+    "CompressStateError",
+    "QuantizedCollectives",
+    "Traffic",
+    "__version__",
+    "traffic",
+]

@@ -126,6 +126,8 @@ class QuantizedCollectives:
             raise CompressConfigError(
                 "secondary=True keeps weights within a node, and nothing says what a node is: give node_size= or mesh="
             )
+        if not timeout_s > 0:
+            raise CompressConfigError(f"timeout_s: expected seconds above 0, got {timeout_s!r}")
         self._mesh = mesh
         self._timeout_s = timeout_s
         self._shared_memory = shared_memory

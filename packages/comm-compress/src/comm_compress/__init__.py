@@ -3,9 +3,24 @@
 Modules, in the order in which a tensor passes through them:
 
 - ``errors``, ``version``.
+- ``wire_1bit``: bytes of the 1-bit collectives and of runs, counted.
+- ``error_feedback`` -> ``allreduce_1bit``: what is lost, and the mean at one bit an element.
 """
 
+from .allreduce_1bit import OneBitState, allreduce_1bit
+from .error_feedback import ErrorFeedback, Feedback, LoCo, LoCoPolicy
 from .errors import CommCompressError, CompressConfigError, CompressStateError
 from .version import __version__
 
-__all__ = ["CommCompressError", "CompressConfigError", "CompressStateError", "__version__"]
+__all__ = [
+    "CommCompressError",
+    "CompressConfigError",
+    "CompressStateError",
+    "ErrorFeedback",
+    "Feedback",
+    "LoCo",
+    "LoCoPolicy",
+    "OneBitState",
+    "__version__",
+    "allreduce_1bit",
+]

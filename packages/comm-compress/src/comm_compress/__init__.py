@@ -8,9 +8,13 @@ Modules, in the order in which a tensor passes through them:
 - `gather` (qwZ, hpZ), `reduce` (qgZ): collectives made of them.
 - `traffic`, `trials`: what was sent, and whether it pays.
 - `adapters`: the same in the places where zero-core, DDP and FSDP2 call for collectives.
+- `wire_1bit`: bytes of the 1-bit collectives and of runs, counted.
+- `error_feedback` -> `allreduce_1bit`: what is lost, and the mean at one bit an element.
 """
 
 from .adapters import QuantizedCollectives
+from .allreduce_1bit import OneBitState, allreduce_1bit
+from .error_feedback import ErrorFeedback, Feedback, LoCo, LoCoPolicy
 from .errors import CommCompressError, CompressConfigError, CompressStateError
 from .traffic import Traffic, traffic
 from .version import __version__
@@ -19,8 +23,14 @@ __all__ = [
     "CommCompressError",
     "CompressConfigError",
     "CompressStateError",
+    "ErrorFeedback",
+    "Feedback",
+    "LoCo",
+    "LoCoPolicy",
+    "OneBitState",
     "QuantizedCollectives",
     "Traffic",
     "__version__",
+    "allreduce_1bit",
     "traffic",
 ]

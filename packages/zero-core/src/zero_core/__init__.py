@@ -28,7 +28,7 @@ from .checkpointing import (
     profile_checkpoints,
 )
 from .claims import steps_whole_tensors
-from .collectives import Collectives, Handle, PlainCollectives, WeightCollectives
+from .collectives import Collectives, Handle, Pending, PlainCollectives, WeightCollectives, Wire
 from .config import Overlap, Placement, Precision
 from .diagnostics import diagnostics
 from .errors import CollectiveError, ReleasedParameterError, ZeroConfigError, ZeroError, ZeroStateError
@@ -61,6 +61,7 @@ __all__ = [
     "MemoryPlan",
     "OverflowReport",
     "Overlap",
+    "Pending",
     "Placement",
     "PlainCollectives",
     "Precision",
@@ -74,6 +75,7 @@ __all__ = [
     "Stores",
     "UnitStep",
     "WeightCollectives",
+    "Wire",
     "ZeroConfigError",
     "ZeroError",
     "ZeroStateError",

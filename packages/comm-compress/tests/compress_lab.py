@@ -39,7 +39,7 @@ def simulated_reduce(fulls: list[torch.Tensor], grid: Grid, form: BlockFormat) -
             sums.append(torch.stack([part.float() for part in parts]).sum(0) if len(parts) > 1 else parts[0])
         if grid.num_nodes > 1:
             sums = [through(part, form) for part in sums]
-        found.append(sum(part.float() for part in sums) / grid.num_ranks)
+        found.append(sum(part.float() for part in sums) * (1.0 / grid.num_ranks))
     return found
 
 

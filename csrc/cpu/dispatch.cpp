@@ -3,9 +3,8 @@
 #include <algorithm>
 #include <stdexcept>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
+#include "parallel.h"
+
 #ifdef ACCEL_X86
 #include <cpuid.h>
 #endif
@@ -22,6 +21,7 @@ struct Isa {
     const char* name;
     Kernels kernels;
     InferenceKernels inference;
+    CodecKernels codecs;
 };
 
 #ifdef ACCEL_X86
@@ -56,44 +56,21 @@ const std::vector<Isa>& isas() {
 #ifdef ACCEL_BF16
             if (__builtin_cpu_supports("avx512bf16")) {
 #ifdef ACCEL_AMX
-                if (has_amx()) list.push_back({"amx", avx512::table(), amx::inference_table()});
+                if (has_amx()) list.push_back({"amx", avx512::table(), amx::inference_table(), avx512::codec_table()});
 #endif
-                list.push_back({"avx512_bf16", avx512::table(), avx512_bf16::inference_table()});
+                list.push_back({"avx512_bf16", avx512::table(), avx512_bf16::inference_table(), avx512::codec_table()});
             }
 #endif
-            list.push_back({"avx512", avx512::table(), avx512::inference_table()});
+            list.push_back({"avx512", avx512::table(), avx512::inference_table(), avx512::codec_table()});
         }
         if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()) {
-            list.push_back({"avx2", avx2::table(), avx2::inference_table()});
+            list.push_back({"avx2", avx2::table(), avx2::inference_table(), avx2::codec_table()});
         }
 #endif
-        list.push_back({"baseline", baseline::table(), baseline::inference_table()});
+        list.push_back({"baseline", baseline::table(), baseline::inference_table(), baseline::codec_table()});
         return list;
     }();
     return found;
-}
-
-// Splits [0, n) into one contiguous part a thread, at multiples of a cache line or more, and calls body(begin, end).
-// A single thread never enters OpenMP, so small calls cost no barrier and work in a forked child.
-template <class Body>
-void parallel(std::int64_t n, int num_threads, Body body) {
-    constexpr std::int64_t kGrain = 1024;
-    const std::int64_t grains = (n + kGrain - 1) / kGrain;
-    const int threads = n < kSerialElements ? 1 : int(std::min<std::int64_t>(std::max(num_threads, 1), grains));
-#ifdef _OPENMP
-    if (threads > 1) {
-#pragma omp parallel num_threads(threads)
-        {
-            const std::int64_t t = omp_get_thread_num(), of = omp_get_num_threads();
-            const std::int64_t begin = std::min(grains * t / of * kGrain, n);
-            const std::int64_t end = std::min(grains * (t + 1) / of * kGrain, n);
-            if (begin < end) body(begin, end);
-        }
-        return;
-    }
-#endif
-    (void)threads;
-    if (n > 0) body(std::int64_t(0), n);
 }
 
 }  // namespace
@@ -119,6 +96,8 @@ const Isa& isa_of(const std::string& name) {
 const Kernels& kernels_for(const std::string& name) { return isa_of(name).kernels; }
 
 const InferenceKernels& inference_kernels_for(const std::string& name) { return isa_of(name).inference; }
+
+const CodecKernels& codec_kernels_for(const std::string& name) { return isa_of(name).codecs; }
 
 bool has_openmp() {
 #ifdef _OPENMP
@@ -160,8 +139,6 @@ void run_table(const Kernels& kernels, Optimizer optimizer, const TableRow* rows
 }
 
 void run_cast(const Kernels& kernels, CastArgs args, std::int64_t numel, int num_threads) {
-    // What is too large to stay in the caches anyway is better written around them.
-    constexpr std::int64_t kStreamBytes = std::int64_t(8) << 20;
     args.stream = numel * dtype_bytes(args.dst_dtype) >= kStreamBytes;
     parallel(numel, num_threads, [&](std::int64_t begin, std::int64_t end) { kernels.cast(args, begin, end); });
 }

@@ -3,6 +3,7 @@
 #include <string>
 #include <vector>
 
+#include "accel/codecs.h"
 #include "accel/inference.h"
 #include "accel/kernels.h"
 
@@ -14,11 +15,14 @@ std::vector<std::string> available_isas();
 // The kernels of one of them; of the best for "". Throws std::invalid_argument for another name.
 const Kernels& kernels_for(const std::string& isa);
 const InferenceKernels& inference_kernels_for(const std::string& isa);
+const CodecKernels& codec_kernels_for(const std::string& isa);
 
 bool has_openmp();
 
 // Number of elements below which a call stays on the calling thread.
 constexpr std::int64_t kSerialElements = 1 << 15;
+// From this size on, what is only written goes around the caches: it would not stay in them anyway.
+constexpr std::int64_t kStreamBytes = std::int64_t(8) << 20;
 
 void run_step(const Kernels&, Optimizer, const StepArgs&, int num_threads);
 // Many tensors as one: threads share out the elements of all rows, whatever tensors they lie in.

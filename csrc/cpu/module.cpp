@@ -1,5 +1,5 @@
-// The Python module accel_kernels._cpu: addresses, counts and dtype codes in, kernels run without the GIL; the inference
-// kernels (bind_inference.cpp) and the transfer engines of transfer/.
+// The Python module accel_kernels._cpu: addresses, counts and dtype codes in, kernels run without the GIL; the codecs
+// (bind_codecs.cpp), the inference kernels (bind_inference.cpp) and the transfer engines of transfer/.
 //
 // Nothing is checked here beyond what would corrupt memory by a packing mistake; checks.py has looked at the tensors.
 #include <pybind11/pybind11.h>
@@ -8,6 +8,7 @@
 #include <cstring>
 #include <string_view>
 
+#include "bind_codecs.h"
 #include "bind_inference.h"
 #include "dispatch.h"
 #include "transfer/bind.h"
@@ -130,6 +131,7 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("stream_4r3w", &stream_4r3w);
     m.attr("SEGMENT_BYTES") = sizeof(Segment);
     m.attr("TABLE_ROW_BYTES") = sizeof(TableRow);
+    bind_codecs(m);
     bind_inference(m);
     transfer::bind(m);
 }

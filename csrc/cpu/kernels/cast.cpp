@@ -1,20 +1,12 @@
 // Scaled copy between fp32, bf16 and fp16: round to nearest even, or stochastic rounding.
 //
-// Stochastic rounding draws bits from SplitMix64 (Steele, Lea & Flood, "Fast Splittable Pseudorandom Number
-// Generators", OOPSLA 2014, figure 14) used as a counter: bits = mix(key + (index + 1) * golden). The result for an
-// element depends on the seed and its index alone. reference.py states the same in torch.
+// Stochastic rounding draws bits from random.h: the result for an element depends on the seed and its index alone.
 #include <algorithm>
 
+#include "../random.h"
 #include "../simd.h"
 
 namespace {
-
-inline std::uint32_t random_bits(std::uint64_t key, std::int64_t index) {
-    std::uint64_t z = key + (std::uint64_t(index) + 1) * 0x9e3779b97f4a7c15ull;
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
-    return std::uint32_t((z ^ (z >> 31)) >> 32);
-}
 
 // Adding random bits below the last kept one and truncating rounds up with probability equal to the remainder.
 // Beyond the largest finite value there is no upper neighbour: those round to nearest.
@@ -54,7 +46,7 @@ void stochastic(const accel::CastArgs& a, std::int64_t i, std::int64_t end) {
             std::memcpy(padded, src, count * sizeof(Src));
             src = padded;
         }
-        for (int k = 0; k < kPiece; ++k) random[k] = random_bits(a.key, i + k);
+        for (int k = 0; k < kPiece; ++k) random[k] = random_32(a.key, i + k);
         for (int k = 0; k < kPiece; k += kLanes) store_f32(value + k, Memory<S>::load(src + k) * splat(a.scale));
         for (int k = 0; k < count; ++k) {
             dst[i + k] = D == DType::bf16 ? stochastic_bf16(value[k], random[k]) : stochastic_f16(value[k], random[k]);

@@ -11,6 +11,8 @@ import torch
 
 OPS = {
     *("adam_step", "lion_step", "adagrad_step", "sgd_step", "grad_norm_scale", "cast_copy"),
+    *("quantize_blocks", "dequantize_blocks", "dequantize_sum", "requantize_sum"),
+    *("pack_signs", "unpack_signs", "mean_signs"),
     *("paged_attention", "write_kv", "linear", "linear_int8", "linear_int4"),
     *("rms_norm", "rotary", "silu_mul", "gelu_mul"),
 }

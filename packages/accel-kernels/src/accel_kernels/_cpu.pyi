@@ -37,6 +37,51 @@ def norm(grad: int, dtype: int, numel: int, scale: float, out: int, num_threads:
 def stream_4r3w(
     p: int, g: int, m: int, v: int, numel: int, non_temporal: bool, num_threads: int, isa: str
 ) -> None: ...
+def quantize(
+    src: int,
+    src_dtype: int,
+    out: int,
+    numel: int,
+    bits: int,
+    block_size: int,
+    symmetric: bool,
+    stochastic: bool,
+    key: int,
+    num_threads: int,
+    isa: str,
+) -> None: ...
+def dequantize_sum(
+    sources: list[int],
+    out: int,
+    out_dtype: int,
+    numel: int,
+    bits: int,
+    block_size: int,
+    symmetric: bool,
+    scale: float,
+    num_threads: int,
+    isa: str,
+) -> None: ...
+def requantize_sum(
+    sources: list[int],
+    out: int,
+    numel: int,
+    bits: int,
+    out_bits: int,
+    block_size: int,
+    symmetric: bool,
+    scale: float,
+    stochastic: bool,
+    key: int,
+    num_threads: int,
+    isa: str,
+) -> None: ...
+def pack_signs(
+    src: int, src_dtype: int, error: int, out: int, numel: int, squared: bool, num_threads: int, isa: str
+) -> None: ...
+def mean_signs(
+    sources: list[int], out: int, out_dtype: int, numel: int, num_threads: int, isa: str
+) -> None: ...
 def linear(
     kind: int,
     x: int,

@@ -17,9 +17,12 @@ from .native import is_writable
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 HALVES = (torch.bfloat16, torch.float16)
 SINGLE = (torch.float32,)
+BYTES = (torch.uint8,)
 
 # (argument name, tensor, allowed dtypes, written?)
 Role = tuple[str, torch.Tensor, tuple[torch.dtype, ...], bool]
+# and how many elements, in numbers and in words, where not as many as the first one has
+SizedRole = tuple[str, torch.Tensor, tuple[torch.dtype, ...], bool, "tuple[int, str] | None"]
 
 
 def _names(dtypes: Sequence[torch.dtype]) -> str:
@@ -29,50 +32,68 @@ def _names(dtypes: Sequence[torch.dtype]) -> str:
 def check_flat(op: str, roles: Sequence[Role]) -> None:
     """Demand flat, contiguous tensors of one size and device; written ones overlap nothing, are writable.
 
-    At most one tensor of a call may be only read: any shared memory is then an error.
+    Raises:
+        AccelTypeError: not a tensor, or another dtype.
+        AccelValueError: size, device, layout, overlap, read-only memory, or part of an autograd graph.
+    """
+    check_sized(op, [(*role, None) for role in roles])
+
+
+def numel_of(tensor: torch.Tensor) -> int:
+    """Elements, or 0 for what is no tensor: `check_sized` will say so."""
+    return tensor.numel() if isinstance(tensor, torch.Tensor) else 0
+
+
+def check_sized(op: str, roles: Sequence[SizedRole]) -> None:
+    """``check_flat`` for tensors of several sizes; None is the size of the first.
 
     Raises:
         AccelTypeError: not a tensor, or another dtype.
         AccelValueError: size, device, layout, overlap, read-only memory, or part of an autograd graph.
     """
-    numel, device, first = -1, None, ""
+    first_numel, device, first = -1, None, ""
     spans = []
-    for name, tensor, dtypes, written in roles:
+    for name, tensor, dtypes, written, size in roles:
         if not isinstance(tensor, torch.Tensor):
             raise AccelTypeError(f"{op}: {name}: expected a torch.Tensor, got {type(tensor).__name__}")
         if tensor.dtype not in dtypes:
             raise AccelTypeError(f"{op}: {name}: expected {_names(dtypes)}, got {tensor.dtype}")
         if tensor.layout is not torch.strided or tensor.dim() != 1 or not tensor.is_contiguous():
             raise AccelValueError(_layout_message(op, name, tensor))
+        numel = tensor.numel()
         if device is None:
-            numel, device, first = tensor.numel(), tensor.device, name
-        elif tensor.numel() != numel:
-            raise AccelValueError(
-                f"{op}: {name}: expected {numel} elements, as many as {first}, got {tensor.numel()}"
-            )
+            first_numel, device, first = numel, tensor.device, name
         elif tensor.device != device:
             raise AccelValueError(
                 f"{op}: {name}: expected a tensor on {device}, like {first}, got {tensor.device}"
             )
+        if numel != (first_numel if size is None else size[0]):
+            wanted = f"{first_numel} elements, as many as {first}" if size is None else size[1]
+            raise AccelValueError(f"{op}: {name}: expected {wanted}, got {numel}")
         if written and tensor.requires_grad and tensor.grad_fn is not None:
             raise AccelValueError(f"{op}: {name}: is the result of a recorded operation; detach it first")
-        if not tensor.is_meta:
+        if not tensor.is_meta and numel > 0:
             begin = tensor.data_ptr()
             num_bytes = numel * tensor.element_size()
-            spans.append((begin, begin + num_bytes, name))
+            spans.append((begin, begin + num_bytes, name, written))
             if written and tensor.is_cpu and not tensor.untyped_storage().resizable():
                 _check_writable(op, name, begin, num_bytes)
-    if numel > 0:
-        _check_overlap(op, spans)
+    _check_overlap(op, spans)
 
 
-def _check_overlap(op: str, spans: list[tuple[int, int, str]]) -> None:
+def _check_overlap(op: str, spans: list[tuple[int, int, str, bool]]) -> None:
+    """Tensors that are only read may share memory."""
     spans.sort()
-    last_end, last_name = 0, ""
-    for begin, end, name in spans:
-        if begin < last_end:
-            raise AccelValueError(f"{op}: {name}: expected memory of its own, shares {last_name}'s")
-        last_end, last_name = end, name
+    end, name = 0, ""  # of all tensors so far, and of those that are written
+    end_written, name_written = 0, ""
+    for begin, stop, this, written in spans:
+        if begin < (end if written else end_written):
+            other = name if written else name_written
+            raise AccelValueError(f"{op}: {this}: expected memory of its own, shares {other}'s")
+        if stop > end:
+            end, name = stop, this
+        if written:
+            end_written, name_written = stop, this
 
 
 def _check_writable(op: str, name: str, address: int, num_bytes: int) -> None:

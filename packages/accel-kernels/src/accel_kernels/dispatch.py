@@ -165,8 +165,8 @@ def preferred(device_type: str) -> str:
     return native_one if why_unavailable(native_one, device_type) is None else "portable"
 
 
-def choose(op: str, device: torch.device, backend: str | None) -> Backend:
-    """The back end for tensors on ``device``.
+def choose_name(op: str, device: torch.device, backend: str | None) -> str:
+    """The name of the back end for tensors on ``device``: the best one, or the one asked for.
 
     Raises:
         AccelValueError: ``backend`` is not a name in ``BACKENDS``.
@@ -174,7 +174,7 @@ def choose(op: str, device: torch.device, backend: str | None) -> Backend:
     """
     refuse_while_recording(op)
     if backend is None:
-        return _load(preferred(device.type))
+        return preferred(device.type)
     if backend not in BACKENDS:
         raise AccelValueError(f"{op}: backend: expected None or one of {BACKENDS}, got {backend!r}")
     reason = why_unavailable(backend, device.type)
@@ -182,7 +182,12 @@ def choose(op: str, device: torch.device, backend: str | None) -> Backend:
         raise BackendUnavailableError(
             f"{op}: backend {backend!r}: {reason}; backend=None takes the best one here"
         )
-    return _load(backend)
+    return backend
+
+
+def choose(op: str, device: torch.device, backend: str | None) -> Backend:
+    """The back end for tensors on ``device``; raises as ``choose_name`` does."""
+    return _load(choose_name(op, device, backend))
 
 
 def why_inference_unavailable(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str | None:

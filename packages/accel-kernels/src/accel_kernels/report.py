@@ -14,11 +14,12 @@ from .dispatch import (
     why_inference_unavailable,
     why_unavailable,
 )
+from .dispatch_codecs import CODEC_OPS
 from .isa import available_cpu_isas, chosen_cpu_isa
 from .transfers.drivers import preferred as preferred_driver
 
 _STEPS = ("adam_step", "lion_step", "adagrad_step", "sgd_step")
-OPS = (*_STEPS, "grad_norm_scale", "cast_copy", *INFERENCE_OPS)
+OPS = (*_STEPS, "grad_norm_scale", "cast_copy", *CODEC_OPS, *INFERENCE_OPS)
 DEVICES = ("cpu", "cuda", "other")
 
 

@@ -28,12 +28,14 @@ from .checkpointing import (
     profile_checkpoints,
 )
 from .claims import steps_whole_tensors
-from .collectives import Collectives, Handle, PlainCollectives
+from .collectives import Collectives, Handle, Pending, PlainCollectives, WeightCollectives, Wire
 from .config import Overlap, Placement, Precision
 from .diagnostics import diagnostics
 from .errors import CollectiveError, ReleasedParameterError, ZeroConfigError, ZeroError, ZeroStateError
+from .exchange import exchange
 from .full_access import get_full, set_full
-from .groups import data_parallel_group
+from .groups import data_parallel_group, sharding_group, sibling_group
+from .hierarchy import InOrder
 from .materialize import full_state_dict, load_full_state_dict, materialized, stream_full
 from .memory import MemoryPlan, plan_memory
 from .optimizer import ShardedOptimizer, clip_grad_norm, grad_norm
@@ -53,11 +55,13 @@ __all__ = [
     "CollectiveError",
     "Collectives",
     "Handle",
+    "InOrder",
     "LayerCost",
     "LossScaler",
     "MemoryPlan",
     "OverflowReport",
     "Overlap",
+    "Pending",
     "Placement",
     "PlainCollectives",
     "Precision",
@@ -70,6 +74,8 @@ __all__ = [
     "ShardedOptimizer",
     "Stores",
     "UnitStep",
+    "WeightCollectives",
+    "Wire",
     "ZeroConfigError",
     "ZeroError",
     "ZeroStateError",
@@ -79,6 +85,7 @@ __all__ = [
     "clip_grad_norm",
     "data_parallel_group",
     "diagnostics",
+    "exchange",
     "full_state_dict",
     "get_full",
     "grad_norm",
@@ -95,6 +102,8 @@ __all__ = [
     "sharded",
     "sharded_init",
     "sharded_state",
+    "sharding_group",
+    "sibling_group",
     "steps_whole_tensors",
     "stream_full",
     "tile_linear",

@@ -30,6 +30,7 @@ from .groups import resolve_groups
 from .hooks import Entrance, Reducer
 from .late import LateArrivals
 from .params import Residency, release_class
+from .publish import show
 from .stores import ShardStore, Stores
 from .units import UnitChoice, UnitSpec, find_units
 from .wires import connect
@@ -198,6 +199,8 @@ def shard(
         )
         for index, (spec, unit_stores) in enumerate(zip(specs, stores.of_units(sizes), strict=True))
     ]
+    for unit in flat_units:
+        unit.approximate = unit.stage > 0 and not _is_exact(unit, wires.params, precision)
     released = release_class(_explain(flat_units))
     fill_units(model, flat_units, precision, wires.everyone, wires.replicas, init_module)
     fill_buffers(model, wires.everyone)
@@ -211,6 +214,9 @@ def shard(
                 unit.enter(Residency.SHARDED, released)
         gatherer = Gatherer(model, flat_units, wires.params, wires.council, overlap, released, reducer)
         reducer.council = wires.council_of_all
+    for unit in flat_units:
+        if unit.approximate and unit.stage < 3:  # what the model computes with, before the first step too
+            show(unit, wires.params).wait()
     late = LateArrivals(flat_units) if overlap.publish_late else None
     Sharded(
         model, stage, precision, overlap, flat_units, wires.params, wires.everyone, reducer, gatherer, late
@@ -222,6 +228,12 @@ def _stage_of(spec: UnitSpec, stage: int, placement: Placement, precision: Preci
     """A unit that stays whole at stage 3 is one of stage 2."""
     nbytes = sum(p.numel() * precision.param_dtype(p.dtype).itemsize for _, p in spec.params)
     return 2 if spec.stays_whole or 0 < nbytes <= placement.whole_bytes else stage
+
+
+def _is_exact(unit: FlatUnit, wire: Wire, precision: Precision) -> bool:
+    """Whether the unit is computed with as its shards have it."""
+    dtype = precision.param_dtype(unit.params[0].dtype)
+    return wire.is_exact(unit.layout.numel * dtype.itemsize, dtype, trainable=unit.trainable)
 
 
 def sharded(module: nn.Module) -> Sharded:

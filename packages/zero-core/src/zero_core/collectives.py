@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol, TypeVar
 
 import torch
@@ -57,6 +58,36 @@ class Collectives(Protocol):
 
     def trim(self) -> None:
         """Give scratch memory back; called when a backward pass has ended."""
+
+
+class WeightCollectives(Protocol):
+    """What `Collectives` may offer besides: gathers of parameters to compute with. `all_gather` is for exact values.
+
+    Both or neither; an object without them gathers everything by `all_gather`.
+    """
+
+    def is_exact(self, nbytes: int, dtype: torch.dtype, *, trainable: bool) -> bool:
+        """Whether `gather_weights` brings the shards' own values, of a unit that has `nbytes` when whole."""
+
+    def gather_weights(
+        self,
+        shard: Callable[[], torch.Tensor],
+        out: torch.Tensor,
+        *,
+        tag: int,
+        version: int | None,
+        trainable: bool,
+    ) -> Handle:
+        """Fill `out` as `all_gather` does, perhaps with approximations: the same on all ranks, the shard's owner too.
+
+        Args:
+            shard: gives this rank's shard, which may lie in `out`; not called where nobody needs it.
+            out: as for `all_gather`.
+            tag: as for `all_gather`.
+            version: two gathers with one tag and one version, not None, bring the same values: no rank's shard has
+                changed between them. All ranks give the same. None: nobody will ask for these values again.
+            trainable: whether an optimizer may change the shards.
+        """
 
 
 class Observer(Protocol):
@@ -145,6 +176,28 @@ class Wire:
         """All-gather `shard` into `out`; `name` goes into errors."""
         tag = _tag(f"gather of {name}{self.salt}", out)
         launch = lambda: self.collectives.all_gather(shard, out, tag=tag)  # noqa: E731  # one expression
+        return self._launch(f"gather of {name}", launch, ("gather", name, out))
+
+    def is_exact(self, nbytes: int, dtype: torch.dtype, *, trainable: bool) -> bool:
+        """Whether `gather_weights` brings the shards' own values; see `WeightCollectives.is_exact`."""
+        ask: Callable[..., bool] | None = getattr(self.collectives, "is_exact", None)
+        return ask is None or self.group.size() == 1 or ask(nbytes, dtype, trainable=trainable)
+
+    def gather_weights(
+        self,
+        name: str,
+        shard: Callable[[], torch.Tensor],
+        out: torch.Tensor,
+        *,
+        version: int | None,
+        trainable: bool,
+    ) -> Pending:
+        """All-gather parameters to compute with; see `WeightCollectives.gather_weights`."""
+        offered: Callable[..., Handle] | None = getattr(self.collectives, "gather_weights", None)
+        if offered is None:
+            return self.gather(name, shard(), out)
+        tag = _tag(f"gather of {name}{self.salt}", out)
+        launch = partial(offered, shard, out, tag=tag, version=version, trainable=trainable)
         return self._launch(f"gather of {name}", launch, ("gather", name, out))
 
     def reduce(self, name: str, full: torch.Tensor, out: torch.Tensor) -> Pending:

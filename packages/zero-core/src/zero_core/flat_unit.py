@@ -22,7 +22,7 @@ from .params import (
     check_transition,
     free_storage,
 )
-from .stores import ON_DEVICE, Resting, Stores
+from .stores import ON_DEVICE, Resting, Stores, is_lossy
 from .units import UnitSpec
 
 # Note [Storage identity]
@@ -42,14 +42,18 @@ class FlatUnit:
     Attributes:
         full: all elements, [numel], in the parameters' dtype. Stage 3: memory only while gathered. Stages 1, 2: waits
             for values that were published late.
-        shard: what this rank holds of it, [local numel]. Stages 1, 2: a view of `full`; stage 0: all of `full`.
-            Stage 3: None beside a separate master, see Note [One resting copy].
+        approximate: what `full` is filled with to compute with may differ from the shards (stages 1 to 3).
+        num_exact_uses: blocks in which it must not, all the same (stages 1, 2; at stage 3 `gather` counts them).
+        shard: what this rank holds of it, [local numel]. Stages 1, 2: a view of `full`, or memory of its own where
+            that is approximate; stage 0: all of `full`. Stage 3: None beside a separate master, see Note [One resting
+            copy], and in a lossy store.
         master: what the optimizer updates, [local numel]; is `shard` where the dtypes agree; made on demand.
         local: the range of `full` that `shard` covers.
         local_slots: the parts of the parameters inside `local`.
         resting: stage 3: the shard in the store of parameters; `shard` is its view then.
         sparse: it is an embedding's weight, whose gradient is sparse by rows.
         num_edits: how often something else than the optimizer wrote its parameters.
+        version: changes, on all ranks alike, whenever a rank's shard may have.
     """
 
     def __init__(
@@ -84,7 +88,10 @@ class FlatUnit:
         self.master: torch.Tensor | None = None
         self.stores = stores
         self.resting: Resting | None = None
+        self.approximate = False
+        self.num_exact_uses = 0
         self.num_edits = 0
+        self.version = 0
         self._versions: list[int] = []
 
     @property
@@ -122,25 +129,28 @@ class FlatUnit:
     def cut(self) -> None:
         """Take this rank's shard of a filled `full`; stage 3 then releases the rest."""
         local = self.full[slice(*self.local)]
-        if self.stage == 3 and self.stores.params is not None:
-            self.resting = Resting.of(self.stores.params, self.key("param"), local)
-            self.shard = self.resting.view()
+        store = self.stores.params if self.trainable else self.stores.frozen or self.stores.params
+        if self.stage == 3 and store is not None:
+            self.resting = Resting.of(store, self.key("param"), local)
+            self.shard = None if is_lossy(store) else self.resting.view()
         else:
-            self.shard = local.clone() if self.stage == 3 else local
+            self.shard = local.clone() if self.stage == 3 or self.approximate else local
+        self.forget_edits()
 
     def own_slice(self) -> torch.Tensor:
         """This rank's slice of `full`, which must have its memory."""
         return self.full[slice(*self.slice)]
 
-    def to_gather(self) -> torch.Tensor:
-        """This rank's slice, for an all-gather into `full`, which must have its memory."""
+    def to_gather(self, into: torch.Tensor) -> torch.Tensor:
+        """This rank's shard, for an all-gather into a buffer of this layout; may lie there."""
+        own = into[slice(*self.slice)]
         if self.resting is not None:
-            self.resting.store.fetch(self.resting.name, self.own_slice()).wait()
-            return self.own_slice()
+            self.resting.store.fetch(self.resting.name, own).wait()
+            return own
         if self.shard is not None:
             return self.shard
         assert self.master is not None
-        return self.own_slice().copy_(self.master)
+        return own.copy_(self.master)
 
     def prefetch(self) -> None:
         """Stage 3: `to_gather` will be asked for soon."""
@@ -159,9 +169,15 @@ class FlatUnit:
     def ensure_master(self, dtype: torch.dtype) -> torch.Tensor:
         """The values that the optimizer updates, in `dtype`; the shard itself where it has that dtype."""
         if self.master is None:
-            assert self.shard is not None
+            if self.approximate:
+                self.take_edits()
+            if self.shard is None:  # it was frozen
+                assert self.resting is not None
+                self.shard = self.resting.view()
+                self.resting.store.release(self.resting.name)
+                self.resting = None
             self.master = self.shard.to(dtype)
-            self._versions = [param._version for param in self.params]
+            self.forget_edits()
             if self.has_separate_master and self.stores.optimizer is not None:
                 self.master = Resting.of(self.stores.optimizer, self.key("master"), self.master).view()
             elif self.stage == 3 and self.has_separate_master and self.stores.params is None:
@@ -176,8 +192,12 @@ class FlatUnit:
     def values(self) -> torch.Tensor:
         """This rank's part in the parameters' dtype, [local numel]: the shard, or a copy of what the master says."""
         self.settle()
+        if self.approximate:
+            self.take_edits()
         if self.shard is not None:
             return self.shard
+        if self.resting is not None:
+            return self.resting.view()
         assert self.master is not None
         return self.master.to(self.dtype)
 
@@ -194,7 +214,10 @@ class FlatUnit:
         self.settle()
         self.forget_prefetched()
         self.num_edits += not with_state
-        if self.shard is not None and self.shard.data_ptr() != values.data_ptr():
+        self.version += 1
+        if self.shard is None and self.resting is not None:
+            self.resting.store.put(self.resting.name, values).wait()
+        elif self.shard is not None and self.shard.data_ptr() != values.data_ptr():
             self.shard.copy_(values)
         if self.has_separate_master:
             assert self.master is not None
@@ -202,15 +225,40 @@ class FlatUnit:
                 changed = self.master.to(values.dtype) != values
                 values = torch.where(changed, values.to(self.master.dtype), self.master)
             self.master.copy_(values)
-        self._versions = [param._version for param in self.params]
+        self.forget_edits()
+
+    def write(self, part: LocalSlot, values: torch.Tensor) -> None:
+        """Put values, [part numel] in any dtype, in their place in shard and master."""
+        for flat in (self.shard, self.master):
+            if flat is not None:
+                flat[part.start : part.stop].copy_(values)
+        if self.shard is None and self.resting is not None:
+            kept = self.resting.view()
+            kept[part.start : part.stop].copy_(values)
+            self.resting.store.put(self.resting.name, kept).wait()
 
     def take_edits(self) -> None:
         """Below stage 3: what plain torch code wrote to the parameters since the last step goes into the master.
 
         A parameter's version counter is its own, not the buffer's: gathers and steps leave it alone.
         """
-        if self.stage < 3 and self._versions != [param._version for param in self.params]:
+        versions = [param._version for param in self.params]
+        if self.stage == 3 or self._versions == versions:
+            return
+        if not self.approximate:
             self.set_values(self.values(), keep_unchanged=True)
+            return
+        # Where `full` is approximate, nothing tells which elements were written: all of a parameter that was counts.
+        assert self.shard is not None
+        values, own = self.shard.clone(), self.own_slice()
+        for part in self.local_slots:
+            if self._versions[part.index] != versions[part.index]:
+                values[part.start : part.stop].copy_(own[part.start : part.stop])
+        self.set_values(values, keep_unchanged=True)
+
+    def forget_edits(self) -> None:
+        """What plain torch code wrote to the parameters so far has been overwritten."""
+        self._versions = [param._version for param in self.params]
 
     def check_attached(self) -> None:
         """Below stage 3: raise where a parameter no longer lies in the flat buffer."""

@@ -17,6 +17,7 @@ from torch import nn
 from .agreement import Request, agree, gather_json, nearest
 from .errors import ZeroConfigError, ZeroStateError
 from .optimizer import ShardedOptimizer
+from .publish import show
 from .state import Shard, StateHolder
 
 
@@ -111,9 +112,12 @@ def _held(request: Request) -> Shard | None:
     """This rank's part, in live memory but for cast parameters and numbers; None if it knows of none."""
     unit, slot, part = request.unit, request.slot, request.part
     if request.what == "param":
-        if unit.stage < 3:
+        if unit.approximate:
+            unit.take_edits()
+        elif unit.stage < 3:
             return Shard(slot.shape, unit.dtype, (0,), unit.full[slot.offset : slot.stop])
         flat = unit.master if unit.shard is None else unit.shard
+        flat = unit.values() if flat is None else flat
     elif request.what == "grad":
         request.state.reducer.finish()
         flat = request.lane.shard.value
@@ -222,11 +226,12 @@ def _write_values(request: Request, full: torch.Tensor) -> None:
     unit, slot, part = request.unit, request.slot, request.part
     unit.take_edits()
     unit.num_edits += 1
-    if unit.stage < 3:
+    if unit.stage < 3 and not unit.approximate:
         unit.full[slot.offset : slot.stop].copy_(full)
     if part is not None:
-        for flat in (unit.shard, unit.master):
-            if flat is not None:
-                flat[part.start : part.stop].copy_(full[part.param_start : part.param_start + part.numel])
-    if request.state.gatherer is not None:
+        unit.write(part, full[part.param_start : part.param_start + part.numel])
+    if unit.stage == 3:
+        assert request.state.gatherer is not None
         request.state.gatherer.refresh(unit)
+    elif unit.approximate:
+        show(unit, request.state.wire).wait()

@@ -221,14 +221,16 @@ class Gatherer:
 
     @contextmanager
     def hold(self, units: list[FlatUnit]) -> Iterator[None]:
-        """Have these units whole inside the block; every rank must enter it."""
+        """Have these units whole inside the block, with exact values; every rank must enter it."""
         if not self._pins.total():
             self.assemble()
         for unit in units:
+            if unit.approximate and not self._pins[unit.index]:
+                self._give_up(unit)  # whatever it was gathered for, these were not the shards' values
             self._pins[unit.index] += 1
         try:
             for unit in units:
-                self.turns.launch(unit)
+                self.turns.launch(unit, exact=unit.approximate)
             for unit in units:
                 self.turns.arrive(unit)
             yield
@@ -239,12 +241,19 @@ class Gatherer:
 
     def refresh(self, unit: FlatUnit) -> None:
         """The shard has new values: free what was gathered of the old ones, or gather again what is held."""
+        if unit.stage < 3:
+            return
+        unit.version += 1
+        self._give_up(unit)
+        if self._pins[unit.index] > 0:
+            self.turns.launch(unit, exact=unit.approximate)
+            self.turns.arrive(unit)
+
+    def _give_up(self, unit: FlatUnit) -> None:
+        """Let a unit rest as shards, whoever uses it."""
         if unit.stage == 3 and unit.residency is not Residency.SHARDED:
             self.turns.arrive(unit)
             self.turns.free(unit)
-            if self._pins[unit.index] > 0:
-                self.turns.launch(unit)
-                self.turns.arrive(unit)
 
     def close(self) -> None:
         """Remove the hooks."""

@@ -32,7 +32,7 @@ class HierarchicalCollectives:
         self.inside = inside
         self.across = across
         self.group = group
-        self._streams: dict[torch.device, torch.Stream] = {}
+        self._in_order = InOrder()
 
     def all_gather(self, shard: torch.Tensor, out: torch.Tensor, *, tag: int) -> Handle:
         """See `Collectives.all_gather`."""
@@ -46,10 +46,27 @@ class HierarchicalCollectives:
             lambda: self.across.reduce_scatter(out, part, tag=tag),
             lambda: self.across.all_gather(part, out, tag=tag ^ 1),
         ]
-        return Chain(steps) if full.device.type == "cpu" else self._beside(steps, full.device)
+        return self._in_order.run(steps, full.device)
 
-    def _beside(self, steps: Iterable[Callable[[], Handle]], device: torch.device) -> Handle:
-        """All steps at once, on a stream of their own, so that compute waits for none of them before it must."""
+    def trim(self) -> None:
+        """See `Collectives.trim`."""
+        self.inside.trim()
+        self.across.trim()
+
+
+class InOrder:
+    """Runs collectives each of which needs the one before, beside compute, which waits for none before it must."""
+
+    def __init__(self) -> None:
+        self._streams: dict[torch.device, torch.Stream] = {}
+
+    def run(self, steps: Iterable[Callable[[], Handle]], device: torch.device) -> Handle:
+        """Start them: on the CPU the first; on an accelerator all at once, on a stream of their own.
+
+        Tensors that the steps use must live until the handle is done.
+        """
+        if device.type == "cpu":
+            return Chain(steps)
         module = torch.get_device_module(device)
         stream = self._streams.setdefault(device, module.Stream(device))
         stream.wait_stream(module.current_stream(device))
@@ -57,11 +74,6 @@ class HierarchicalCollectives:
             for step in steps:
                 step().wait()
         return _Stream(stream)
-
-    def trim(self) -> None:
-        """See `Collectives.trim`."""
-        self.inside.trim()
-        self.across.trim()
 
 
 class Chain:

@@ -16,6 +16,7 @@ from torch import nn
 from .api import Sharded, sharded
 from .errors import ZeroConfigError, ZeroStateError
 from .flat_unit import FlatUnit
+from .publish import show
 from .tiles import Tile, Tiled
 from .tiling import Untiled
 
@@ -36,7 +37,7 @@ def materialized(module: nn.Module, *, write: bool = False) -> Iterator[nn.Modul
     """
     state = sharded(module)
     units = state.units_of(module)
-    with state.gatherer.hold(units) if state.gatherer else nullcontext():
+    with _whole(state, units):
         before = [param._version for unit in units for param in unit.params]
         yield module
         changed = [
@@ -52,6 +53,31 @@ def materialized(module: nn.Module, *, write: bool = False) -> Iterator[nn.Modul
         if write:
             for unit in units:
                 _take_over(state, unit, keep_unchanged=True)
+
+
+@contextmanager
+def _whole(state: Sharded, units: list[FlatUnit]) -> Iterator[None]:
+    """Have units whole inside the block, with the shards' own values; every rank enters it.
+
+    Where units are computed with as approximations, what the block writes is gone after it, unless it was taken over.
+    """
+    shown = [unit for unit in units if unit.approximate and unit.stage < 3]
+    with state.gatherer.hold(units) if state.gatherer else nullcontext():
+        for unit in shown:
+            if not unit.num_exact_uses:
+                unit.settle()
+                unit.take_edits()
+            unit.num_exact_uses += 1
+            if unit.num_exact_uses == 1:
+                show(unit, state.wire).wait()
+        try:
+            yield
+        finally:
+            for unit in shown:
+                unit.num_exact_uses -= 1
+                if not unit.num_exact_uses:
+                    show(unit, state.wire).wait()
+                    unit.forget_edits()
 
 
 def stream_full(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -72,7 +98,7 @@ def _stream(model: nn.Module) -> Iterator[tuple[list[str], torch.Tensor]]:
     untiled = Untiled(model)
     wanted = {id(p) for p in model.parameters()}
     for unit in state.units_of(model):
-        with state.gatherer.hold([unit]) if state.gatherer else nullcontext():
+        with _whole(state, [unit]):
             for slot, param in zip(unit.layout.slots, unit.params, strict=True):
                 if id(param) in wanted:
                     yield from untiled.join(local_names(state, model, slot.names), param.detach())
@@ -133,7 +159,7 @@ def load_full_state_dict(
     present = set(given)
     with torch.no_grad():
         for unit in state.units_of(model):
-            with state.gatherer.hold([unit]) if state.gatherer else nullcontext():
+            with _whole(state, [unit]):
                 for slot, param in zip(unit.layout.slots, unit.params, strict=True):
                     names = [n for n in local_names(state, model, slot.names) if untiled.name(n) in present]
                     if reads and names:
@@ -151,9 +177,11 @@ def load_full_state_dict(
 @torch.no_grad()
 def _take_over(state: Sharded, unit: FlatUnit, *, keep_unchanged: bool = False) -> None:
     """The full buffer has new values: each rank keeps its own slice of them, and all agree again."""
-    if unit.stage < 3:
+    if unit.stage == 0:
         state.wire.gather(unit.label, unit.own_slice(), unit.full).wait()
     unit.set_values(unit.full[slice(*unit.local)], keep_unchanged=keep_unchanged)
+    if 0 < unit.stage < 3 and not unit.approximate:  # else `_whole` does, when the block is over
+        show(unit, state.wire).wait()
 
 
 def _slots(units: list[FlatUnit]):  # type: ignore[no-untyped-def]  # (unit, slot, param) triples

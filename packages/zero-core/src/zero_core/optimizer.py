@@ -273,6 +273,7 @@ class ShardedOptimizer(Optimizer):
                 f"whole_tensors={state_dict['whole_tensors']}"
             )
         self.settle()
+        self._sharded.reducer.assemble()
         held = {u.name: u for u in self._sharded.units if u.index in self.slots}
         saved = state_dict["masters"]
         mismatch = sorted(set(held) ^ set(saved)) or [

@@ -8,10 +8,21 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 
 from .collectives import Pending, Wire
 from .flat_unit import FlatUnit
 from .late import LateArrivals
+
+
+def show(unit: FlatUnit, wire: Wire) -> Pending:
+    """Stages 1 and 2: start to have every rank's `full` say what the shards do; every rank calls it."""
+    full = unit.full
+    if unit.num_exact_uses:
+        return wire.gather(unit.label, unit.to_gather(full), full)
+    return wire.gather_weights(
+        unit.label, partial(unit.to_gather, full), full, version=None, trainable=unit.trainable
+    )
 
 
 class Publisher:
@@ -53,12 +64,12 @@ class Publisher:
             assert self.refresh is not None
             self.refresh(unit)
         elif unit.stage > 0 and self.late is not None:
-            self.late.expect(unit, self.wire.gather(unit.label, unit.to_gather(), unit.full))
+            self.late.expect(unit, show(unit, self.wire))
         elif unit.stage > 0:
             nbytes = unit.full_bytes
             while self._gathers and nbytes + sum(size for _, size in self._gathers) > self.limit_bytes:
                 self._gathers.popleft()[0].wait()
-            self._gathers.append((self.wire.gather(unit.label, unit.to_gather(), unit.full), nbytes))
+            self._gathers.append((show(unit, self.wire), nbytes))
             if not self.limit_bytes:
                 self.finish()
 

@@ -17,6 +17,7 @@ from .api import sharded
 from .errors import ZeroConfigError
 from .layout import LocalSlot
 from .optimizer import ShardedOptimizer
+from .publish import show
 from .steppers import ShardSlot
 
 
@@ -92,6 +93,7 @@ def load_sharded_state(
             on this rank.
     """
     state = sharded(model)
+    state.reducer.assemble()
     for unit in state.units:
         unit.settle()
     values = [unit.values() for unit in state.units]
@@ -124,7 +126,7 @@ def load_sharded_state(
             assert state.gatherer is not None
             state.gatherer.refresh(unit)
         elif unit.stage > 0:
-            state.wire.gather(unit.label, unit.to_gather(), unit.full).wait()
+            show(unit, state.wire).wait()
     for name, (holder, key) in fresh.items():
         assert optimizer is not None
         optimizer.inner.state[holder.param][key] = holder.fit(tensors[name])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import NoReturn
 
 import torch
@@ -90,13 +91,27 @@ class Turns:
         whole = {each.index for each in self.units if each.residency is Residency.GATHERED}
         return self._plan.next_is(unit.index, whole)
 
-    def launch(self, unit: FlatUnit) -> None:
-        """Start the gather of a unit that rests as shards."""
+    def launch(self, unit: FlatUnit, *, exact: bool = False) -> None:
+        """Start the gather of a unit that rests as shards; `exact`: not to compute with, but for the values themselves.
+
+        All ranks give the same `exact`.
+        """
         if unit.residency is Residency.SHARDED:
-            self._prefetched.discard(unit.index)
             unit.enter(Residency.GATHERING, self.released)
             with self._back_to_shards_on_failure(unit):
-                self._on_the_way[unit.index] = self.wire.gather(unit.label, unit.to_gather(), unit.full)
+                self._on_the_way[unit.index] = self._gather(unit, unit.full, exact=exact)
+
+    def _gather(self, unit: FlatUnit, into: torch.Tensor, *, exact: bool = False) -> Pending:
+        if exact:
+            return self.wire.gather(unit.label, self._shard_of(unit, into), into)
+        shard = partial(self._shard_of, unit, into)
+        return self.wire.gather_weights(
+            unit.label, shard, into, version=unit.version, trainable=unit.trainable
+        )
+
+    def _shard_of(self, unit: FlatUnit, into: torch.Tensor) -> torch.Tensor:
+        self._prefetched.discard(unit.index)
+        return unit.to_gather(into)
 
     def arrive(self, unit: FlatUnit) -> None:
         """Wait until the unit is whole."""
@@ -184,7 +199,7 @@ class Turns:
 
     def _hand_out(self, unit: FlatUnit) -> None:
         """Take part in the gather of a unit that is whole here."""
-        self.wire.gather(unit.label, unit.own_slice(), torch.empty_like(unit.full)).wait()
+        self._gather(unit, torch.empty_like(unit.full)).wait()
 
     def _part(self, words: list[Word], parted: tuple[tuple[int, ...], tuple[int, ...]]) -> NoReturn:
         inside, outside = (", ".join(map(str, ranks)) for ranks in parted)

@@ -203,6 +203,7 @@ class OffloadedOptimizer(ShardedOptimizer):
         """
         if self._zenflow is None:
             return
+        self._sharded.reducer.assemble()
         units = [unit for unit in self._sharded.units if unit.index in self._claimed]
         units = [unit for unit in units if unit.stores.optimizer is not None]
         for unit in units:

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from . import policies
 from .auto import Surroundings
+from .compression import check_compression, collectives
 from .distributed import data_parallel_mesh, init_distributed, with_replicas
 from .engine import Engine
 from .errors import ConfigError
@@ -120,6 +121,9 @@ def initialize(
         )
     scaler = policies.loss_scaler(settings.config)
     check_offload(settings.config)
+    num_shards = zero.sharding_group(mesh).size()
+    check_compression(settings.config, num_shards)
+    compressed = collectives(settings.config, num_shards)
     policies.check_offloaded(settings.config, made, whole_tensors)
     late = zenflow(settings.config, made)
 
@@ -128,6 +132,7 @@ def initialize(
         mesh,
         stage=settings.config.zero_optimization.stage,
         precision=policies.precision(settings.config),
+        collectives=compressed,
         overlap=overlap,
         placement=placement,
         store=stores(settings.config),
@@ -158,6 +163,7 @@ def initialize(
         settings=settings,
         group=group,
         device=device,
+        collectives=compressed,
     )
     if settings.config.dump_state and group.rank() == 0:
         log.info("%s", explain(settings, model))

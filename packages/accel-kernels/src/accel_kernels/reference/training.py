@@ -20,6 +20,7 @@ from ..segments import (
     Segment,
     SgdSegment,
 )
+from .random import random_32, rounding_key
 
 __all__ = ["adagrad_step", "adam_step", "cast_copy", "grad_norm_scale", "lion_step", "sgd_step"]
 
@@ -169,34 +170,6 @@ def grad_norm_scale(
     return out
 
 
-def _signed(bits: int) -> int:
-    return bits - (1 << 64) if bits >> 63 else bits
-
-
-_MASK = (1 << 64) - 1
-_GOLDEN, _MIX1, _MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
-
-
-def rounding_key(seed: int) -> int:
-    """The 64-bit key of a seed: SplitMix64's mixing, so that neighbouring seeds share nothing."""
-    z = (seed + _GOLDEN) & _MASK
-    z = ((z ^ (z >> 30)) * _MIX1) & _MASK
-    z = ((z ^ (z >> 27)) * _MIX2) & _MASK
-    return z ^ (z >> 31)
-
-
-def _random_bits(key: int, indices: Tensor) -> Tensor:
-    """32 random bits an index, as int64: SplitMix64 (OOPSLA 2014, figure 14) used as a counter."""
-
-    def shift(z: Tensor, by: int) -> Tensor:  # logical, on the two's complement that torch offers
-        return (z >> by) & ((1 << (64 - by)) - 1)
-
-    z = (indices + 1) * _signed(_GOLDEN) + _signed(key)
-    z = (z ^ shift(z, 30)) * _signed(_MIX1)
-    z = (z ^ shift(z, 27)) * _signed(_MIX2)
-    return shift(z ^ shift(z, 31), 32)
-
-
 def _round_stochastically(x: Tensor, random: Tensor, dtype: torch.dtype) -> Tensor:
     """Fp32 ``x`` as ``dtype``: up with a probability equal to the part cut off; unbiased.
 
@@ -234,6 +207,6 @@ def cast_copy(
     x = src.to(torch.float32) * scale
     if stochastic and dst.dtype != torch.float32:
         indices = torch.arange(first_index, first_index + src.numel(), device=src.device)
-        dst.copy_(_round_stochastically(x, _random_bits(rounding_key(seed or 0), indices), dst.dtype))
+        dst.copy_(_round_stochastically(x, random_32(rounding_key(seed or 0), indices), dst.dtype))
     else:
         dst.copy_(x)

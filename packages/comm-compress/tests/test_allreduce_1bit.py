@@ -157,7 +157,9 @@ def misuse(rank: int) -> None:
         allreduce_1bit(torch.zeros(2, 3), group)
     with pytest.raises(CompressConfigError, match="flat contiguous"):
         allreduce_1bit(torch.zeros(6)[::2], group)
-    with pytest.raises(CompressStateError, match=r"residuals of 5 and 3 elements \(rank 0 of 2\), got 4 and 2"):
+    with pytest.raises(
+        CompressStateError, match=r"residuals of 5 and 3 elements \(rank 0 of 2\), got 4 and 2"
+    ):
         allreduce_1bit(torch.zeros(5), group, OneBitState.zeros(4, 2, 0, torch.device("cpu")))
 
 

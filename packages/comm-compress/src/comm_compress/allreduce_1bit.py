@@ -41,9 +41,7 @@ class OneBitState:
     def zeros(numel: int, world: int, rank: int, device: torch.device, name: str = "tensor") -> OneBitState:
         """No residuals yet."""
         start, stop = chunk_ranges(numel, world)[rank]
-        return OneBitState(
-            name, torch.zeros(numel, device=device), torch.zeros(stop - start, device=device)
-        )
+        return OneBitState(name, torch.zeros(numel, device=device), torch.zeros(stop - start, device=device))
 
     def reset(self) -> None:
         """Owe nothing any more."""

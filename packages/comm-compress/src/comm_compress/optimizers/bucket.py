@@ -120,7 +120,7 @@ class Bucket:
     def make_master(self, span: tuple[int, int]) -> None:
         """Take the values of a part of the parameters."""
         self.master_span = span
-        self.flat["master"] = torch.empty(span[1] - span[0], device=self.device)
+        self.flat["master"] = torch.zeros(span[1] - span[0], device=self.device)  # what rounds alike is kept
         self._copy_params(self.plan.slots)
         self.note()
 

@@ -122,14 +122,19 @@ def find_plain(place: Place, state: Mapping[int, Mapping[str, Any]]) -> Tensor:
             f"load_state_dict: expected '{place.key}' of parameter '{slot.name}' ({slot.index}), got "
             f"{sorted(given) or 'nothing'}; the state is of another optimizer or model"
         )
-    start = place.first - int(given.get(f"{place.key}_start", 0))
     flat: Tensor = values.reshape(-1)
-    numel = place.stop - place.start
-    if start < 0 or start + numel > flat.numel() or flat.numel() > slot.numel:
+    numel, cut = place.stop - place.start, given.get(f"{place.key}_start")
+    what = f"load_state_dict: '{place.key}' of parameter '{slot.name}' {slot.shape}"
+    if flat.numel() > slot.numel or (cut is None and flat.numel() < slot.numel):
         raise CompressStateError(
-            f"load_state_dict: '{place.key}' of parameter '{slot.name}' {slot.shape}: expected elements "
-            f"{place.first} to {place.first + numel}, got {flat.numel()} from {place.first - start}; it was saved with "
-            "other buckets or on another number of ranks: give all ranks' states to comm_compress.merge_states"
+            f"{what}: expected {slot.numel} elements, got {flat.numel()}; the state is of another model"
+        )
+    start = place.first - int(cut or 0)
+    if start < 0 or start + numel > flat.numel():
+        raise CompressStateError(
+            f"{what}: expected elements {place.first} to {place.first + numel}, got {flat.numel()} from {cut}; it was "
+            "saved with other buckets or on another number of ranks: load what comm_compress.merge_states makes of all "
+            "ranks' states"
         )
     return flat[start : start + numel]
 

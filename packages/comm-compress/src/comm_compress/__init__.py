@@ -2,16 +2,24 @@
 
 Modules, in the order in which a tensor passes through them:
 
-- ``errors``, ``version``.
-- ``wire_1bit``: bytes of the 1-bit collectives and of runs, counted.
-- ``error_feedback`` -> ``allreduce_1bit``: what is lost, and the mean at one bit an element.
-- ``optimizers``: 1-bit Adam, 0/1 Adam, 1-bit LAMB.
+- `errors`, `version`.
+- `topology`, `wire` (pure: formats and bytes), `ops` (the kernels): what travels, and between whom.
+- `hops`, `agreement`: messages among the ranks of one group.
+- `gather` (qwZ, hpZ), `reduce` (qgZ): collectives made of them.
+- `settings`, `group_collectives`: what a user says, and which way each gather and reduction of a group takes.
+- `traffic`, `trials`: what was sent, and whether it pays.
+- `adapters`: the same in the places where zero-core, DDP and FSDP2 call for collectives.
+- `wire_1bit`: bytes of the 1-bit collectives and of runs, counted.
+- `error_feedback` -> `allreduce_1bit`: what is lost, and the mean at one bit an element.
+- `optimizers`: 1-bit Adam, 0/1 Adam, 1-bit LAMB.
 """
 
+from .adapters import QuantizedCollectives, compress_fsdp, ddp_hook
 from .allreduce_1bit import OneBitState, allreduce_1bit
 from .error_feedback import ErrorFeedback, Feedback, LoCo, LoCoPolicy
 from .errors import CommCompressError, CompressConfigError, CompressStateError
 from .optimizers import Compression, OneBitAdam, OneBitLamb, ZeroOneAdam, merge_states
+from .traffic import Traffic, traffic
 from .version import __version__
 
 __all__ = [
@@ -26,8 +34,13 @@ __all__ = [
     "OneBitAdam",
     "OneBitLamb",
     "OneBitState",
+    "QuantizedCollectives",
+    "Traffic",
     "ZeroOneAdam",
     "__version__",
     "allreduce_1bit",
+    "compress_fsdp",
+    "ddp_hook",
     "merge_states",
+    "traffic",
 ]

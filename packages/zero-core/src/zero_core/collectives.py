@@ -82,10 +82,11 @@ class WeightCollectives(Protocol):
 
         Args:
             shard: gives this rank's shard, which may lie in `out`; not called where nobody needs it.
+            out: as for `all_gather`.
+            tag: as for `all_gather`.
             version: two gathers with one tag and one version, not None, bring the same values: no rank's shard has
                 changed between them. All ranks give the same. None: nobody will ask for these values again.
             trainable: whether an optimizer may change the shards.
-            out, tag: as for `all_gather`.
         """
 
 

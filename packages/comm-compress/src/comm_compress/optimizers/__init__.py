@@ -1,7 +1,7 @@
 """Optimizers that do their own communication, at one bit an element once they have warmed up.
 
 Modules, in the order in which a gradient passes through them: `policy`, `options` (what a user says) | `layout`, `kinds`
--> `bucket` -> `bucketed`, `state` (what is kept, saved, loaded) | `agreement` -> `exact`, `pipeline` -> `rules` (exact
+-> `bucket` -> `bucketed`, `state` (what is kept, saved, loaded) | `verdict` -> `exact`, `pipeline` -> `rules` (exact
 steps) | `warmup` -> `freezing`, `scales` -> `onebit_adam`, `onebit_lamb` | `intervals` -> `zero_one_adam` | `base` (a
 step).
 """

@@ -24,7 +24,7 @@ from zero_core import Wire
 from ..allreduce_1bit import OneBitReduction, OneBitState, start_allreduce_1bit
 from ..errors import CompressConfigError, CompressStateError
 from . import exact
-from .agreement import Verdict, agree, check_alike, judge
+from .verdict import Verdict, agree, check_alike, judge
 from .bucket import Bucket
 from .bucketed import BucketedOptimizer
 from .kinds import Held

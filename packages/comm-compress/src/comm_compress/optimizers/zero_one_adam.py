@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .agreement import agree
+from .verdict import agree
 from .base import CompressedOptimizer, Round, Travel
 from .bucket import Bucket
 from .freezing import settle_roots

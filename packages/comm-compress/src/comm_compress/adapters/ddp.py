@@ -1,0 +1,267 @@
+"""Communication hooks for torch's `DistributedDataParallel`.
+
+In: a bucket of gradients, from DDP. Out: a future of their mean. On the CPU a thread of the hook takes buckets one
+after another, in the order in which DDP hands them out (the same on all ranks), while backward goes on; on an
+accelerator a stream does. `fp16`, `bf16` and `powersgd` are torch's own hooks, counted.
+"""
+
+# No `from __future__ import annotations`: DDP compares the annotations of a hook with classes.
+import time
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.distributed as dist
+import zero_core as zero
+from torch._C._distributed_c10d import GradBucket
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+from torch.distributed.device_mesh import DeviceMesh
+
+from .. import wire
+from ..allreduce_1bit import OneBitState, start_allreduce_1bit
+from ..error_feedback import LoCo, LoCoPolicy
+from ..errors import CompressConfigError
+from ..group_collectives import GroupCollectives
+from ..settings import Settings
+from ..topology import Grid, grid_of
+from ..traffic import Entry
+from ..wire import Sent
+from ..wire_1bit import sent_1bit
+from .torch_hooks import CastHook, PowerSGDHook
+from .worker import Worker
+
+Kind = Literal["int8", "int4", "1bit", "fp16", "bf16", "powersgd"]
+_Bucket = tuple[int, tuple[int, ...]]  # its number, and what its parameters are
+
+
+def ddp_hook(
+    kind: Kind,
+    group: dist.ProcessGroup | None = None,
+    *,
+    node_size: int | None = None,
+    mesh: DeviceMesh | None = None,
+    block_size: int = 256,
+    min_bytes: int = 1 << 14,
+    policy: Literal["always", "auto"] = "always",
+    loco: LoCoPolicy | None = None,
+    timeout_s: float = 30.0,
+    shared_memory: bool = True,
+    **options: Any,
+) -> "Hook":
+    """Make a hook: `ddp.register_comm_hook(None, cc.ddp_hook("int8"))`; every rank calls it alike.
+
+    Args:
+        kind: "int8", "int4": gradients are reduced as in qgZ, and their mean is gathered in the same format. "1bit":
+            signs with two residuals (`allreduce_1bit`). "fp16", "bf16", "powersgd": torch's own.
+        group: DDP's process group; None: the default one, as in DDP.
+        node_size: "int8", "int4": neighbouring ranks that share a node, so that 1/node_size leaves it.
+        mesh: nodes x ranks of a node, instead.
+        block_size: "int8", "int4": elements that share a scale.
+        min_bytes: "int8", "int4": buckets that have fewer bytes travel as they are.
+        policy: "int8", "int4": "auto" leaves compression off where measuring shows that it does not pay.
+        loco: "int8", "int4": what is lost comes back, averaged. `LoCoPolicy(beta=0, reset_steps=0)` is plain error
+            feedback.
+        timeout_s: deadline of a wait on the CPU ("fp16", "bf16", "powersgd": the group's own).
+        shared_memory: on the CPU, use memory that ranks of one machine share.
+        options: "powersgd": of `torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook.PowerSGDState`.
+
+    Returns:
+        the hook; `comm_compress.traffic(hook)` says what it has sent.
+
+    Raises:
+        CompressConfigError: a kind that is not known, an option that does not belong to it, a node size that does not
+            divide the group, ranks that were given other settings.
+
+    Bytes per rank, n elements: "int8", "int4": a padded copy of a bucket that N does not divide; with `loco` 4 n, and
+    4 n / N. "1bit": 4 n and 4 n / N.
+    Source: ZeRO++ (Wang et al., 2023), section 3.3; 1-bit Adam (Tang et al., 2021), figure 3; LoCo (Xie et al., 2024).
+    """
+    group = dist.group.WORLD if group is None else group
+    assert group is not None
+    if options and kind != "powersgd":
+        raise CompressConfigError(f"ddp_hook({kind!r}): {', '.join(options)}: options of 'powersgd' alone")
+    if kind in ("int8", "int4"):
+        settings = Settings(
+            weights=kind,
+            grads=kind,
+            node_size=node_size,
+            mesh=mesh,
+            block_size=block_size,
+            min_bytes=min_bytes,
+            policy=policy,
+            loco=loco,
+            timeout_s=timeout_s,
+            shared_memory=shared_memory,
+        )
+        grid_of(group, node_size, mesh)
+        return _hook(kind, group, timeout_s, _Blocks(GroupCollectives(settings, group)))
+    given = {"node_size": node_size, "mesh": mesh, "loco": loco}
+    wrong = [name for name, value in given.items() if value is not None]
+    if wrong or policy != "always":
+        raise CompressConfigError(
+            f"ddp_hook({kind!r}): {', '.join(wrong or ['policy'])}: an option of 'int8' and 'int4' alone; leave it out"
+        )
+    if kind == "1bit":
+        return _hook(kind, group, timeout_s, _Signs(group, timeout_s))
+    grid = Grid(group.size(), 1)
+    if kind in ("fp16", "bf16"):
+        torchs = default_hooks.fp16_compress_hook if kind == "fp16" else default_hooks.bf16_compress_hook
+        return CastHook(kind, grid, group, torchs)
+    if kind == "powersgd":
+        try:
+            state = powerSGD_hook.PowerSGDState(process_group=group, **options)
+        except (TypeError, ValueError) as error:
+            raise CompressConfigError(f"ddp_hook('powersgd'): {error}") from error
+        return PowerSGDHook(kind, grid, state)
+    raise CompressConfigError(
+        f"ddp_hook: kind: expected 'int8', 'int4', '1bit', 'fp16', 'bf16' or 'powersgd', got {kind!r}"
+    )
+
+
+class Hook(Protocol):
+    """A communication hook; its first argument, DDP's `state`, is not looked at."""
+
+    __name__: str  # DDP logs it
+    __qualname__: str
+
+    def __call__(self, state: object, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
+        """Start to average a bucket's gradients over the ranks."""
+
+    def entries(self) -> Iterator[Entry]:
+        """See `comm_compress.traffic`."""
+
+
+# -- ours -------------------------------------------------------------------------------------------------------
+
+
+class _Blocks:
+    """A quantized reduce-scatter, and a quantized gather of what came of it."""
+
+    def __init__(self, collectives: GroupCollectives) -> None:
+        self.collectives = collectives
+        loco = collectives.settings.loco
+        self.feedback = None if loco is None else LoCo(loco)
+
+    def run(self, buffer: torch.Tensor, name: str) -> None:
+        """Replace `buffer` by the mean over ranks."""
+        made, tag = self.collectives, zlib.crc32(name.encode()) & 0x7FFFFFFF
+        size, rank = made.grid.num_ranks, made.every.rank
+        part = wire.slice_numel(buffer.numel(), size)
+        padded = buffer
+        if part * size != buffer.numel():
+            padded = buffer.new_zeros(part * size)
+            padded[: buffer.numel()].copy_(buffer)
+        mean = buffer.new_empty(part)
+        made.reduce_scatter(padded, mean, tag=tag).wait()
+        wanted = mean
+        if self.feedback is not None:
+            wanted = self.feedback.compensate(name, mean)
+            mean.copy_(wanted)
+        made.gather_weights(lambda: mean, padded, tag=tag, version=None).wait()
+        if self.feedback is not None:
+            self.feedback.keep(name, wanted, padded.view(size, -1)[rank])
+        if padded is not buffer:
+            buffer.copy_(padded[: buffer.numel()])
+
+    def reset(self) -> None:
+        """Owe nothing any more."""
+        for feedback in (self.feedback, self.collectives.reductions.feedback):
+            if feedback is not None:
+                feedback.reset()
+
+    def entries(self) -> Iterator[Entry]:
+        yield from self.collectives.entries()
+
+
+class _Signs:
+    """`allreduce_1bit`, with residuals for each bucket."""
+
+    def __init__(self, group: dist.ProcessGroup, timeout_s: float) -> None:
+        self.group = group
+        self.timeout_s = timeout_s
+        self.entry = Entry("all_reduce_1bit")
+        self._wire: zero.Wire | None = None
+        self._states: dict[str, OneBitState] = {}
+
+    def run(self, buffer: torch.Tensor, name: str) -> None:
+        """Replace `buffer` by an approximation of the mean over ranks."""
+        size, rank, numel = self.group.size(), self.group.rank(), buffer.numel()
+        if self._wire is None:
+            plain = zero.PlainCollectives(self.group, self.timeout_s)
+            self._wire = zero.Wire(self.group, plain, buffer.device, self.timeout_s)
+        if name not in self._states:
+            self._states[name] = OneBitState.zeros(numel, size, rank, buffer.device, name)
+        self.entry.begin(wire.plain_all_reduce(Grid(size, 1), numel, buffer.element_size()))
+        self.entry.sent += Sent(across=sent_1bit(numel, size, rank).total)
+        with self.entry.codec.running(buffer.device):
+            reduction = start_allreduce_1bit(buffer, self._wire, self._states[name])
+        for _ in range(2):
+            while not reduction.is_ready():
+                time.sleep(1e-4)
+            with self.entry.codec.running(buffer.device):
+                reduction.advance()
+
+    def reset(self) -> None:
+        """Owe nothing any more."""
+        self._states.clear()
+
+    def entries(self) -> Iterator[Entry]:
+        yield self.entry
+
+
+@dataclass
+class _Averaging:
+    """Averages buckets, one after another, and explains what goes wrong."""
+
+    ways: _Blocks | _Signs
+    wire: zero.Wire
+    known: dict[int, _Bucket] = field(default_factory=dict)
+
+    def run(self, buffer: torch.Tensor, bucket: _Bucket) -> torch.Tensor:
+        """Replace `buffer` by the mean over ranks; returns it."""
+        number, numel = bucket[0], buffer.numel()
+        if self.known.setdefault(number, bucket) != bucket:  # DDP has dealt parameters out anew
+            self.ways.reset()
+            self.known = {number: bucket}
+        name = f"bucket {number} of {numel} elements"
+        self.wire.guard(f"average of {name}", lambda: self.ways.run(buffer, name))
+        return buffer
+
+
+class _OwnHook:
+    """Ours on a thread, or on a stream."""
+
+    def __init__(self, kind: str, averaging: _Averaging) -> None:
+        self.__name__ = self.__qualname__ = f"comm_compress_{kind}"
+        self.averaging = averaging
+        self._worker = Worker()
+        self._streams: dict[torch.device, torch.Stream] = {}
+
+    def __call__(self, state: object, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
+        buffer = bucket.buffer()
+        # Addresses tell parameters apart; they stay where they are.
+        what = bucket.index(), tuple(param.data_ptr() for param in bucket.parameters())
+        if buffer.device.type != "cpu":
+            return self._on_stream(buffer, what)
+        return self._worker.add(partial(self.averaging.run, buffer, what))
+
+    def _on_stream(self, buffer: torch.Tensor, what: _Bucket) -> torch.futures.Future[torch.Tensor]:
+        module = torch.get_device_module(buffer.device)
+        stream = self._streams.setdefault(buffer.device, module.Stream(buffer.device))
+        stream.wait_stream(module.current_stream(buffer.device))
+        with module.stream(stream):
+            self.averaging.run(buffer, what)
+            future: torch.futures.Future[torch.Tensor] = torch.futures.Future(devices=[buffer.device])
+            future.set_result(buffer)  # whoever waits for it waits for the stream
+        return future
+
+    def entries(self) -> Iterator[Entry]:
+        yield from self.averaging.ways.entries()
+
+
+def _hook(kind: str, group: dist.ProcessGroup, timeout_s: float, ways: _Blocks | _Signs) -> Hook:
+    plain = zero.PlainCollectives(group, timeout_s)
+    return _OwnHook(kind, _Averaging(ways, zero.Wire(group, plain, torch.device("cpu"), timeout_s)))

@@ -1,0 +1,138 @@
+"""Compressed all-gathers and reduce-scatters for torch's FSDP2 (`fully_shard`).
+
+In: FSDP2's flat buffers, from `set_custom_all_gather` and `set_custom_reduce_scatter`. Out: the same buffers, filled.
+FSDP2 keeps a node's second shard itself (`reshard_after_forward=int`), so hpZ is not for here.
+"""
+
+from __future__ import annotations
+
+import importlib
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ..errors import CompressConfigError
+from ..group_collectives import GroupCollectives
+from ..traffic import Entry
+from .quantized import QuantizedCollectives
+
+
+def compress_fsdp(
+    model: nn.Module, collectives: QuantizedCollectives, group: dist.ProcessGroup
+) -> FsdpCompression:
+    """Have every module of `model` that `fully_shard` was applied to gather and reduce through `collectives`.
+
+    Every rank calls it alike, after `fully_shard` and before the first forward.
+
+    Args:
+        model: has such modules.
+        collectives: what is compressed; without a group of its own, and without `secondary`.
+        group: the ranks that the parameters are sharded over: `mesh.get_group()`, with two dimensions the last one's.
+
+    Returns:
+        what `comm_compress.traffic` can be asked about.
+
+    Raises:
+        CompressConfigError: this torch's FSDP2 takes no collectives of others; `model` has no such module; `secondary`.
+            Later, from a backward: FSDP2 asks for another reduction than a sum or a mean.
+    """
+    fsdp = importlib.import_module("torch.distributed.fsdp")
+    sharded: type[Any] | None = getattr(fsdp, "FSDPModule", None)
+    needed = ("set_custom_all_gather", "set_custom_reduce_scatter")
+    if sharded is None or not all(hasattr(sharded, name) for name in needed):
+        raise CompressConfigError(
+            f"compress_fsdp: torch {torch.__version__} has no FSDPModule.{' and '.join(needed)}; use a newer one, or "
+            "zero_core.shard(collectives=...)"
+        )
+    if collectives.settings.secondary:
+        raise CompressConfigError(
+            "compress_fsdp: secondary=True is for zero_core; with FSDP2 give fully_shard(reshard_after_forward=n)"
+        )
+    modules = [module for module in model.modules() if isinstance(module, sharded)]
+    if not modules:
+        raise CompressConfigError(
+            "compress_fsdp: no module of the model was sharded by fully_shard; call that first"
+        )
+    made = FsdpCompression(collectives(group))
+    for module in modules:
+        module.set_custom_all_gather(made.gather)
+        module.set_custom_reduce_scatter(made.reduce)
+    return made
+
+
+class FsdpCompression:
+    """What `compress_fsdp` has put in.
+
+    Attributes:
+        gather, reduce: FSDP2's `AllGather` and `ReduceScatter`.
+    """
+
+    def __init__(self, collectives: GroupCollectives) -> None:
+        api = importlib.import_module("torch.distributed.fsdp._fully_shard._fsdp_api")
+        self.collectives = collectives
+        self.gather = type("QuantizedAllGather", (_Gather, api.AllGather), {})(collectives)
+        self.reduce = type("QuantizedReduceScatter", (_Reduce, api.ReduceScatter), {})(collectives)
+
+    def entries(self) -> Iterator[Entry]:
+        """See `comm_compress.traffic`."""
+        yield from self.collectives.entries()
+
+
+class _Comm:
+    """What both have; FSDP2 calls them in one order on all ranks."""
+
+    def __init__(self, collectives: GroupCollectives) -> None:
+        self.collectives = collectives
+        self._num_calls = 0
+
+    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """As FSDP2 does by default."""
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def _tag(self, group: dist.ProcessGroup, numel: int) -> int:
+        if dist.get_process_group_ranks(group) != dist.get_process_group_ranks(self.collectives.group):
+            raise CompressConfigError(
+                f"compress_fsdp: FSDP2 works over ranks {dist.get_process_group_ranks(group)}, and group= has ranks "
+                f"{dist.get_process_group_ranks(self.collectives.group)}; pass the group that the mesh has"
+            )
+        self._num_calls += 1
+        return zlib.crc32(f"{type(self).__name__} {self._num_calls} {numel}".encode()) & 0x7FFFFFFF
+
+
+class _Gather(_Comm):
+    def __call__(
+        self,
+        output_tensor: torch.Tensor,
+        input_tensor: torch.Tensor,
+        group: dist.ProcessGroup,
+        async_op: bool = False,
+    ) -> None:
+        """Fill `output_tensor`; on an accelerator on the current stream, which FSDP2 has chosen for that."""
+        tag = self._tag(group, output_tensor.numel())
+        self.collectives.gather_weights(lambda: input_tensor, output_tensor, tag=tag, version=None).wait()
+
+
+class _Reduce(_Comm):
+    def __call__(
+        self,
+        output_tensor: torch.Tensor,
+        input_tensor: torch.Tensor,
+        group: dist.ProcessGroup,
+        op: Any,
+        async_op: bool = False,
+    ) -> None:
+        """Fill `output_tensor` with this rank's slice of the sum or mean."""
+        is_sum = op == dist.ReduceOp.SUM
+        if not is_sum and op != dist.ReduceOp.AVG:
+            raise CompressConfigError(
+                f"compress_fsdp: expected a sum or a mean of gradients, FSDP2 asks for {getattr(op, 'op', op)}; leave "
+                "set_gradient_divide_factor out, or call set_force_sum_reduction_for_comms(True)"
+            )
+        tag = self._tag(group, input_tensor.numel())
+        self.collectives.reduce_scatter(input_tensor, output_tensor, tag=tag).wait()
+        if is_sum:
+            output_tensor.mul_(group.size())

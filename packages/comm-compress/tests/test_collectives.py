@@ -1,0 +1,154 @@
+"""Every collective equals the paper's equations, worked out in one process, for any ranks, nodes, sizes and dtypes."""
+
+from __future__ import annotations
+
+import itertools
+
+import comm_compress as cc
+import pytest
+import torch
+import torch.distributed as dist
+from comm_compress.topology import Grid
+from comm_compress.wire import BlockFormat
+from compress_lab import simulated_gather, simulated_reduce
+from zero_core.testing import run_ranks
+
+SIZES = (0, 1, 2, 7, 31, 255, 256, 257, 1000)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+NODES = [(1, 1), (2, 1), (2, 2), (3, 1), (3, 3), (4, 1), (4, 2), (4, 4)]
+
+
+def numbers(seed: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(numel, generator=generator) * torch.rand(numel, generator=generator).exp()).to(dtype)
+
+
+def check_all(rank: int, world: int, node_size: int, shared_memory: bool) -> int:
+    """Compare many cases; returns how many."""
+    grid, group, count = Grid(world, node_size), dist.group.WORLD, 0
+    for weights, grads in (("int8", "int4"), ("int4", "int8")):
+        made = cc.QuantizedCollectives(
+            weights=weights,
+            grads=grads,
+            node_size=node_size,
+            secondary=True,
+            min_bytes=0,
+            shared_memory=shared_memory,
+            group=group,
+        )
+        of_weights, of_grads = (BlockFormat({"int8": 8, "int4": 4}[name]) for name in (weights, grads))
+        for tag, (numel, dtype) in enumerate(itertools.product(SIZES, DTYPES)):
+            shards = [numbers(10 * tag + r, numel, dtype) for r in range(world)]
+            out = torch.full((world * numel,), torch.nan, dtype=dtype)
+            made.gather_weights(lambda s=shards: s[rank], out, tag=tag, version=3).wait()
+            expected = torch.cat(shards) if world == 1 else simulated_gather(shards, of_weights)
+            assert torch.equal(out, expected), (numel, dtype)
+
+            again = torch.full_like(out, torch.nan)
+            shard = shards[rank] if node_size == world else None  # in one node nothing nearer is kept
+            made.gather_weights(lambda s=shard: s, again, tag=tag, version=3).wait()
+            assert torch.equal(again, out), (numel, dtype)
+
+            fulls = [numbers(7000 + 10 * tag + r, world * numel, dtype) for r in range(world)]
+            reduced = torch.full((numel,), torch.nan, dtype=dtype)
+            made.reduce_scatter(fulls[rank].clone(), reduced, tag=tag).wait()
+            if world == 1:
+                assert torch.equal(reduced, fulls[0])
+            else:
+                mean = simulated_reduce(fulls, grid, of_grads)[rank]
+                torch.testing.assert_close(
+                    reduced, mean.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-7
+                )
+
+            exact = torch.empty_like(out)
+            made.all_gather(shards[rank], exact, tag=tag).wait()
+            assert torch.equal(exact, torch.cat(shards))
+            count += 1
+    return count
+
+
+@pytest.mark.parametrize(("world", "node_size"), NODES)
+def test_equal_to_the_equations(world: int, node_size: int) -> None:
+    for shared_memory in (True, False) if world == 4 else (True,):
+        assert set(run_ranks(check_all, world, world, node_size, shared_memory)) == {
+            2 * len(SIZES) * len(DTYPES)
+        }
+
+
+def check_mixed(rank: int, world: int) -> None:
+    """A reduction into another dtype, and into the gradient itself; values that are not finite."""
+    made = cc.QuantizedCollectives(node_size=2, min_bytes=0, group=dist.group.WORLD)
+    grid, form = Grid(world, 2), BlockFormat(4)
+    fulls = [numbers(r, 300 * world, torch.bfloat16) for r in range(world)]
+    mean = simulated_reduce(fulls, grid, form)[rank]
+    out = torch.empty(300)
+    made.reduce_scatter(fulls[rank].clone(), out, tag=1).wait()
+    torch.testing.assert_close(out, mean, rtol=1e-6, atol=1e-7)
+    full = fulls[rank].clone()
+    mine = full.view(world, -1)[rank]
+    made.reduce_scatter(full, mine, tag=2).wait()
+    torch.testing.assert_close(mine, mean.bfloat16())
+
+    for bad in (torch.inf, torch.nan):
+        full = fulls[rank].clone()
+        if rank == 1:
+            full[3 * 300 + 270] = bad  # the second block of rank 3's slice
+        made.reduce_scatter(full, out, tag=3).wait()
+        assert bool(out.isfinite().all()) == (rank != 3)
+        assert bool(out[:256].isfinite().all())
+
+
+def test_other_dtypes_in_place_and_not_finite() -> None:
+    run_ranks(check_mixed, 4, 4)
+
+
+def check_stochastic(rank: int, world: int) -> tuple[float, float]:
+    """The mean of many reductions: of numbers that lie between two steps of the codec."""
+    full = torch.full((world * 256,), 0.3)
+    full[::256] = 7.0  # the scale is 1
+    errors = []
+    for stochastic in (False, True):
+        made = cc.QuantizedCollectives(
+            grads="int4", stochastic=stochastic, min_bytes=0, group=dist.group.WORLD
+        )
+        total = torch.zeros(256)
+        for _ in range(50):
+            out = torch.empty(256)
+            made.reduce_scatter(full.clone(), out, tag=1).wait()
+            total += out
+        errors.append(float((total[1:] / 50 - 0.3).mean().abs()))
+    return errors[0], errors[1]
+
+
+def test_stochastic_rounding_is_right_on_average() -> None:
+    for nearest, stochastic in run_ranks(check_stochastic, 2, 2):
+        assert nearest == pytest.approx(0.3, rel=1e-3)
+        assert stochastic < 0.01
+
+
+def check_small(rank: int, world: int) -> list[bool]:
+    """Below `min_bytes`, and in dtypes that no codec knows: exact."""
+    made = cc.QuantizedCollectives(min_bytes=4096, group=dist.group.WORLD)
+    exact = []
+    for numel, dtype in (
+        (511, torch.float32),
+        (512, torch.float32),
+        (4096, torch.float64),
+        (8192, torch.uint8),
+    ):
+        shards = [numbers(r, numel, torch.float32).mul(9).to(dtype) for r in range(world)]
+        out = torch.empty(world * numel, dtype=dtype)
+        made.gather_weights(lambda s=shards: s[rank], out, tag=1, version=None).wait()
+        exact.append(torch.equal(out, torch.cat(shards)))
+        assert exact[-1] == made.is_exact(out.numel() * out.element_size(), dtype), (numel, dtype)
+        if dtype.is_floating_point:
+            out = torch.empty(numel, dtype=dtype)
+            made.reduce_scatter(torch.cat(shards), out, tag=2).wait()
+            plain = torch.stack([shards[rank]] * world).mean(0)
+            assert torch.allclose(out, plain, rtol=1e-6, atol=0) == exact[-1]
+    return exact
+
+
+def test_small_and_foreign_travel_as_they_are() -> None:
+    assert run_ranks(check_small, 1, 1) == [[True] * 4]
+    assert run_ranks(check_small, 2, 2) == [[True, False, True, True]] * 2

@@ -1,0 +1,204 @@
+"""Hooks for torch's DDP: the mean of gradients, as the equations have it, on every rank alike."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import comm_compress as cc
+import pytest
+import torch
+import torch.distributed as dist
+from comm_compress.topology import Grid
+from comm_compress.wire import BlockFormat
+from compress_lab import batch, build, loss_of, simulated_reduce, through
+from torch.nn.parallel import DistributedDataParallel
+from zero_core.testing import run_ranks
+
+STEPS = 4
+
+
+def grads_of(model: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([param.grad.flatten() for param in model.parameters()])
+
+
+def buckets(
+    rank: int, world: int, kind: str, node_size: int | None, dtype: torch.dtype, megabytes: float
+) -> int:
+    """What DDP hands to the hook, and what comes back: exactly what the codec makes of the ranks' buckets."""
+    ddp = DistributedDataParallel(build().to(dtype), bucket_cap_mb=megabytes)
+    hook, seen = cc.ddp_hook(kind, node_size=node_size, min_bytes=0), []
+
+    def spy(state: object, bucket):
+        given = bucket.buffer().clone()
+        future = hook(state, bucket)
+        seen.append((given, future.then(lambda done: done.value().clone())))
+        return future
+
+    ddp.register_comm_hook(None, spy)
+    for step in range(2):
+        ddp.zero_grad()
+        loss_of(ddp, batch(rank, step)).backward()
+    form, grid = BlockFormat({"int8": 8, "int4": 4}[kind]), Grid(world, node_size or 1)
+    for given, future in seen:
+        told = [torch.empty_like(given, dtype=torch.float32) for _ in range(world)]
+        dist.all_gather(told, given.float())
+        part = -(-given.numel() // world)
+        padded = [torch.nn.functional.pad(each.to(dtype), (0, part * world - given.numel())) for each in told]
+        expected = padded[0]
+        if world > 1:
+            means = [mean.to(dtype) for mean in simulated_reduce(padded, grid, form)]
+            expected = torch.cat([through(mean, form, dtype) for mean in means])
+        found, expected = future.value().float(), expected[: given.numel()].float()
+        assert float((found - expected).abs().max()) <= 1e-6 * float(expected.abs().max())
+        dist.all_gather(told, found)
+        assert all(torch.equal(each, told[0]) for each in told), "ranks differ"
+    return len(seen)
+
+
+@pytest.mark.parametrize(
+    ("world", "node_size", "kind", "dtype"),
+    [
+        (1, None, "int8", torch.float32),
+        (2, None, "int8", torch.float32),
+        (2, None, "int4", torch.bfloat16),
+        (3, None, "int4", torch.float32),
+        (4, 2, "int8", torch.float32),
+    ],
+)
+def test_buckets_are_what_the_equations_say(world: int, node_size: int | None, kind: str, dtype) -> None:
+    for megabytes in (100, 0.01):
+        for num_buckets in run_ranks(buckets, world, world, kind, node_size, dtype, megabytes):
+            assert num_buckets == 2 if megabytes == 100 else num_buckets > 2
+
+
+def losses(rank: int, world: int, kinds: tuple[str, ...]) -> dict[str, tuple[float, bool, float, str]]:
+    """Train with each hook: the last loss of a fixed batch, whether ranks agree, how much less was sent."""
+    found = {}
+    for kind in kinds:
+        model = build()
+        for block in model.blocks:  # PowerSGD knows no scalars
+            block.scale = torch.nn.Parameter(torch.ones(1))
+        ddp = DistributedDataParallel(model, bucket_cap_mb=0.01)
+        hook = None
+        if kind == "powersgd":
+            hook = cc.ddp_hook("powersgd", matrix_approximation_rank=2, start_powerSGD_iter=2)
+        elif kind == "int4 loco":
+            hook = cc.ddp_hook("int4", loco=cc.LoCoPolicy(), min_bytes=0)
+        elif kind in ("int8", "int4"):
+            hook = cc.ddp_hook(kind, min_bytes=0)
+        elif kind != "none":
+            hook = cc.ddp_hook(kind)
+        if hook is not None:
+            ddp.register_comm_hook(None, hook)
+        opt = torch.optim.SGD(ddp.parameters(), lr=0.2)
+        for step in range(12):
+            loss_of(ddp, batch(rank, step % 3)).backward()
+            opt.step()
+            opt.zero_grad()
+        flat = torch.cat([param.detach().flatten() for param in ddp.parameters()])
+        told = [torch.empty_like(flat) for _ in range(world)]
+        dist.all_gather(told, flat)
+        with torch.no_grad():
+            last = float(loss_of(ddp.module, batch(0, 0)))
+        total = None if hook is None else cc.traffic(hook).total
+        codec = 0.0 if total is None else total.codec_s
+        found[kind] = last, all(torch.equal(each, told[0]) for each in told), total and total.ratio, codec
+    return found
+
+
+def test_training_with_each_hook() -> None:
+    kinds = ("none", "int8", "int4", "int4 loco", "1bit", "fp16", "bf16", "powersgd")
+    for found in run_ranks(losses, 2, 2, kinds):
+        plain = found["none"][0]
+        for kind, (last, agree, ratio, codec_s) in found.items():
+            assert agree, kind
+            if kind == "none":
+                continue
+            assert last == pytest.approx(
+                plain, rel={"1bit": 0.5, "powersgd": 0.2, "int4": 0.1}.get(kind, 0.05)
+            ), kind
+            low, high = {
+                "int8": (3.8, 4.0), "int4": (7.3, 8), "int4 loco": (7.3, 8), "1bit": (25, 32), "fp16": (2, 2.01),
+                "bf16": (2, 2.01), "powersgd": (1.1, 10),
+            }[kind]  # fmt: skip
+            assert low <= ratio <= high, (kind, ratio)
+            assert (codec_s > 0) == (kind not in ("fp16", "bf16", "powersgd"))
+
+
+def owed(rank: int, world: int) -> tuple[float, float]:
+    """Error feedback: over many reductions of one gradient nothing is lost."""
+    errors = []
+    for loco in (None, cc.LoCoPolicy(beta=0.0, reset_steps=0)):
+        ddp = DistributedDataParallel(build())
+        ddp.register_comm_hook(None, cc.ddp_hook("int4", loco=loco, min_bytes=0))
+        total = torch.zeros_like(torch.cat([param.detach().flatten() for param in ddp.parameters()]))
+        exact = torch.zeros_like(total)
+        for step in range(21):
+            ddp.zero_grad()
+            loss_of(ddp, batch(rank, 0)).backward()
+            if step:  # the first comes before DDP deals parameters out
+                total += grads_of(ddp.module)
+                ddp.zero_grad()
+                with ddp.no_sync():
+                    loss_of(ddp, batch(rank, 0)).backward()
+                mine = grads_of(ddp.module)
+                dist.all_reduce(mine)
+                exact += mine / world
+        errors.append(float((total - exact).norm() / exact.norm()))
+    return errors[0], errors[1]
+
+
+def test_what_is_lost_comes_back() -> None:
+    for without, with_feedback in run_ranks(owed, 2, 2):
+        assert with_feedback < without / 4
+        assert with_feedback < 0.02
+
+
+# -- refusals and failures --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def solo():
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def test_options_that_do_not_belong(solo) -> None:
+    for kind, options, message in (
+        ("int3", {}, "kind: expected 'int8', 'int4', '1bit', 'fp16', 'bf16' or 'powersgd', got 'int3'"),
+        ("int8", {"matrix_approximation_rank": 2}, "options of 'powersgd' alone"),
+        ("1bit", {"node_size": 1}, "node_size: an option of 'int8' and 'int4' alone"),
+        ("fp16", {"policy": "auto"}, "policy: an option of 'int8' and 'int4' alone"),
+        ("int8", {"node_size": 3}, "node_size: expected a divisor of the group's 1 ranks (1), got 3"),
+        ("powersgd", {"rank": 2}, "ddp_hook('powersgd')"),
+    ):
+        with pytest.raises(cc.CompressConfigError) as raised:
+            cc.ddp_hook(kind, **options)
+        assert message in str(raised.value)
+
+
+def fail(rank: int, world: int, kind: str) -> tuple[str, float]:
+    ddp = DistributedDataParallel(build())
+    ddp.register_comm_hook(None, cc.ddp_hook(kind, timeout_s=4.0))
+    for step in range(2):  # until DDP has dealt parameters out anew
+        loss_of(ddp, batch(rank, step)).backward()
+    if rank == 1:
+        os._exit(17)
+    start = time.monotonic()
+    try:
+        loss_of(ddp, batch(rank, 1)).backward()
+    except RuntimeError as error:
+        return str(error), time.monotonic() - start
+    return "", 0.0
+
+
+@pytest.mark.parametrize("kind", ["int8", "1bit"])
+def test_survivors_end_with_a_name(kind: str) -> None:
+    message, seconds = run_ranks(fail, 2, 2, kind, tolerate=(0, 1), timeout_s=60)[0]
+    assert "average of bucket" in message
+    assert "rank 0 of 2" in message
+    assert "rank 1" in message
+    assert seconds < 16

@@ -347,7 +347,9 @@ def sparse(rank: int) -> None:
     wide = nn.Linear(2, 2).double()
     optimizer = cc.OneBitAdam(wide.named_parameters())
     wide(torch.zeros(1, 2).double()).sum().backward()
-    with pytest.raises(cc.CompressConfigError, match=r"'weight': expected a dense float32, .*got torch.float64"):
+    with pytest.raises(
+        cc.CompressConfigError, match=r"'weight': expected a dense float32, .*got torch.float64"
+    ):
         optimizer.step()
 
 

@@ -81,7 +81,5 @@ def test_zero_one_adam_follows_its_schedule(world: int) -> None:
             elif step in syncs:
                 want = signs(world, rank) + told
             assert sent[step - 1] == want, step
-        run = run_volume(
-            BUCKETS, world, 2, num_steps=STEPS, exact_steps=updates, sync_steps=syncs, rank=rank
-        )
+        run = run_volume(BUCKETS, world, 2, num_steps=STEPS, exact_steps=updates, sync_steps=syncs, rank=rank)
         assert sum(sent) == pytest.approx(run.sent_bytes, rel=0.01)

@@ -103,9 +103,7 @@ def save(rank: int, kind: str, more: dict[str, Any]) -> dict[int, Any]:
                 name: (shard.global_shape, shard.offsets[0], shard.local.clone())
                 for name, shard in optimizer.sharded_state().items()
             }
-            saved[step] = through_a_file(
-                (values(model), optimizer.state_dict(), shards, optimizer.scalars())
-            )
+            saved[step] = through_a_file((values(model), optimizer.state_dict(), shards, optimizer.scalars()))
     return saved
 
 
@@ -200,7 +198,9 @@ def refuse(rank: int) -> None:
     assert other.num_steps == 0
     with pytest.raises(ValueError, match="parameter group"):
         other.load_state_dict({**state, "param_groups": []})
-    with pytest.raises(cc.CompressStateError, match=r"'param.0' \(\): expected 1 elements, got 12; .* another model"):
+    with pytest.raises(
+        cc.CompressStateError, match=r"'param.0' \(\): expected 1 elements, got 12; .* another model"
+    ):
         cc.OneBitAdam(model.parameters()).load_state_dict(state)
     with pytest.raises(cc.CompressStateError, match=r"every rank once, of one run, got ranks \[0, 0\]"):
         cc.merge_states([{**state, "compression": {**state["compression"], "rank": 0}}] * 2)

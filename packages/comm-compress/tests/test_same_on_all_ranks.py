@@ -78,7 +78,9 @@ def test_the_same_bits(kind: str, dtype: torch.dtype) -> None:
 def test_sharded_warm_up_is_the_same(kind: str) -> None:
     whole = run_ranks(train, 2, 2, kind, torch.float32, {})
     parts = run_ranks(train, 2, 2, kind, torch.float32, {"shard": True})
-    for (history, skipped, moved, _), (other, other_skipped, other_moved, _) in zip(whole, parts, strict=True):
+    for (history, skipped, moved, _), (other, other_skipped, other_moved, _) in zip(
+        whole, parts, strict=True
+    ):
         assert (skipped, moved) == (other_skipped, other_moved)
         for one, two in zip(history, other, strict=True):
             for name in one:
@@ -96,7 +98,9 @@ def skip_changes_nothing(rank: int, kind: str) -> None:
         if step not in (3, 11):
             continue
         before, state = values(model), optimizer.state_dict()
-        kept = {i: {k: v.clone() for k, v in s.items() if torch.is_tensor(v)} for i, s in state["state"].items()}
+        kept = {
+            i: {k: v.clone() for k, v in s.items() if torch.is_tensor(v)} for i, s in state["state"].items()
+        }
         loss_of(model, rank, step).backward()
         if rank == 1:
             model.first.bias.grad[2] = float("inf")

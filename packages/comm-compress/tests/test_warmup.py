@@ -12,8 +12,10 @@ from comm_compress.wire_1bit import run_volume
 from hypothesis import given
 from hypothesis import strategies as st
 
-BERT = Intervals(  # the published run: BERT, 152 000 steps, warm-up of the rate 12 500, rate halved every 32 678
-    var_freeze_step=12_500, var_update_scaler=16, local_step_scaler=32_678, local_step_clipper=16
+BERT = (
+    Intervals(  # the published run: BERT, 152 000 steps, warm-up of the rate 12 500, rate halved every 32 678
+        var_freeze_step=12_500, var_update_scaler=16, local_step_scaler=32_678, local_step_clipper=16
+    )
 )
 
 
@@ -67,7 +69,9 @@ def test_a_given_step_asks_for_no_looks() -> None:
     assert not any(watch.is_due(step) for step in range(1, 3000))
 
 
-@pytest.mark.parametrize("bad", [{"freeze_step": 0}, {"freeze_step": 1.5}, {"freeze_step": True}, {"threshold": 0.0}])
+@pytest.mark.parametrize(
+    "bad", [{"freeze_step": 0}, {"freeze_step": 1.5}, {"freeze_step": True}, {"threshold": 0.0}]
+)
 def test_rules_out_of_range(bad: dict[str, float]) -> None:
     with pytest.raises(CompressConfigError, match="freeze"):
         FreezeRule(**bad)  # type: ignore[arg-type]
@@ -118,7 +122,12 @@ def test_the_published_run_sends_26_times_less() -> None:
     """0/1 Adam's BERT-Large run against Adam in 16 bits; and its ratios to 1-bit Adam, as the abstract has them."""
     steps, buckets = 152_000, [4 << 20] * 80
     ours = run_volume(
-        buckets, 16, 2, num_steps=steps, exact_steps=BERT.variance_steps(steps), sync_steps=BERT.sync_steps(steps)
+        buckets,
+        16,
+        2,
+        num_steps=steps,
+        exact_steps=BERT.variance_steps(steps),
+        sync_steps=BERT.sync_steps(steps),
     )
     assert ours.ratio > 26
     one_bit = run_volume(

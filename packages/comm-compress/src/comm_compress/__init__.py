@@ -18,7 +18,15 @@ from .adapters import QuantizedCollectives, compress_fsdp, ddp_hook
 from .allreduce_1bit import OneBitState, allreduce_1bit
 from .error_feedback import ErrorFeedback, Feedback, LoCo, LoCoPolicy
 from .errors import CommCompressError, CompressConfigError, CompressStateError
-from .optimizers import Compression, OneBitAdam, OneBitLamb, ZeroOneAdam, merge_states
+from .optimizers import (
+    Compression,
+    LocalGradients,
+    OneBitAdam,
+    OneBitLamb,
+    ZeroCompressedOptimizer,
+    ZeroOneAdam,
+    merge_states,
+)
 from .traffic import Traffic, traffic
 from .version import __version__
 
@@ -31,11 +39,13 @@ __all__ = [
     "Feedback",
     "LoCo",
     "LoCoPolicy",
+    "LocalGradients",
     "OneBitAdam",
     "OneBitLamb",
     "OneBitState",
     "QuantizedCollectives",
     "Traffic",
+    "ZeroCompressedOptimizer",
     "ZeroOneAdam",
     "__version__",
     "allreduce_1bit",

@@ -24,13 +24,13 @@ from zero_core import Wire
 from ..allreduce_1bit import OneBitReduction, OneBitState, start_allreduce_1bit
 from ..errors import CompressConfigError, CompressStateError
 from . import exact
-from .verdict import Verdict, agree, check_alike, judge
 from .bucket import Bucket
 from .bucketed import BucketedOptimizer
 from .kinds import Held
 from .layout import Slot
 from .pipeline import pipeline
 from .policy import Compression
+from .verdict import Verdict, agree, check_alike, judge
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +79,7 @@ class CompressedOptimizer(BucketedOptimizer):
 
     Attributes:
         last_step_skipped: the last `step` found a gradient that is not finite on some rank, and changed nothing on any.
+        agrees_always: ranks agree on gradients where a step sends nothing, too (24 bytes), and skip together.
     """
 
     # GradScaler: hand over scale and overflow instead of leaving `step` out on one rank alone.
@@ -93,6 +94,7 @@ class CompressedOptimizer(BucketedOptimizer):
     ) -> None:
         super().__init__(params, defaults, group, compression)
         self.last_step_skipped = False
+        self.agrees_always = False
         self._round: Round | None = None
         self._alike_checked = False
         self._scratch: Tensor | None = None
@@ -208,12 +210,13 @@ class CompressedOptimizer(BucketedOptimizer):
         if not self._alike_checked:
             check_alike(wire, self._alike())
             self._alike_checked = True
-        if travel is Travel.NOTHING:
+        alone = travel is Travel.NOTHING and not self.agrees_always
+        if alone:
             verdict = judge(wire.device, grads, scale, overflow=overflow)
         else:
             verdict = agree(wire, grads, scale, overflow=overflow, touched=self._touched())
         round_ = Round(travel, grads, verdict, scale)
-        if travel is Travel.NOTHING and not verdict.finite:
+        if alone and not verdict.finite:
             # Others go on, and so must this rank's count of steps; its gradient it can leave out alone.
             logger.warning("step %d: a gradient of this rank is not finite; left out", self.num_steps + 1)
             return Round(travel, [None] * len(grads), Verdict(True, 0.0, None), scale, norm=math.nan)
@@ -259,8 +262,7 @@ class CompressedOptimizer(BucketedOptimizer):
             self._step_alone(round_)
         self.num_steps += 1
         self._end(round_)
-        for bucket in self._buckets:
-            bucket.note()
+        self._note()
 
     def _step_signs(self, round_: Round) -> None:
         wire, used = self._wire(), round_.verdict.used

@@ -141,6 +141,11 @@ class Bucket:
             self.note()
         return changed
 
+    def take_values(self) -> None:
+        """`take_edits`, of all parameters."""
+        if self.master is not None:
+            self._copy_params(self.plan.slots)
+
     def _copy_params(self, slots: Sequence[Slot]) -> None:
         assert self.master is not None
         wanted = {slot.position for slot in slots}
@@ -152,11 +157,10 @@ class Bucket:
                 master.copy_(torch.where(master.to(values.dtype) == values, master, values.to(master.dtype)))
 
     def publish(self, slots: Sequence[Slot], values: Tensor | None = None) -> None:
-        """Write the master (or other `values`), which is all of the bucket, to the parameters."""
+        """Write the master (or other `values`), which is all of the bucket, to the parameters; `note` it later."""
         source = self.master if values is None else values
         if source is not None and slots:
             torch._foreach_copy_(self.params_of(slots), self.views(source, slots))
-            self.note()
 
     def note(self) -> None:
         """The parameters say what the master says: what is written to them from now on is an edit."""

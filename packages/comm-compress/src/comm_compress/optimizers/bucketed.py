@@ -1,7 +1,7 @@
 """Parameters in flat buckets, with everything that is kept for them: planned, allocated, saved and loaded.
 
-In: parameter groups. Out: `Bucket`s whose tensors are those that a subclass names for its progress (`keys`); state dicts
-of this rank, and ranges of tensors for any number of ranks. Next: `base` steps them.
+In: parameter groups. Out: `Bucket`s whose tensors are those that a subclass names for its progress (`keys`); state
+dicts of this rank, and ranges of tensors for any number of ranks. Next: `base` steps them.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ class BucketedOptimizer(Optimizer):
         self._params: list[Tensor] = []
         self._buckets: list[Bucket] = []
         self._signs: dict[str, OneBitState] = {}
+        self._called: dict[int, tuple[str, tuple[int, ...]]] = {}
 
     # -- what a subclass says ---------------------------------------------------------------------------------
 
@@ -72,6 +73,38 @@ class BucketedOptimizer(Optimizer):
     def _may_grow(self) -> bool:
         """Whether parameters may still be added after the first step."""
         return False
+
+    def call_parameters(self, called: Mapping[int, tuple[str, tuple[int, ...]]]) -> None:
+        """Names and shapes in checkpoints, by `id` of the parameter, where it is a part of something else's."""
+        self._called.update(called)
+
+    def use_group(self, group: dist.ProcessGroup) -> None:
+        """Be one of these ranks.
+
+        Raises:
+            CompressConfigError: it has another group, or has taken steps.
+        """
+        other = self._group is not None and dist.get_process_group_ranks(self._group) != (
+            dist.get_process_group_ranks(group)
+        )
+        if other or self._params:
+            raise CompressConfigError(
+                f"{type(self).__name__}: expected a new optimizer with group=None or the model's, got "
+                + ("another group" if other else "one that has been used")
+            )
+        self._group = group
+
+    @torch.no_grad()
+    def take_values(self) -> None:
+        """Something has written parameters in a way that cannot be seen at them: step from what they are now."""
+        for bucket in self._buckets:
+            bucket.take_values()
+        self._note()
+
+    def places(self) -> dict[int, int]:
+        """Index of each parameter by its `id`."""
+        self._plan()
+        return {id(param): index for index, param in enumerate(self._params)}
 
     # -- planning ---------------------------------------------------------------------------------------------
 
@@ -115,9 +148,9 @@ class BucketedOptimizer(Optimizer):
                 if param.requires_grad and param.numel() and id(param) not in known:
                     name = names[place] if names is not None else f"param.{position}"
                     _check_param(type(self).__name__, name, param)
-                    index = len(self._params) + len(new)
-                    kind = f"{param.device} {param.dtype}"
-                    members.append(Member(index, name, tuple(param.shape), number, kind))
+                    name, saved_shape = self._called.get(id(param), (name, tuple(param.shape)))
+                    index, kind = len(self._params) + len(new), f"{param.device} {param.dtype}"
+                    members.append(Member(index, name, tuple(param.shape), saved_shape, number, kind))
                     new.append(param)
                 position += 1
         if not new:
@@ -198,8 +231,8 @@ class BucketedOptimizer(Optimizer):
         own = (self.group.rank(), self.group.size())
         if given["rank"] is not None and (given["rank"], given["world"]) != own:
             raise CompressStateError(
-                f"load_state_dict: expected the state of rank {own[0]} of {own[1]}, got that of rank {given['rank']} of "
-                f"{given['world']}; save each rank's, and load merge_states([...]) on another number of ranks"
+                f"load_state_dict: expected the state of rank {own[0]} of {own[1]}, got that of rank {given['rank']} "
+                f"of {given['world']}; save each rank's, and load merge_states([...]) on another number of ranks"
             )
         found = [
             (place, state.find_plain(place, state_dict["state"]))
@@ -214,7 +247,7 @@ class BucketedOptimizer(Optimizer):
         self._loaded()
 
     def scalars(self) -> dict[str, Any]:
-        """What `sharded_state` leaves out: progress, and the numbers of each parameter; plain values, alike on ranks."""
+        """What `sharded_state` leaves out: progress, and numbers of each parameter; plain values, the same on all."""
         self._plan()
         return {
             "progress": self.progress(),
@@ -287,6 +320,13 @@ class BucketedOptimizer(Optimizer):
 
     def _loaded(self) -> None:
         """State has been loaded; parameters follow where they must."""
+        self._note()
+
+    def _note(self) -> None:
+        """What is written to parameters from now on is an edit.
+
+        All buckets at once: parameters that are views of one tensor share its version counter.
+        """
         for bucket in self._buckets:
             bucket.note()
 

@@ -18,12 +18,15 @@ class Member:
     Attributes:
         index: position among all parameters of the optimizer, group by group.
         name: for errors and checkpoints.
+        shape: of the tensor that is stepped.
+        saved_shape: in checkpoints.
         kind: what must agree within a bucket (device and dtype).
     """
 
     index: int
     name: str
     shape: tuple[int, ...]
+    saved_shape: tuple[int, ...]
     group: int
     kind: str
 
@@ -35,6 +38,7 @@ class Slot:
     index: int
     name: str
     shape: tuple[int, ...]
+    saved_shape: tuple[int, ...]
     group: int
     position: int
     start: int
@@ -79,9 +83,8 @@ def plan_buckets(members: Iterable[Member], most_elements: int, *, first: int = 
             if slots and start + numel > most_elements:
                 plans.append(BucketPlan(f"bucket {first + len(plans)}", tuple(slots)))
                 slots, start = [], 0
-            slots.append(
-                Slot(member.index, member.name, member.shape, member.group, len(slots), start, start + numel)
-            )
+            named = (member.index, member.name, member.shape, member.saved_shape, member.group)
+            slots.append(Slot(*named, len(slots), start, start + numel))
         plans.append(BucketPlan(f"bucket {first + len(plans)}", tuple(slots)))
     return plans
 

@@ -29,7 +29,8 @@ class OneBitAdam(FreezingOptimizer):
     """AdamW (or Adam) that sends gradients until its variance has settled, and signs of momenta from then on.
 
     It does all communication: gradients stay local (a plain loop; DistributedDataParallel under `no_sync`; a model of
-    zero-core through `zero_optimizer`), over any number of backward passes. With m, v the moments, g_i rank i's gradient:
+    zero-core through `ZeroCompressedOptimizer`), over any number of backward passes. With m, v the moments and g_i rank
+    i's gradient:
 
     - warm-up: g = mean of g_i, then exactly AdamW.
     - from the freeze on, v stays, and m_i = beta1 m + (1 - beta1) g_i; m = `allreduce_1bit` of m_i;
@@ -43,7 +44,7 @@ class OneBitAdam(FreezingOptimizer):
         betas: decay of momentum and variance.
         eps: added to the root of the variance.
         weight_decay: decay of the values.
-        freeze_step: steps of warm-up; None: until the variance has settled (`FreezeRule`). 15 to 25 % of a run is usual.
+        freeze_step: steps of warm-up, usually 15 to 25 % of a run; None: until the variance has settled (`FreezeRule`).
         freeze_threshold: how still the variance must be, where that decides.
         group: the ranks; None: all.
         bias_correction: correct moments for their start at zero.

@@ -96,7 +96,10 @@ def part_pieces(bucket: Bucket, mean: Tensor, used: Collection[int] | None) -> I
 
 
 def step_adam(pieces: Iterator[Piece], groups: Sequence[Group], factor: float) -> None:
-    """Adam or AdamW on gradients times `factor`. Source: arXiv:1412.6980, algorithm 1; arXiv:1711.05101, algorithm 2."""
+    """Adam or AdamW on gradients times `factor`.
+
+    Source: arXiv:1412.6980, algorithm 1; arXiv:1711.05101, algorithm 2.
+    """
     for piece in pieces:
         group = groups[piece.slot.group]
         beta1, beta2 = group["betas"]

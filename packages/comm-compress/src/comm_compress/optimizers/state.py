@@ -50,8 +50,8 @@ class Place:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The parameter's."""
-        return self.bucket.plan.slots[self.position].shape
+        """The parameter's, in checkpoints."""
+        return self.bucket.plan.slots[self.position].saved_shape
 
     def local(self) -> Tensor:
         """The memory itself."""

@@ -29,8 +29,8 @@ class FreezeRule:
         CompressConfigError: out of range.
 
     Source: Tang et al., 1-bit Adam, arXiv:2102.02888, on the number of warm-up steps: |v_t|_1 / |v_(t - window)|_1
-    >= 0.96 with a window of 1 / (1 - beta2) steps, after the warm-up of the learning rate. A variance that still grows is not
-    settled either, so the ratio is bounded on both sides here.
+    >= 0.96 with a window of 1 / (1 - beta2) steps, after the warm-up of the learning rate. A variance that still grows
+    is not settled either, so the ratio is bounded on both sides here.
     """
 
     freeze_step: int | None = None

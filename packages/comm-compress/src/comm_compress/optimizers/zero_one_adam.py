@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .verdict import agree
 from .base import CompressedOptimizer, Round, Travel
 from .bucket import Bucket
 from .freezing import settle_roots
@@ -26,6 +25,7 @@ from .options import adam_defaults
 from .policy import Compression
 from .rules import corrections
 from .scales import layer_scales
+from .verdict import agree
 
 
 class Variance(enum.Enum):
@@ -43,8 +43,8 @@ class ZeroOneAdam(CompressedOptimizer):
 
     - update of the variance (T_v; `Intervals.variance_steps`): g = mean of g_i, exact; v = beta2 v + (1 - beta2) g^2,
       m = beta1 m + (1 - beta1) g, x = x (1 - lr weight_decay) - b m / d.
-    - alone: m_i = beta1 m_i + (1 - beta1) g_i, and what the rank has drifted, times d: u_i = u_i (1 - lr weight_decay) +
-      b m_i. It goes on from x - u_i / d.
+    - alone: m_i = beta1 m_i + (1 - beta1) g_i, and what the rank has drifted, times d:
+      u_i = u_i (1 - lr weight_decay) + b m_i. It goes on from x - u_i / d.
     - synchronization (T_u; `Intervals.sync_steps`): the same, then u = `allreduce_1bit` of u_i, x = x - u / d (with
       all weight decay since the last one), m = u / (sum of b since then, each with the weight decay after it); u_i = 0.
 
@@ -64,7 +64,7 @@ class ZeroOneAdam(CompressedOptimizer):
         compression: what shares a scale, and how bytes travel.
 
     Between synchronizations ranks have parameters of their own: `shared_values` shows what they have in common (to
-    save it, say), `synchronize` makes them alike at the end. Where a step sends nothing, ranks agree on nothing: a rank
+    save it, say), `synchronize` makes them alike (at the end, or before something else writes parameters). Where a step sends nothing, ranks agree on nothing: a rank
     whose gradient is not finite leaves that gradient out, and parameters without one count as having zeros.
 
     Raises:
@@ -78,7 +78,8 @@ class ZeroOneAdam(CompressedOptimizer):
     | frozen | 4 | | 4 | 4 where ranks step alone | 4 if low or ranks step alone | worker 4, server 4/N |
 
     Only the server's residual is sharded: every rank steps everything at every step.
-    Sent: `wire_1bit.sent_exact` at updates of the variance, `wire_1bit.sent_1bit` at synchronizations, 24 bytes at both.
+    Sent: `wire_1bit.sent_exact` at updates of the variance, `wire_1bit.sent_1bit` at synchronizations, 24 bytes at
+    both.
     Source: Lu et al., 0/1 Adam, arXiv:2202.06009, algorithm 1 and section 6.
     """
 
@@ -147,6 +148,7 @@ class ZeroOneAdam(CompressedOptimizer):
                 round_ = Round(Travel.SIGNS, nothing, verdict, 1.0)
                 self._step_signs(round_)
                 self._end(round_)
+                self._note()
             finally:
                 self._flushing = False
 
@@ -156,6 +158,7 @@ class ZeroOneAdam(CompressedOptimizer):
         with torch.no_grad():
             for bucket in self._buckets if self._since_sync else ():
                 bucket.publish(bucket.plan.slots)
+            self._note()
         try:
             yield
         finally:
@@ -341,6 +344,7 @@ class ZeroOneAdam(CompressedOptimizer):
                 cut = slice(slot.start, slot.stop)
                 shown[cut].add_(bucket.master[cut], alpha=bucket.numbers["decay"][slot.position])
             bucket.publish(bucket.plan.slots, shown)
+        self._note()
 
     def _rate(self, number: int, step: int) -> float:
         group = self.param_groups[number]

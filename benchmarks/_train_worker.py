@@ -12,6 +12,7 @@ import sys
 import time
 from typing import Any, TextIO
 
+import _compressed_engines
 import _engines
 import _measure
 import torch
@@ -77,12 +78,12 @@ class Worker:
         _measure.restart_peak()
         torch.manual_seed(0)
         self.model = GPT(config)
-        self.step = _engines.ENGINES[engine](self.model, job)
+        self.step = _compressed_engines.ALL[engine](self.model, job)
 
     def describe(self) -> dict[str, Any]:
         """What runs here."""
         versions = {"python": sys.version.split()[0], "torch": torch.__version__}
-        for name in ("deepspeed", "zero_core", "accel_kernels"):
+        for name in ("deepspeed", "zero_core", "comm_compress", "accel_kernels"):
             if name in sys.modules:
                 versions[name] = str(getattr(sys.modules[name], "__version__", "?"))
         return {"versions": versions}

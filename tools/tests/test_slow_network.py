@@ -1,0 +1,64 @@
+"""The lab of slow links: ranks find each other on any number of hosts, links are as slow as asked, nothing is left."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import slow_network
+
+SCRIPT = """
+import os, time, torch, torch.distributed as dist
+dist.init_process_group("gloo")
+value = torch.full((250_000,), float(dist.get_rank()))  # a megabyte
+dist.barrier()
+begun = time.perf_counter()
+dist.all_reduce(value)
+seconds = time.perf_counter() - begun
+assert float(value[0]) == sum(range(dist.get_world_size())), value[0]
+if dist.get_rank() == 0:
+    print(dist.get_world_size(), os.environ["LOCAL_WORLD_SIZE"], seconds)
+dist.destroy_process_group()
+"""
+
+
+def namespaces() -> set[str]:
+    return {
+        line.split()[0]
+        for line in subprocess.run(
+            ["ip", "netns"], capture_output=True, text=True, check=True
+        ).stdout.splitlines()
+    }
+
+
+@pytest.mark.parametrize(("hosts", "ranks", "mbit"), [(2, 1, 80), (3, 2, None)])
+def test_ranks_meet_and_links_are_slow(hosts: int, ranks: int, mbit: float | None, tmp_path: Path) -> None:
+    try:
+        with slow_network.lab():
+            pass
+    except slow_network.LabError as error:
+        pytest.skip(str(error))
+    before = namespaces()
+    (tmp_path / "script.py").write_text(SCRIPT)
+    command = [sys.executable, slow_network.__file__, "--hosts", str(hosts), "--ranks", str(ranks)]
+    if mbit:
+        command += ["--mbit", str(mbit)]
+    found = subprocess.run(
+        [*command, "--", sys.executable, str(tmp_path / "script.py")],
+        capture_output=True, text=True, timeout=120, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr
+    world, local, seconds = found.stdout.split()
+    assert (int(world), int(local)) == (hosts * ranks, ranks)
+    if mbit:  # each of two ranks sends a megabyte
+        assert 0.9 < float(seconds) / (8 / mbit) < 3
+    assert namespaces() == before
+
+
+@pytest.mark.parametrize("wrong", [{"hosts": 1}, {"hosts": 500}, {"ranks_per_host": 0}])
+def test_what_cannot_be_set_up_is_refused(wrong: dict[str, int]) -> None:
+    with pytest.raises(slow_network.LabError, match="expected 2 to 200 hosts"), slow_network.lab(**wrong):
+        pass

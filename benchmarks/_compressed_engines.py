@@ -73,7 +73,7 @@ def zero_pp(model: GPT, job: Job, *, stage: int = 3, **settings: Any) -> Step:
     return _zero_step(sharded, zero.ShardedOptimizer(sharded, torch_adamw(sharded.parameters())))
 
 
-def ddp_hook(model: GPT, job: Job, *, kind: str) -> Step:
+def ddp_hook(model: GPT, job: Job, *, kind: Any) -> Step:
     """DistributedDataParallel with one of comm-compress's hooks."""
     import comm_compress as cc
 

@@ -182,7 +182,7 @@ def test_options_that_do_not_belong(solo) -> None:
 
 def fail(rank: int, world: int, kind: str) -> tuple[str, float]:
     ddp = DistributedDataParallel(build())
-    ddp.register_comm_hook(None, cc.ddp_hook(kind, timeout_s=4.0))
+    ddp.register_comm_hook(None, cc.ddp_hook(kind, timeout_s=2.0))
     for step in range(2):  # until DDP has dealt parameters out anew
         loss_of(ddp, batch(rank, step)).backward()
     if rank == 1:

@@ -184,3 +184,63 @@ def test_a_ratio_of_the_optimizer_state() -> None:
     assert shares[0] == 0
     assert 0 < shares[1] <= 30
     assert shares[1] < shares[2] <= 60
+
+
+class Coarse(Shelf):
+    """Keeps less than it is given; who looks gets a copy."""
+
+    is_lossy = True
+
+    def put(self, name: str, values: torch.Tensor, start: int = 0) -> Done:
+        return super().put(name, values.mul(16).round().div(16), start)
+
+    def view(self, name: str) -> torch.Tensor:
+        return self.kept[name].clone()
+
+
+def coarse_frozen(rank: int, world: int) -> None:
+    """Frozen parameters start from what is kept of them, and whoever reads or writes them meets the store."""
+    shelf, start = Coarse(), seeded(Net)
+    start.blocks[1].requires_grad_(False)
+    expected = {name: value.clone() for name, value in start.state_dict().items()}
+    for name in expected:
+        if name.startswith("blocks.1."):
+            expected[name] = expected[name].mul(16).round().div(16)
+    with pytest.raises(zero.ZeroConfigError, match="Coarse keeps approximations"):
+        zero.shard(seeded(Net), dp_mesh(world), stage=3, store=zero.Stores(params=shelf))
+    with pytest.raises(zero.ZeroConfigError, match="at stage 2 every rank holds all of them"):
+        zero.shard(seeded(Net), dp_mesh(world), stage=2, store=zero.Stores(frozen=shelf))
+    model = zero.shard(start, dp_mesh(world), stage=3, store=zero.Stores(frozen=shelf))
+    opt = zero.ShardedOptimizer(
+        model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    )
+    found = zero.full_state_dict(model)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert len(shelf.kept) == 1
+    for ids in batches(rank, 2):
+        loss_of(model, ids).backward()
+        opt.step()
+        opt.zero_grad()
+    found = zero.full_state_dict(model)
+    for name, value in expected.items():
+        assert torch.equal(found[name], value) == (
+            name.startswith("blocks.1.") or name == "bias" or not value.numel()
+        )
+    zero.set_full(model, "blocks.1.up.bias", torch.full_like(expected["blocks.1.up.bias"], 0.52))
+    assert torch.equal(
+        zero.get_full(model, "blocks.1.up.bias"), torch.full_like(expected["blocks.1.up.bias"], 0.5)
+    )
+    assert torch.equal(zero.get_full(model, "blocks.1.up.weight"), expected["blocks.1.up.weight"])
+    kept = {name: shard.local.clone() for name, shard in zero.sharded_state(model, opt).items()}
+    with zero.materialized(model, write=True), torch.no_grad():
+        model.blocks[1].down.weight.fill_(3.0)
+    assert float(zero.get_full(model, "blocks.1.down.weight").mean()) == 3.0
+    zero.load_sharded_state(model, opt, kept)
+    assert torch.equal(zero.get_full(model, "blocks.1.down.weight"), expected["blocks.1.down.weight"])
+    zero.load_full_state_dict(model, expected)
+    assert torch.equal(zero.get_full(model, "blocks.1.up.bias"), expected["blocks.1.up.bias"])
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_frozen_parameters_in_a_lossy_store(world: int) -> None:
+    run_ranks(coarse_frozen, world, world)

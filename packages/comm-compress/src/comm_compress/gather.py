@@ -124,10 +124,6 @@ class WeightGather:
             kept.handle = once
         return once
 
-    def forget(self) -> None:
-        """Keep nothing any more; every rank must call it."""
-        self._kept.clear()
-
     # -- the first time ---------------------------------------------------------------------------------------
 
     def _plain(

@@ -66,36 +66,55 @@ class Hop:
             if torch.device("cpu") in group._device_types:
                 self.plain.way()  # while all are here: the first message may go in the middle of a backward
 
-    def swap(self, sent: Sequence[torch.Tensor], tag: int, then: Then, entry: Entry) -> zero.Handle:
+    def swap(self, sent: torch.Tensor, tag: int, then: Then, entry: Entry) -> zero.Handle:
         """Send `sent[r]` to every other rank r; `then` gets what each sent here, and this rank's own for itself.
 
-        All messages are bytes, of one size on all ranks.
+        Args:
+            sent: [ranks, bytes], uint8, contiguous; must not change before the handle is done.
+            tag: of these messages.
+            then: called once, when all are there.
+            entry: counts them.
         """
-        for rank, message in enumerate(sent):
-            if rank != self.rank:
-                entry.count(message.numel(), near=self.near[rank])
+        self._count(sent.shape[1], entry)
         if self.plain is None:
-            then(sent)
+            then(list(sent))
             return Done()
-        if sent[0].device.type == "cpu":
-            return self.plain.way().swap(sent, tag, then=then)
-        out = torch.cat(list(sent)) if len(sent) > 1 else sent[0]
-        into = torch.empty_like(out)
-        work = dist.all_to_all_single(into, out, group=self.group, async_op=True)
-        return _Works(work, lambda: then(list(into.view(self.size, -1))), [out, into])
+        if sent.device.type == "cpu":
+            return self.plain.way().swap(list(sent), tag, then=then)
+        assert self.group is not None
+        return swap_by_backend(self.group, sent, then)
 
     def gather(self, own: torch.Tensor, tag: int, then: Then, entry: Entry) -> zero.Handle:
-        """Send one message to every other rank; `then` gets each rank's, this one's too."""
-        if own.device.type == "cpu" or self.plain is None:
-            return self.swap([own] * self.size, tag, then, entry)
+        """Send one message, [bytes], to every other rank; `then` gets each rank's, this one's too."""
+        self._count(own.numel(), entry)
+        if self.plain is None:
+            then([own])
+            return Done()
+        if own.device.type == "cpu":
+            return self.plain.way().swap([own] * self.size, tag, then=then)
+        assert self.group is not None
+        return gather_by_backend(self.group, own, then)
+
+    def _count(self, nbytes: int, entry: Entry) -> None:
         for rank in range(self.size):
             if rank != self.rank:
-                entry.count(own.numel(), near=self.near[rank])
-        into = own.new_empty(self.size * own.numel())
-        work = dist.all_gather_into_tensor(into, own, group=self.group, async_op=True)
-        return _Works(work, lambda: then(list(into.view(self.size, -1))), [own, into])
+                entry.count(nbytes, near=self.near[rank])
 
     def trim(self) -> None:
         """Give scratch memory back."""
         if self.plain is not None:
             self.plain.trim()
+
+
+def swap_by_backend(group: dist.ProcessGroup, sent: torch.Tensor, then: Then) -> zero.Handle:
+    """See `Hop.swap`; all ranks of the group make their calls in one order."""
+    into = torch.empty_like(sent)
+    work = dist.all_to_all_single(into.view(-1), sent.view(-1), group=group, async_op=True)
+    return _Works(work, lambda: then(list(into)), [sent, into])
+
+
+def gather_by_backend(group: dist.ProcessGroup, own: torch.Tensor, then: Then) -> zero.Handle:
+    """See `Hop.gather`; all ranks of the group make their calls in one order."""
+    into = own.new_empty(group.size(), own.numel())
+    work = dist.all_gather_into_tensor(into.view(-1), own, group=group, async_op=True)
+    return _Works(work, lambda: then(list(into)), [own, into])

@@ -101,7 +101,7 @@ class _Job:
                 else:
                     self.sums = self._summed(parts)
 
-        return self.of.inside.swap(list(self._encoded().flatten(1)), self.tag, arrive, self.of.entry)
+        return self.of.inside.swap(self._encoded().flatten(1), self.tag, arrive, self.of.entry)
 
     def across_nodes(self) -> zero.Handle:
         """To this place in each node: its slice, summed over this node's ranks, quantized."""
@@ -111,7 +111,7 @@ class _Job:
             with self.of.entry.codec.running(self.out.device):
                 ops.decode_sum(parts, self.out, self.form, 1.0 / self.of.grid.num_ranks)
 
-        return self.of.across.swap(list(sums), self.tag, arrive, self.of.entry)
+        return self.of.across.swap(sums, self.tag, arrive, self.of.entry)
 
     def _encoded(self) -> torch.Tensor:
         """Every rank's slice as a message, [places, nodes, bytes]: in the order in which they are sent."""

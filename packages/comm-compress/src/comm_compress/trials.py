@@ -77,9 +77,7 @@ class Trials:
             version: calls of one tag and one version (not None) go one way.
             ways: starts it, compressed or not.
         """
-        known = self._classes.setdefault(
-            (entry.kind, nbytes.bit_length()), _Class(f"{entry.kind} of {_range(nbytes)}")
-        )
+        known = self._classes.setdefault((entry.kind, nbytes.bit_length()), _Class(_range(nbytes)))
         compressed = self._choose(entry, known, (entry.kind, nbytes, tag), version)
         if known.verdict is not None:
             return ways(compressed)
@@ -118,7 +116,7 @@ class Trials:
             note = f"{known.name} travel {verdict} ({plain * 1e3:.2f} ms a call, compressed {compressed * 1e3:.2f} ms)"
             entry.note = "; ".join(filter(None, [entry.note, note]))
             if self.hop.rank == 0:
-                logger.info("%s", note)
+                logger.info("%s: %s", entry.kind, note)
 
     def _ask(self, known: _Class, tag: int) -> tuple[zero.Handle, list[torch.Tensor]]:
         seconds = [known.median_s(compressed=False), known.median_s(compressed=True)]

@@ -390,5 +390,5 @@ def test_policies_out_of_range(bad: dict[str, Any]) -> None:
 def test_without_a_process_group() -> None:
     param = nn.Parameter(torch.zeros(3))
     param.grad = torch.ones(3)
-    with pytest.raises(cc.CompressConfigError, match="expected group=, or torch.distributed initialised"):
+    with pytest.raises(cc.CompressConfigError, match=r"expected group=, or torch\.distributed initialised"):
         cc.OneBitAdam([param]).step()

@@ -58,10 +58,8 @@ def train(rank: int, kind: str, cases: dict[str, Any], bucket_bytes: int, shapes
 def simulate(kind: str, world: int, case: dict[str, Any], bucket_bytes: int, shapes: Any) -> list[Any]:
     """By step: by rank, the parameters."""
     layers = layers_of(shapes)
-    if bucket_bytes < 1000:  # too few for any two: a bucket a layer
-        buckets = layers
-    else:
-        buckets = [slice(0, layers[-1].stop)] if layers else []
+    one_a_layer = bucket_bytes < 1000  # too few for any two
+    buckets = layers if one_a_layer else [slice(0, layers[-1].stop)]
     options = Options(**case)
     x = flat(make_params(shapes))
     kinds: Any = {

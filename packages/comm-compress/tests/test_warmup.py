@@ -56,7 +56,7 @@ def test_it_does_not_freeze_while_a_rate_rises() -> None:
 
 def test_what_it_has_seen_survives() -> None:
     watch = VarianceWatch(FreezeRule(), 0.99)
-    for step in range(10, 110, 10):
+    for _ in range(10):
         assert not watch.observe(1.0, [0.1])
     other = VarianceWatch(FreezeRule(), 0.99)
     other.load(watch.state())

@@ -1,4 +1,4 @@
-"""The optimizers on a model of zero-core: the same steps as in a plain loop, with its precision, loss scale and state."""
+"""The optimizers on a model of zero-core: the steps of a plain loop, with its precision, loss scale and state."""
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ from .allreduce_1bit import OneBitState, allreduce_1bit
 from .error_feedback import ErrorFeedback, Feedback, LoCo, LoCoPolicy
 from .errors import CommCompressError, CompressConfigError, CompressStateError
 from .optimizers import (
+    CompressedOptimizer,
     Compression,
     LocalGradients,
     OneBitAdam,
@@ -26,6 +27,7 @@ from .optimizers import (
     ZeroCompressedOptimizer,
     ZeroOneAdam,
     merge_states,
+    state_bytes,
 )
 from .traffic import Traffic, traffic
 from .version import __version__
@@ -34,6 +36,7 @@ __all__ = [
     "CommCompressError",
     "CompressConfigError",
     "CompressStateError",
+    "CompressedOptimizer",
     "Compression",
     "ErrorFeedback",
     "Feedback",
@@ -52,5 +55,6 @@ __all__ = [
     "compress_fsdp",
     "ddp_hook",
     "merge_states",
+    "state_bytes",
     "traffic",
 ]

@@ -64,8 +64,9 @@ class ZeroOneAdam(CompressedOptimizer):
         compression: what shares a scale, and how bytes travel.
 
     Between synchronizations ranks have parameters of their own: `shared_values` shows what they have in common (to
-    save it, say), `synchronize` makes them alike (at the end, or before something else writes parameters). Where a step sends nothing, ranks agree on nothing: a rank
-    whose gradient is not finite leaves that gradient out, and parameters without one count as having zeros.
+    save it, say), `synchronize` makes them alike (at the end, or before something else writes parameters). Where a step
+    sends nothing, ranks agree on nothing: a rank whose gradient is not finite leaves that gradient out, and parameters
+    without one count as having zeros.
 
     Raises:
         CompressConfigError: an argument that cannot be honoured.

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from comm_compress.topology import Grid
 from comm_compress.wire import BlockFormat
-from compress_lab import simulated_gather, simulated_reduce
+from compress_lab import simulated_gather, simulated_reduce, through
 from zero_core.testing import run_ranks
 
 SIZES = (0, 1, 2, 7, 31, 255, 256, 257, 1000)
@@ -152,3 +152,54 @@ def check_small(rank: int, world: int) -> list[bool]:
 def test_small_and_foreign_travel_as_they_are() -> None:
     assert run_ranks(check_small, 1, 1) == [[True] * 4]
     assert run_ranks(check_small, 2, 2) == [[True, False, True, True]] * 2
+
+
+def check_loco(rank: int, world: int, node_size: int) -> None:
+    """Both hops owe what they lose, averaged: the recursion written out, for every rank at once."""
+    policy = cc.LoCoPolicy(beta=0.25, reset_steps=3)
+    made = cc.QuantizedCollectives(node_size=node_size, loco=policy, min_bytes=0, group=dist.group.WORLD)
+    grid, form, numel = Grid(world, node_size), BlockFormat(4), 300
+    owed = [torch.zeros(world * numel) for _ in range(world)]
+    owed_across = [torch.zeros(world // node_size, numel) for _ in range(world)]
+    for call in range(1, 6):
+        fulls = [numbers(100 * call + r, world * numel, torch.float32) for r in range(world)]
+        out = torch.empty(numel)
+        made.reduce_scatter(fulls[rank].clone(), out, tag=1).wait()
+
+        def keep(
+            owed_of: torch.Tensor, wanted: torch.Tensor, arrived: torch.Tensor, call: int = call
+        ) -> torch.Tensor:
+            return torch.zeros_like(wanted) if call % 3 == 0 else 0.25 * owed_of + 0.75 * (wanted - arrived)
+
+        sent = []
+        for r in range(world):
+            wanted = fulls[r] + owed[r]
+            arrived = torch.cat([through(part, form) for part in wanted.view(world, -1)])
+            owed[r] = keep(owed[r], wanted, arrived)
+            sent.append(arrived.view(world, -1))
+        if node_size == 1 or node_size == world:
+            mean = torch.stack([each[rank] for each in sent]).sum(0) / world
+        else:
+            parts = []
+            for r in grid.across(rank):  # each node's rank of this place, and what it sends to all nodes
+                sums = torch.stack(
+                    [sum(sent[member][other] for member in grid.inside(r)) for other in grid.across(r)]
+                )
+                wanted = sums + owed_across[r]
+                arrived = torch.stack([through(each, form) for each in wanted])
+                parts.append(arrived[grid.node_of(rank)])
+            mean = sum(parts) / world
+            for r in range(world):
+                sums = torch.stack(
+                    [sum(sent[member][other] for member in grid.inside(r)) for other in grid.across(r)]
+                )
+                wanted = sums + owed_across[r]
+                arrived = torch.stack([through(each, form) for each in wanted])
+                owed_across[r] = keep(owed_across[r], wanted, arrived)
+        # A number between two steps of the codec may go either way.
+        assert float(((out - mean).abs() > 1e-5).float().mean()) < 0.01
+
+
+@pytest.mark.parametrize(("world", "node_size"), [(2, 1), (2, 2), (4, 2)])
+def test_loco_equals_its_recursion(world: int, node_size: int) -> None:
+    run_ranks(check_loco, world, world, node_size)

@@ -133,6 +133,7 @@ def test_explain_shows_value_source_and_bytes(capsys, tmp_path):
                     "stage": 2,
                     "contiguous_gradients": True,
                     "zero_quantized_weights": False,
+                    "legacy_stage1": False,
                 },
             }
         )
@@ -148,7 +149,7 @@ def test_explain_shows_value_source_and_bytes(capsys, tmp_path):
     assert "gradient_clipping 1.0 default" in words
     assert "optimizer.params.lr auto auto: from the optimizer or args.learning_rate, at initialize()" in words
     assert any(line.startswith("zero_optimization.contiguous_gradients gradients always") for line in words)
-    assert any(line.startswith("zero_optimization.zero_quantized_weights would be refused") for line in words)
+    assert any(line.startswith("zero_optimization.legacy_stage1 would be refused") for line in words)
     assert "params 2 GB" in words
     assert "optimizer 2 GB" in words
     assert "total 5.5 GB" in words

@@ -8,6 +8,7 @@ Modules, in the order in which a tensor passes through them:
 - `gather` (qwZ, hpZ), `reduce` (qgZ): collectives made of them.
 - `settings`, `group_collectives`: what a user says, and which way each gather and reduction of a group takes.
 - `traffic`, `trials`: what was sent, and whether it pays.
+- `store`: frozen weights at rest as quantized numbers.
 - `adapters`: the same in the places where zero-core, DDP and FSDP2 call for collectives.
 - `wire_1bit`: bytes of the 1-bit collectives and of runs, counted.
 - `error_feedback` -> `allreduce_1bit`: what is lost, and the mean at one bit an element.
@@ -29,6 +30,7 @@ from .optimizers import (
     merge_states,
     state_bytes,
 )
+from .store import QuantizedStore
 from .traffic import Traffic, traffic
 from .version import __version__
 
@@ -47,6 +49,7 @@ __all__ = [
     "OneBitLamb",
     "OneBitState",
     "QuantizedCollectives",
+    "QuantizedStore",
     "Traffic",
     "ZeroCompressedOptimizer",
     "ZeroOneAdam",

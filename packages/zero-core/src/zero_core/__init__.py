@@ -34,7 +34,7 @@ from .diagnostics import diagnostics
 from .errors import CollectiveError, ReleasedParameterError, ZeroConfigError, ZeroError, ZeroStateError
 from .exchange import exchange
 from .full_access import get_full, set_full
-from .groups import data_parallel_group, sibling_group
+from .groups import data_parallel_group, sharding_group, sibling_group
 from .hierarchy import InOrder
 from .materialize import full_state_dict, load_full_state_dict, materialized, stream_full
 from .memory import MemoryPlan, plan_memory
@@ -102,6 +102,7 @@ __all__ = [
     "sharded",
     "sharded_init",
     "sharded_state",
+    "sharding_group",
     "sibling_group",
     "steps_whole_tensors",
     "stream_full",

@@ -58,8 +58,9 @@ def fill_units(
         if (
             agreed and replicas is not None
         ):  # every set of shards was built from its own ranks' random numbers
-            assert unit.shard is not None
-            replicas.broadcast(unit.label, unit.shard)
+            values = unit.values()
+            replicas.broadcast(unit.label, values)
+            unit.set_values(values)
         if unit.stage == 3:
             free_storage(unit.full)
 

@@ -22,7 +22,7 @@ from .params import (
     check_transition,
     free_storage,
 )
-from .stores import ON_DEVICE, Resting, Stores
+from .stores import ON_DEVICE, Resting, Stores, is_lossy
 from .units import UnitSpec
 
 # Note [Storage identity]
@@ -46,7 +46,7 @@ class FlatUnit:
         num_exact_uses: blocks in which it must not, all the same (stages 1, 2; at stage 3 `gather` counts them).
         shard: what this rank holds of it, [local numel]. Stages 1, 2: a view of `full`, or memory of its own where
             that is approximate; stage 0: all of `full`. Stage 3: None beside a separate master, see Note [One resting
-            copy].
+            copy], and in a lossy store.
         master: what the optimizer updates, [local numel]; is `shard` where the dtypes agree; made on demand.
         local: the range of `full` that `shard` covers.
         local_slots: the parts of the parameters inside `local`.
@@ -129,9 +129,10 @@ class FlatUnit:
     def cut(self) -> None:
         """Take this rank's shard of a filled `full`; stage 3 then releases the rest."""
         local = self.full[slice(*self.local)]
-        if self.stage == 3 and self.stores.params is not None:
-            self.resting = Resting.of(self.stores.params, self.key("param"), local)
-            self.shard = self.resting.view()
+        store = self.stores.params if self.trainable else self.stores.frozen or self.stores.params
+        if self.stage == 3 and store is not None:
+            self.resting = Resting.of(store, self.key("param"), local)
+            self.shard = None if is_lossy(store) else self.resting.view()
         else:
             self.shard = local.clone() if self.stage == 3 or self.approximate else local
         self.forget_edits()
@@ -170,7 +171,11 @@ class FlatUnit:
         if self.master is None:
             if self.approximate:
                 self.take_edits()
-            assert self.shard is not None
+            if self.shard is None:  # it was frozen
+                assert self.resting is not None
+                self.shard = self.resting.view()
+                self.resting.store.release(self.resting.name)
+                self.resting = None
             self.master = self.shard.to(dtype)
             self.forget_edits()
             if self.has_separate_master and self.stores.optimizer is not None:
@@ -191,6 +196,8 @@ class FlatUnit:
             self.take_edits()
         if self.shard is not None:
             return self.shard
+        if self.resting is not None:
+            return self.resting.view()
         assert self.master is not None
         return self.master.to(self.dtype)
 
@@ -208,7 +215,9 @@ class FlatUnit:
         self.forget_prefetched()
         self.num_edits += not with_state
         self.version += 1
-        if self.shard is not None and self.shard.data_ptr() != values.data_ptr():
+        if self.shard is None and self.resting is not None:
+            self.resting.store.put(self.resting.name, values).wait()
+        elif self.shard is not None and self.shard.data_ptr() != values.data_ptr():
             self.shard.copy_(values)
         if self.has_separate_master:
             assert self.master is not None
@@ -217,6 +226,16 @@ class FlatUnit:
                 values = torch.where(changed, values.to(self.master.dtype), self.master)
             self.master.copy_(values)
         self.forget_edits()
+
+    def write(self, part: LocalSlot, values: torch.Tensor) -> None:
+        """Put values, [part numel] in any dtype, in their place in shard and master."""
+        for flat in (self.shard, self.master):
+            if flat is not None:
+                flat[part.start : part.stop].copy_(values)
+        if self.shard is None and self.resting is not None:
+            kept = self.resting.view()
+            kept[part.start : part.stop].copy_(values)
+            self.resting.store.put(self.resting.name, kept).wait()
 
     def take_edits(self) -> None:
         """Below stage 3: what plain torch code wrote to the parameters since the last step goes into the master.

@@ -117,6 +117,7 @@ def _held(request: Request) -> Shard | None:
         elif unit.stage < 3:
             return Shard(slot.shape, unit.dtype, (0,), unit.full[slot.offset : slot.stop])
         flat = unit.master if unit.shard is None else unit.shard
+        flat = unit.values() if flat is None else flat
     elif request.what == "grad":
         request.state.reducer.finish()
         flat = request.lane.shard.value
@@ -228,9 +229,7 @@ def _write_values(request: Request, full: torch.Tensor) -> None:
     if unit.stage < 3 and not unit.approximate:
         unit.full[slot.offset : slot.stop].copy_(full)
     if part is not None:
-        for flat in (unit.shard, unit.master):
-            if flat is not None:
-                flat[part.start : part.stop].copy_(full[part.param_start : part.param_start + part.numel])
+        unit.write(part, full[part.param_start : part.param_start + part.numel])
     if unit.stage == 3:
         assert request.state.gatherer is not None
         request.state.gatherer.refresh(unit)

@@ -70,6 +70,18 @@ def group_of_all(mesh: DeviceMesh | dist.ProcessGroup, groups: Groups) -> dist.P
     return cast(dist.ProcessGroup, dist.new_group(ranks, use_local_synchronization=True))
 
 
+def sharding_group(mesh: DeviceMesh | dist.ProcessGroup) -> dist.ProcessGroup:
+    """The ranks that share one set of shards when a model is sharded over `mesh`.
+
+    Args:
+        mesh: as for `zero_core.shard`.
+
+    Raises:
+        ZeroConfigError: there is nothing in the mesh to shard over.
+    """
+    return resolve_groups(mesh).shard
+
+
 def data_parallel_group(mesh: DeviceMesh | dist.ProcessGroup) -> dist.ProcessGroup:
     """All ranks that train one model when it is sharded over `mesh`: those that share its shards, and replicas.
 

@@ -21,6 +21,7 @@ class ShardStore(Protocol):
     """Keeps flat tensors of one rank under names.
 
     What it raises, it raises from the call that meets the fault: an `OSError` that names what could not be kept.
+    One with an attribute `is_lossy` that is true keeps approximations, and its `view` is a copy: see `Stores.frozen`.
     """
 
     def put(self, name: str, values: torch.Tensor, start: int = 0) -> Handle:
@@ -69,6 +70,8 @@ class Stores:
 
     Attributes:
         params: shards of parameters (stage 3), in the parameters' dtype.
+        frozen: those of parameters that are frozen when the model is sharded (stage 3), where not in `params`. May be
+            lossy; a parameter that is unfrozen later starts from what has been kept of it.
         grads: reduced gradients (stages 2 and 3).
         optimizer: masters, where they are separate from the shards, and the optimizer's state (stages 1 to 3).
         optimizer_ratio: the part of the trainable elements, in whole units from the first, whose optimizer state goes
@@ -79,6 +82,7 @@ class Stores:
     """
 
     params: ShardStore | None = None
+    frozen: ShardStore | None = None
     grads: ShardStore | None = None
     optimizer: ShardStore | None = None
     optimizer_ratio: float = 1.0
@@ -101,12 +105,17 @@ class Stores:
         if store is None:
             return ON_DEVICE
         if not isinstance(store, Stores):
-            kinds = [name for name, least in _FROM_STAGE.items() if stage >= least]
-            return Stores(**dict.fromkeys(kinds, store))  # type: ignore[arg-type]  # names of stores
+            kinds = [name for name, least in _FROM_STAGE.items() if stage >= least and name != "frozen"]
+            store = Stores(**dict.fromkeys(kinds, store))  # type: ignore[arg-type]  # names of stores
         for name, least in _FROM_STAGE.items():
             if getattr(store, name) is not None and stage < least:
                 raise ZeroConfigError(
                     f"Stores({name}=...): at stage {stage} every rank holds all of them; use stage {least} or above"
+                )
+            if name != "frozen" and is_lossy(getattr(store, name)):
+                raise ZeroConfigError(
+                    f"Stores({name}=...): {type(getattr(store, name)).__name__} keeps approximations, and only frozen "
+                    "parameters may rest there: Stores(frozen=...)"
                 )
         return store
 
@@ -126,6 +135,11 @@ class Stores:
         return found[::-1] if self.keep_first else found
 
 
-_FROM_STAGE = {"params": 3, "grads": 2, "optimizer": 1}
+def is_lossy(store: ShardStore | None) -> bool:
+    """Whether a store keeps approximations."""
+    return bool(getattr(store, "is_lossy", False))
+
+
+_FROM_STAGE = {"params": 3, "frozen": 3, "grads": 2, "optimizer": 1}
 
 ON_DEVICE = Stores()

@@ -21,8 +21,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset
 
-from . import compressed, policies
+from . import policies, signs
 from .auto import Surroundings
+from .compression import check_compression, collectives
 from .distributed import data_parallel_mesh, init_distributed, with_replicas
 from .engine import Engine
 from .errors import ConfigError
@@ -112,7 +113,7 @@ def initialize(
     )
     overlap = policies.overlap(settings.config, publish_late=publish_late)
     made = _optimizer(settings, model, optimizer, model_parameters)
-    compressed.check(settings.config, made, mesh, publish_late=publish_late, whole_tensors=whole_tensors)
+    signs.check(settings.config, made, mesh, publish_late=publish_late, whole_tensors=whole_tensors)
     zero.steps_whole_tensors(made, whole_tensors)  # refuses what cannot be stepped before the model changes
     policies.check_rates(settings.config, made)
     if lr_scheduler is not None and settings.config.scheduler is not None:
@@ -121,15 +122,18 @@ def initialize(
         )
     scaler = policies.loss_scaler(settings.config)
     check_offload(settings.config)
+    num_shards = zero.sharding_group(mesh).size()
+    check_compression(settings.config, num_shards)
+    compressed = collectives(settings.config, num_shards)
     policies.check_offloaded(settings.config, made, whole_tensors)
     late = zenflow(settings.config, made)
 
     model = zero.shard(
         model,
         mesh,
-        stage=compressed.stage(settings.config, made),
+        stage=signs.stage(settings.config, made),
         precision=policies.precision(settings.config),
-        collectives=compressed.collectives(made),
+        collectives=signs.collectives(made) or compressed,
         overlap=overlap,
         placement=placement,
         store=stores(settings.config),
@@ -160,6 +164,7 @@ def initialize(
         settings=settings,
         group=group,
         device=device,
+        collectives=compressed,
     )
     if settings.config.dump_state and group.rank() == 0:
         log.info("%s", explain(settings, model))

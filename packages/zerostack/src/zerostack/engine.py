@@ -16,7 +16,7 @@ import torch
 import zero_core as zero
 from zero_offload_nvme import OffloadedOptimizer
 
-from . import compressed, snapshot
+from . import signs, snapshot
 from .clock import Clock, peak_bytes
 from .errors import ConfigError, EngineStateError
 from .facts import Facts
@@ -199,7 +199,7 @@ class Engine(Facts):
         """
         self.flush()  # what waits is described for as many ranks alone
         name = f"global_step{self.global_steps}" if tag is None else str(tag)
-        with compressed.shared_values(self.parts.optimizer):
+        with signs.shared_values(self.parts.optimizer):
             return snapshot.save(
                 self,
                 Path(save_dir),
@@ -236,7 +236,7 @@ class Engine(Facts):
         """
         self._reported_step = None
         self.flush()  # or updates under way would come over what is loaded
-        compressed.settle(self.parts.optimizer)
+        signs.settle(self.parts.optimizer)
         return snapshot.load(
             self,
             Path(load_dir),
@@ -262,7 +262,7 @@ class Engine(Facts):
             )
         self.flush()
         dtype = torch.float16 if self.fp16_enabled() else torch.bfloat16 if self.bfloat16_enabled() else None
-        with compressed.shared_values(self.parts.optimizer):
+        with signs.shared_values(self.parts.optimizer):
             return save_full_model(self.module, Path(save_dir) / save_filename, dtype, self.parts.group)
 
     def __getattr__(self, name: str) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 import zero_core as zero
 from torch import nn
 
-from . import compressed, policies
+from . import policies, signs
 from .resolve import Effective
 
 
@@ -91,7 +91,7 @@ def optimizer_kind(settings: Effective) -> str:
 
 def plan(settings: Effective, model_or_num_params: nn.Module | float) -> zero.MemoryPlan:
     """Bytes per rank under a configuration."""
-    of = compressed.state_bytes(settings.config, settings.world, 1)
+    of = signs.state_bytes(settings.config, settings.world, 1)
     planned = zero.plan_memory(
         model_or_num_params,
         stage=_stage(settings) if of is None else 0,
@@ -101,7 +101,7 @@ def plan(settings: Effective, model_or_num_params: nn.Module | float) -> zero.Me
     )
     if of is None:
         return planned
-    whole = compressed.state_bytes(
+    whole = signs.state_bytes(
         settings.config, settings.world, planned.optimizer // 8
     )  # Adam's: 8 a parameter
     assert whole is not None

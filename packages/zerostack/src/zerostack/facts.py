@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 
+import comm_compress as cc
 import torch
 import torch.distributed as dist
 import zero_core as zero
@@ -32,6 +33,7 @@ class Parts:
         settings: The effective configuration.
         group: The data-parallel ranks.
         device: Where this rank computes.
+        collectives: Compresses what travels, where the configuration says so.
     """
 
     module: nn.Module
@@ -42,6 +44,7 @@ class Parts:
     settings: Effective
     group: dist.ProcessGroup
     device: torch.device
+    collectives: cc.QuantizedCollectives | None = None
 
 
 @dataclass
@@ -91,6 +94,11 @@ class Facts:
     def device(self) -> torch.device:
         """Where this rank computes."""
         return self.parts.device
+
+    @property
+    def collectives(self) -> cc.QuantizedCollectives | None:
+        """What compresses parameters and gradients on the wire, for `comm_compress.traffic`; None: nothing does."""
+        return self.parts.collectives
 
     @property
     def global_rank(self) -> int:

@@ -12,7 +12,6 @@ from .keys import Key, KeyTable, Rows, honoured, no_effect, refused
 _OFFLOAD = "needs package zero-offload-nvme"
 _BUFFERS = "a window and a cache of fixed size bound the memory"
 _PIPELINE = "states are always read ahead of their step and written behind it"
-_COMPRESS = "needs package comm-compress"
 _UNITS = "parameters are gathered and freed in whole units (repeated blocks): nothing to tune"
 _ONE_GATHER = "a unit is one all-gather, whatever the sizes of its parameters"
 
@@ -214,11 +213,24 @@ _ZERO: Rows = {
     "cpu_offload": refused('older spelling: give offload_optimizer {"device": "cpu"}', False, None),
     "cpu_offload_param": refused('older spelling: give offload_param {"device": "cpu"}', False, None),
     "cpu_offload_use_pin_memory": refused("older spelling: give pin_memory in the two sections", False, None),
-    "zero_hpz_partition_size": refused(_COMPRESS, 1),
-    "zero_quantized_weights": refused(_COMPRESS, False),
-    "zero_quantized_nontrainable_weights": refused(_COMPRESS, False),
-    "zero_quantized_gradients": refused(_COMPRESS, False),
-    "zeropp_loco_param": refused(_COMPRESS, None),
+    "zero_hpz_partition_size": honoured(
+        "comm_compress.QuantizedCollectives(node_size=, secondary=True): hpZ, stage 3; 1 is off"
+    ),
+    "zero_quantized_weights": honoured(
+        'comm_compress.QuantizedCollectives(weights="int8"): qwZ, stages 1 to 3'
+    ),
+    "zero_quantized_nontrainable_weights": honoured(
+        'comm_compress.QuantizedStore("int8") and QuantizedCollectives(frozen="int8"): frozen weights at rest and on '
+        "the wire, stage 3"
+    ),
+    "zero_quantized_gradients": honoured(
+        'comm_compress.QuantizedCollectives(grads="int4"): qgZ; nodes are those of torchrun, or of '
+        "zero_hpz_partition_size"
+    ),
+    "zeropp_loco_param": {
+        "err_beta": honoured("comm_compress.LoCoPolicy(beta=), with zero_quantized_gradients"),
+        "reset_T": honoured("comm_compress.LoCoPolicy(reset_steps=)"),
+    },
     "mics_shard_size": honoured(
         'a mesh "dp_replicate" x "dp_shard": sharded over so many ranks, replicated across; -1 or 0 is off'
     ),

@@ -10,6 +10,7 @@ import zero_core as zero
 from torch.optim import Adam, AdamW, Optimizer
 from zero_offload_nvme import HostStore, NvmeStore, OffloadConfigError, ZenFlow
 
+from .compression import frozen_store
 from .errors import ConfigError
 from .schema import Aio, Config, Offload
 
@@ -104,10 +105,12 @@ def stores(config: Config) -> zero.Stores | None:
         return made[key]
 
     optimizer, params = store(section.offload_optimizer), store(section.offload_param)
-    if optimizer is None and params is None:
+    frozen = frozen_store(config)
+    if optimizer is None and params is None and frozen is None:
         return None
     return zero.Stores(
         params=params,
+        frozen=frozen,
         grads=optimizer if section.stage >= 2 and not section.uses_zenflow else None,
         optimizer=optimizer,
         optimizer_ratio=section.offload_optimizer.ratio,

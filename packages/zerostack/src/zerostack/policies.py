@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from zero_offload_nvme import OffloadConfigError, OffloadedOptimizer, StoreStepper, ZenFlow
 
-from . import compressed, schedules
+from . import schedules, signs
 from .errors import ConfigError
 from .lion import Lion
 from .schema import Config
@@ -150,8 +150,8 @@ def optimizer(config: Config, parameters: Iterable[Any]) -> Optimizer:
     params = config.optimizer.params.model_dump()
     if "betas" in params:
         params["betas"] = tuple(params["betas"])
-    if kind in compressed.KINDS:
-        return compressed.make(config, kind, params, parameters)
+    if kind in signs.KINDS:
+        return signs.make(config, kind, params, parameters)
     params.pop("bias_correction")
     if kind in {"Adam", "AdamW"}:
         params.pop("torch_adam")

@@ -282,6 +282,13 @@ class ZenFlowSection(Section):
     late_step: Literal["window", "one"] = "window"
 
 
+class LoCoSection(Section):
+    """Error feedback of quantized gradients; `comm_compress.LoCoPolicy`."""
+
+    err_beta: Fraction = 0.8
+    reset_T: Size = 1024
+
+
 class Aio(Section):
     """How bytes travel between memory and drives."""
 
@@ -329,6 +336,11 @@ class Zero(Section):
     offload_param: Annotated[OffloadParam, BeforeValidator(_nothing)] = OffloadParam()
     offload_optimizer: Annotated[OffloadOptimizer, BeforeValidator(_nothing)] = OffloadOptimizer()
     zenflow: ZenFlowSection = ZenFlowSection()
+    zero_hpz_partition_size: Count = 1
+    zero_quantized_weights: bool = False
+    zero_quantized_nontrainable_weights: bool = False
+    zero_quantized_gradients: bool = False
+    zeropp_loco_param: LoCoSection = LoCoSection()
     mics_shard_size: Int = -1
     mics_hierarchical_params_gather: bool = False
 
@@ -336,14 +348,20 @@ class Zero(Section):
     @classmethod
     def _without(cls, given: Any) -> Any:
         """A section that is given is wanted, an empty one too; null is none."""
-        if isinstance(given, dict) and given.get("zenflow", ...) in (None, False):
-            return {name: value for name, value in given.items() if name != "zenflow"}
-        return given
+        if not isinstance(given, dict):
+            return given
+        none = [name for name in ("zenflow", "zeropp_loco_param") if given.get(name, ...) in (None, False)]
+        return {name: value for name, value in given.items() if name not in none}
 
     @property
     def uses_zenflow(self) -> bool:
         """Whether the section is given."""
         return "zenflow" in self.model_fields_set
+
+    @property
+    def uses_loco(self) -> bool:
+        """Whether error feedback of quantized gradients is asked for."""
+        return "zeropp_loco_param" in self.model_fields_set
 
 
 class Throughput(Section):

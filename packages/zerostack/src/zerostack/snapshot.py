@@ -17,7 +17,7 @@ import ckpt_universal as ckpt
 import torch
 import zero_core as zero
 
-from . import compressed, ranks
+from . import ranks, signs
 from .errors import CheckpointError
 from .facts import Progress
 
@@ -50,7 +50,7 @@ def save(
         log.warning(
             "save_checkpoint: the gradients of %d micro-batch(es) since the last update are not saved", left
         )
-    described = _of_optimizer(compressed.described(parts.optimizer)) | _described(engine, optimizer=True)
+    described = _of_optimizer(signs.described(parts.optimizer)) | _described(engine, optimizer=True)
     if not frozen:
         left_out = _frozen(engine)
         described = {name: shard for name, shard in described.items() if name not in left_out}
@@ -98,7 +98,7 @@ def _values(engine: Engine, client_state: Mapping[str, Any], *, frozen: bool) ->
         "optimizer_type": type(parts.optimizer.inner).__name__,
         "optimizer_groups": [_hyperparameters(group) for group in parts.optimizer.param_groups],
         "optimizer_scalars": zero.optimizer_scalars(parts.optimizer),
-        "compressed": compressed.scalars(parts.optimizer),
+        "compressed": signs.scalars(parts.optimizer),
         "lr_scheduler": None
         if parts.scheduler is None
         else {
@@ -173,8 +173,8 @@ def load(
     values = _values_of(engine, found, needed=optimizer or scheduler or progress)
     _check_values(engine, values, optimizer=optimizer, scheduler=scheduler)
     described = _described(engine, optimizer=optimizer)
-    signs = values.get("compressed") if optimizer else None
-    room = _of_optimizer(compressed.room(parts.optimizer, signs))
+    saved_signs = values.get("compressed") if optimizer else None
+    room = _of_optimizer(signs.room(parts.optimizer, saved_signs))
     wanted, sources = _wanted(found, room | described, parts.optimizer if optimizer else None)
     _check_names(engine, found, wanted, sources, values, strict=strict, optimizer=optimizer)
     into = {"model": _under(_MODEL, wanted), "optimizer": _under(_OPTIMIZER, wanted)}
@@ -190,7 +190,7 @@ def load(
     zero.load_sharded_state(parts.module, parts.optimizer if optimizer else None, tensors, strict=False)
     if optimizer:
         zero.load_optimizer_scalars(parts.optimizer, values["optimizer_scalars"])
-        compressed.load(parts.optimizer, signs, _filled(room, wanted))
+        signs.load(parts.optimizer, saved_signs, _filled(room, wanted))
         for group, saved in zip(parts.optimizer.param_groups, values["optimizer_groups"] or [], strict=False):
             group.update(saved)
         if (scaler := _adapting_scaler(engine)) is not None and values["scaler"] is not None:
@@ -268,7 +268,7 @@ def _wanted(
     whole parameters belongs to those this rank steps, in a shape of its own. A parameter without a separate master
     takes the checkpoint's master, and a master that the checkpoint lacks is the parameter.
     """
-    signs = compressed.scalars(optimizer) is not None if optimizer is not None else False
+    sends_signs = optimizer is not None and signs.scalars(optimizer) is not None
     owned = None if optimizer is None or optimizer.whole is None else {each.name for each in optimizer.whole}
     wanted = {
         name: _room(shard.global_shape, shard.dtype, shard.offsets[0], shard.local.numel())
@@ -285,7 +285,7 @@ def _wanted(
                 sources[_MODEL + parameter] = name
         elif owned is not None and parameter in owned:
             wanted[name] = _room(shape, dtype, 0, torch.Size(shape).numel())
-        elif optimizer is not None and owned is None and own is not None and not signs:
+        elif optimizer is not None and owned is None and own is not None and not sends_signs:
             wanted[name] = _room(own.global_shape, dtype, own.offsets[0], own.local.numel())
     sources |= {
         name: _parameter_of(name) for name in wanted if _is_master(name) and name not in found.tensors

@@ -58,6 +58,10 @@ def check(
         return
     name, section = type(optimizer).__name__, config.zero_optimization
     stage, shard = section.stage, bool(getattr(optimizer, "shard", False))
+    quantized = section.zero_quantized_weights or section.zero_quantized_gradients
+    quantized = (
+        quantized or section.zero_quantized_nontrainable_weights or section.zero_hpz_partition_size > 1
+    )
     names = mesh.mesh_dim_names or ()
     replicas = "dp_replicate" in names and mesh["dp_replicate"].size() > 1
     offloaded = not section.offload_optimizer.device == section.offload_param.device == "none"
@@ -74,6 +78,9 @@ def check(
         f"mics_shard_size, dp_replicate: {name} sends signs among all data-parallel ranks; leave them out": replicas,
         f"bf16_master_weights_and_grads: {name} keeps fp32 states; leave it out": (
             config.bf16.bf16_master_weights_and_grads
+        ),
+        f"zero_quantized_..., zero_hpz_partition_size: {name} sends momenta, no gradients or weights; leave them out": (
+            quantized
         ),
         f"publish_late: {name} gathers no parameters after its step; leave it out": publish_late,
         f"whole_tensors: {name} does its own stepping; leave it out": whole_tensors is True,

@@ -6,6 +6,7 @@ group. Next: `allreduce_1bit` sends what is counted here.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -28,7 +29,7 @@ def chunk_ranges(numel: int, world: int) -> list[tuple[int, int]]:
         )
     size, longer = divmod(numel, world)
     edges = [rank * size + min(rank, longer) for rank in range(world + 1)]
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(itertools.pairwise(edges))
 
 
 @dataclass(frozen=True, kw_only=True)

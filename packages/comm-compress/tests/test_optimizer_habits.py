@@ -1,0 +1,394 @@
+"""The optimizers in an ordinary loop: closures, schedules, accumulation, DDP, clipping, GradScaler, odd parameters."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import comm_compress as cc
+import pytest
+import torch
+from comm_compress.optimizers.base import Travel
+from optimizer_models import BUILD, SMALL, Net, batch, loss_of, same, values
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from zero_core.testing import run_ranks
+
+STEPS = 14
+
+
+def plain(rank: int, kind: str, **more: Any) -> tuple[Net, Any]:
+    model = Net()
+    optimizer = BUILD[kind](model.parameters(), compression=SMALL, **more)
+    for step in range(1, STEPS + 1):
+        loss_of(model, rank, step).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer
+
+
+def loops(rank: int, kind: str) -> None:
+    reference, _ = plain(rank, kind)
+
+    model = Net()  # with a closure
+    optimizer = BUILD[kind](model.parameters(), compression=SMALL)
+    for step in range(1, STEPS + 1):
+        seen = []
+
+        def closure(step: int = step, seen: list[Any] = seen) -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = loss_of(model, rank, step)
+            loss.backward()
+            seen.append(loss)
+            return loss
+
+        assert optimizer.step(closure) is seen[0]
+    assert same(values(model), values(reference))
+
+    model = Net()  # under DistributedDataParallel, which is to leave gradients alone
+    wrapped = DistributedDataParallel(model)
+    optimizer = BUILD[kind](wrapped.parameters(), compression=SMALL)
+    for step in range(1, STEPS + 1):
+        with wrapped.no_sync():
+            x, y = batch(rank, step)
+            (wrapped(x) - y).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+    assert same(values(model), values(reference))
+
+
+@pytest.mark.parametrize("kind", list(BUILD))
+def test_loops(kind: str) -> None:
+    run_ranks(loops, 2, kind)
+
+
+def accumulate(rank: int, kind: str) -> None:
+    """Two backward passes before a step are one of the sum."""
+    models = []
+    for parts in (1, 2):
+        model = Net()
+        optimizer = BUILD[kind](model.parameters(), compression=SMALL)
+        for step in range(1, STEPS + 1):
+            if parts == 1:
+                ((loss_of(model, rank, 2 * step) + loss_of(model, rank, 2 * step + 1)) / 2).backward()
+            else:
+                (loss_of(model, rank, 2 * step) / 2).backward()
+                (loss_of(model, rank, 2 * step + 1) / 2).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        models.append(values(model))
+    for name, value in models[0].items():
+        torch.testing.assert_close(models[1][name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", list(BUILD))
+def test_accumulation(kind: str) -> None:
+    run_ranks(accumulate, 2, kind)
+
+
+def schedule(rank: int, kind: str) -> None:
+    model = Net()
+    optimizer = BUILD[kind](model.parameters(), compression=SMALL)
+    schedules = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0 if step >= 9 else 1.0)
+    for step in range(1, STEPS + 1):
+        before = values(model)
+        loss_of(model, rank, step).backward()
+        optimizer.step()
+        schedules.step()
+        optimizer.zero_grad()
+        if step > 11:  # at a rate of zero nothing moves, whatever is owed
+            assert same(before, values(model))
+    assert all(torch.isfinite(value).all() for value in values(model).values())
+
+
+@pytest.mark.parametrize("kind", list(BUILD))
+def test_schedules_and_a_rate_of_zero(kind: str) -> None:
+    run_ranks(schedule, 2, kind)
+
+
+# -- clipping -----------------------------------------------------------------------------------------------------
+
+
+def clip(rank: int, kind: str) -> list[tuple[float, float, float]]:
+    """By step: what clip_grad_norm said, the norm of the mean gradient, and the root of the mean of squared norms.
+
+    All computed from this rank's parameters: on those of ranks that step alone they are its own.
+    """
+    model = Net()
+    optimizer = BUILD[kind](model.parameters(), compression=SMALL)
+    found = []
+    for step in range(1, STEPS + 1):
+        losses = [loss_of(model, peer, step) for peer in range(2)]
+        trained = [p for p in model.parameters() if p.numel()]
+        grads = [torch.autograd.grad(loss, trained) for loss in losses]
+        flats = [torch.cat([g.reshape(-1) for g in each]) for each in grads]
+        loss_of(model, rank, step).backward()
+        alone = optimizer.travel() is Travel.NOTHING
+        apart = kind == "ZeroOneAdam" and optimizer.steps_since_sync > 0
+        norm = optimizer.clip_grad_norm(0.3)
+        optimizer.step()
+        optimizer.zero_grad()
+        own = float(flats[rank].norm())
+        rms = own if alone else math.sqrt(sum(float(flat.norm()) ** 2 for flat in flats) / 2)
+        if not apart or alone:
+            found.append((float(norm), float((sum(flats) / 2).norm()), rms))
+    return found
+
+
+@pytest.mark.parametrize("kind", ["OneBitAdam", "OneBitLamb"])
+def test_the_norm_is_the_means_and_later_a_bound_of_it(kind: str) -> None:
+    for found in run_ranks(clip, 2, kind):
+        for step, (norm, of_mean, rms) in enumerate(found, 1):
+            if step <= 5:
+                assert norm == pytest.approx(of_mean, rel=1e-4)
+            else:
+                assert norm == pytest.approx(rms, rel=1e-4)
+                assert rms >= of_mean * 0.9999
+        assert any(rms > 1.05 * of_mean for _, of_mean, rms in found[5:])  # they do differ
+
+
+def test_ranks_that_step_alone_clip_alone() -> None:
+    for found in run_ranks(clip, 2, "ZeroOneAdam"):
+        for norm, of_mean, rms in found:
+            assert norm in (pytest.approx(of_mean, rel=1e-3), pytest.approx(rms, rel=1e-3))
+        assert any(norm == pytest.approx(rms, rel=1e-3) for norm, _, rms in found)
+
+
+def clipped_is_scaled(rank: int, kind: str) -> None:
+    """Clipping to norm / 2 steps as half the gradient does."""
+    models = []
+    for half in (False, True):
+        model = Net()
+        optimizer = BUILD[kind](model.parameters(), compression=SMALL)
+        for step in range(1, STEPS + 1):
+            (loss_of(model, rank, step) * (0.5 if half else 1.0)).backward()
+            if not half:
+                with torch.no_grad():
+                    probe = optimizer.clip_grad_norm(1e9)  # says the norm, and clips nothing
+                optimizer.clip_grad_norm(float(probe) / 2)
+            optimizer.step()
+            optimizer.zero_grad()
+        models.append(values(model))
+    for name, value in models[0].items():
+        torch.testing.assert_close(models[1][name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_clipping_scales_the_step() -> None:
+    run_ranks(clipped_is_scaled, 2, "OneBitAdam")
+
+
+# -- GradScaler ---------------------------------------------------------------------------------------------------
+
+
+def scaled(rank: int, kind: str) -> None:
+    """A GradScaler changes nothing but what overflows; ranks skip together, though one of them alone overflows."""
+    reference, _ = plain(rank, kind)
+    model = Net()
+    optimizer = BUILD[kind](model.parameters(), compression=SMALL)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    step, skips = 1, 0
+    while step <= STEPS:
+        scaler.scale(loss_of(model, rank, step)).backward()
+        bad = step == 4 and skips == 0 and optimizer.travel() is not Travel.NOTHING
+        if bad and rank == 1:
+            with torch.no_grad():
+                model.gain.grad.fill_(float("inf"))
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        assert optimizer.last_step_skipped == bad
+        skips += bad
+        step += not bad
+    assert skips == 1
+    assert (scaler.get_scale() < 2.0**10) == (rank == 1)  # each rank's scale is its own affair
+    for name, value in values(reference).items():
+        torch.testing.assert_close(values(model)[name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", list(BUILD))
+def test_grad_scaler(kind: str) -> None:
+    run_ranks(scaled, 2, kind)
+
+
+def unscale_first(rank: int) -> None:
+    model = Net()
+    optimizer = cc.OneBitAdam(model.parameters())
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(loss_of(model, rank, 1)).backward()
+    optimizer.clip_grad_norm(1.0)
+    with pytest.raises(cc.CompressStateError, match=r"call scaler.unscale_\(optimizer\) before it"):
+        scaler.step(optimizer)
+    model = Net()
+    optimizer = cc.OneBitAdam(model.parameters())
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(loss_of(model, rank, 1)).backward()
+    scaler.unscale_(optimizer)
+    assert optimizer.clip_grad_norm(1.0) < 100
+    scaler.step(optimizer)
+    assert optimizer.num_steps == 1
+
+
+def test_clipping_wants_unscaled_gradients() -> None:
+    run_ranks(unscale_first, 1)
+
+
+# -- odd parameters -----------------------------------------------------------------------------------------------
+
+
+def odd(rank: int, kind: str) -> None:
+    """Frozen layers, ones that are frozen later, and ones whose memory is not in order."""
+    model = Net().to(memory_format=torch.channels_last)
+    model.conv.weight.data = model.conv.weight.data.transpose(0, 2).contiguous().transpose(0, 2)
+    assert not model.conv.weight.is_contiguous()
+    model.side.requires_grad_(False)
+    optimizer = BUILD[kind](model.parameters(), compression=SMALL)
+    start = values(model)
+    for step in range(1, STEPS + 1):
+        if step == 10:
+            if kind == "ZeroOneAdam":
+                optimizer.synchronize()
+            model.last.requires_grad_(False)
+            at_freeze = values(model)
+        loss_of(model, rank, step).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    if kind == "ZeroOneAdam":
+        optimizer.synchronize()
+    now = values(model)
+    assert torch.equal(now["side.weight"], start["side.weight"])
+    assert not torch.equal(now["conv.weight"], start["conv.weight"])
+    assert torch.equal(now["last.weight"], at_freeze["last.weight"])
+
+
+@pytest.mark.parametrize("kind", list(BUILD))
+def test_frozen_and_disordered_parameters(kind: str) -> None:
+    run_ranks(odd, 2, kind)
+
+
+def grow(rank: int) -> None:
+    model = Net()
+    trained = [p for n, p in model.named_parameters() if "side" not in n]
+    optimizer = cc.OneBitAdam(trained, lr=1e-2, freeze_step=5, compression=SMALL)
+    theirs_model = Net()
+    theirs = torch.optim.AdamW(
+        [p for n, p in theirs_model.named_parameters() if "side" not in n], lr=1e-2, weight_decay=0.0
+    )
+    for step in range(1, 6):
+        if step == 3:
+            optimizer.add_param_group({"params": list(model.side.parameters()), "lr": 1e-3})
+            theirs.add_param_group({"params": list(theirs_model.side.parameters()), "lr": 1e-3})
+        loss_of(model, 0, step).backward()
+        loss_of(theirs_model, 0, step).backward()
+        optimizer.step()
+        theirs.step()
+        optimizer.zero_grad()
+        theirs.zero_grad()
+        for name, value in values(theirs_model).items():
+            torch.testing.assert_close(values(model)[name], value, rtol=1e-5, atol=1e-6)
+    extra = nn.Parameter(torch.zeros(3))
+    optimizer.add_param_group({"params": [extra]})
+    extra.grad = torch.ones(3)
+    with pytest.raises(cc.CompressStateError, match=r"'param.\d+' began to need gradients after compression"):
+        optimizer.step()
+
+
+def test_groups_may_be_added_while_warm_up_lasts() -> None:
+    run_ranks(grow, 2)
+
+
+def edit(rank: int, kind: str, dtype: torch.dtype) -> None:
+    """Values that something else wrote are stepped from, not undone by a master."""
+    model, optimizer = Net(dtype), None
+    optimizer = BUILD[kind](model.parameters(), compression=SMALL)
+    for step in range(1, STEPS + 1):
+        if step in (4, 12):
+            with torch.no_grad():
+                model.first.weight.fill_(0.5)
+        loss_of(model, rank, step).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step in (4, 12):
+            assert (model.first.weight - 0.5).abs().max() < 0.3
+            assert not (model.first.weight == 0.5).all()
+
+
+@pytest.mark.parametrize("kind", list(BUILD))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_edits_of_parameters_count(kind: str, dtype: torch.dtype) -> None:
+    run_ranks(edit, 2, kind, dtype)
+
+
+def names(rank: int) -> None:
+    model = Net()
+    optimizer = cc.OneBitAdam(model.named_parameters(), freeze_step=2)
+    for step in range(1, 5):
+        loss_of(model, rank, step).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert "first.weight.exp_avg" in optimizer.sharded_state()
+    assert f"conv.bias.worker_error_{rank}" in optimizer.sharded_state()
+    other = cc.OneBitAdam(Net().parameters())
+    assert "param.4.exp_avg" in other.sharded_state()
+
+
+def test_names_of_state() -> None:
+    run_ranks(names, 2)
+
+
+# -- refusals -----------------------------------------------------------------------------------------------------
+
+
+def sparse(rank: int) -> None:
+    model = nn.Embedding(5, 3, sparse=True)
+    optimizer = cc.OneBitAdam(model.parameters())
+    model(torch.tensor([1])).sum().backward()
+    with pytest.raises(cc.CompressStateError, match="a sparse gradient"):
+        optimizer.step()
+    wide = nn.Linear(2, 2).double()
+    optimizer = cc.OneBitAdam(wide.named_parameters())
+    wide(torch.zeros(1, 2).double()).sum().backward()
+    with pytest.raises(
+        cc.CompressConfigError, match=r"'weight': expected a dense float32, .*got torch.float64"
+    ):
+        optimizer.step()
+
+
+def test_what_cannot_be_stepped_is_refused() -> None:
+    run_ranks(sparse, 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "bad", "text"),
+    [
+        (cc.OneBitAdam, {"lr": -1.0}, "lr >= 0, got -1.0"),
+        (cc.OneBitAdam, {"betas": (0.9, 1.0)}, "0 <= beta < 1"),
+        (cc.OneBitAdam, {"eps": 0.0}, "eps > 0"),
+        (cc.OneBitAdam, {"weight_decay": -0.1}, "weight_decay >= 0"),
+        (cc.OneBitAdam, {"freeze_step": 0}, "freeze_step: expected a number of steps >= 1"),
+        (cc.OneBitLamb, {"min_coeff": 2.0, "max_coeff": 1.0}, "0 < min_coeff <= max_coeff"),
+        (cc.OneBitLamb, {"factor_min": 1.5}, "factor_min <= 1 <= factor_max"),
+        (cc.OneBitLamb, {"factor_threshold": 0.0}, "0 < factor_threshold"),
+        (cc.OneBitLamb, {"coeff_beta": 1.0}, "0 <= coeff_beta < 1"),
+        (cc.ZeroOneAdam, {"local_step_clipper": 0}, "local_step_clipper: expected a whole number >= 1"),
+    ],
+)
+def test_options_out_of_range(kind: Any, bad: dict[str, Any], text: str) -> None:
+    with pytest.raises(cc.CompressConfigError, match=text):
+        kind([nn.Parameter(torch.zeros(1))], **bad)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"bucket_bytes": 3}, {"bucket_bytes": True}, {"variance_floor": 2.0}, {"reduce_dtype": torch.float64},
+     {"timeout_s": 0.0}],
+)  # fmt: skip
+def test_policies_out_of_range(bad: dict[str, Any]) -> None:
+    with pytest.raises(cc.CompressConfigError, match=f"Compression: expected .*{next(iter(bad))}"):
+        cc.Compression(**bad)
+
+
+def test_without_a_process_group() -> None:
+    param = nn.Parameter(torch.zeros(3))
+    param.grad = torch.ones(3)
+    with pytest.raises(cc.CompressConfigError, match=r"expected group=, or torch\.distributed initialised"):
+        cc.OneBitAdam([param]).step()

@@ -1,0 +1,85 @@
+"""Bytes that the optimizers send, counted at torch.distributed, against the formulas."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comm_compress as cc
+import pytest
+import torch
+import zero_core.collectives
+from comm_compress.optimizers.intervals import Intervals
+from comm_compress.wire_1bit import run_volume, sent_1bit, sent_exact
+from optimizer_models import BUILD
+from torch import nn
+from wire_lab import counted
+from zero_core.testing import run_ranks
+
+SIZES = [30_001, 14_000, 7, 26_003]  # buckets of 120 000 bytes: 30 001 | 14 000 + 7 | 26 003
+BUCKETS = [30_001, 14_007, 26_003]
+AGREEMENT = 24
+STEPS = 30
+INTERVALS = {"var_freeze_step": 8, "var_update_scaler": 2, "local_step_scaler": 6, "local_step_clipper": 4}
+
+
+def train(rank: int, kind: str, dtype: torch.dtype, more: dict[str, Any]) -> list[int]:
+    """Bytes sent, by step."""
+    zero_core.collectives.connect = lambda *_: None  # what ranks of one machine would put into shared memory
+    generator = torch.Generator().manual_seed(rank)
+    params = [nn.Parameter(torch.ones(size, dtype=dtype)) for size in SIZES]
+    optimizer = BUILD[kind](params, compression=cc.Compression(bucket_bytes=120_000), **more)
+    sent = []
+    for _ in range(STEPS):
+        for param in params:
+            param.grad = torch.randn(param.shape, generator=generator).to(dtype)
+        with counted() as messages:
+            optimizer.step()
+        sent.append(sum(messages))
+    return sent
+
+
+def exact(world: int, itemsize: int) -> int:
+    return sum(sent_exact(size, world, itemsize).total for size in BUCKETS)
+
+
+def signs(world: int, rank: int) -> int:
+    return sum(sent_1bit(size, world, rank).total for size in BUCKETS)
+
+
+@pytest.mark.parametrize("kind", ["OneBitAdam", "OneBitLamb"])
+@pytest.mark.parametrize(("world", "dtype"), [(2, torch.float32), (3, torch.bfloat16)])
+@pytest.mark.parametrize("shard", [False, True])
+def test_warm_up_and_compressed_steps(kind: str, world: int, dtype: torch.dtype, shard: bool) -> None:
+    freeze = 5
+    ranks = run_ranks(train, world, kind, dtype, {"freeze_step": freeze, "shard": shard})
+    told = (world - 1) * AGREEMENT
+    for rank, sent in enumerate(ranks):
+        for step in range(2, STEPS + 1):  # the first also compares parameters, and names the optimizer
+            if step > freeze:
+                assert sent[step - 1] == signs(world, rank) + told
+                ratio = exact(world, dtype.itemsize) / signs(world, rank)
+                assert ratio == pytest.approx(8 * dtype.itemsize, rel=0.01)  # 32 or 16 times less
+            elif not shard:
+                assert sent[step - 1] == exact(world, dtype.itemsize) + told
+            elif step < freeze:  # norms besides; at the freeze moments are gathered
+                norms = (16 + (2 * 8 * len(SIZES) if kind == "OneBitLamb" else 0)) * (world - 1)
+                assert sent[step - 1] == exact(world, dtype.itemsize) + told + norms
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_zero_one_adam_follows_its_schedule(world: int) -> None:
+    policy = Intervals(**INTERVALS)
+    updates, syncs = set(policy.variance_steps(STEPS)), set(policy.sync_steps(STEPS))
+    assert len(updates | syncs) < 0.8 * STEPS
+    told = (world - 1) * AGREEMENT
+    ranks = run_ranks(train, world, "ZeroOneAdam", torch.bfloat16, INTERVALS)
+    for rank, sent in enumerate(ranks):
+        for step in range(2, STEPS + 1):
+            want = 0  # not a byte
+            if step in updates:
+                want = exact(world, 2) + told
+            elif step in syncs:
+                want = signs(world, rank) + told
+            assert sent[step - 1] == want, step
+        run = run_volume(BUCKETS, world, 2, num_steps=STEPS, exact_steps=updates, sync_steps=syncs, rank=rank)
+        assert sum(sent) == pytest.approx(run.sent_bytes, rel=0.01)

@@ -1,0 +1,210 @@
+"""A run goes on where it was saved: bit for bit on as many ranks, with everything that is owed on any other number."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import comm_compress as cc
+import pytest
+import torch
+from optimizer_models import BUILD, SMALL, Net, loss_of, same, values
+from zero_core.testing import run_ranks
+
+# In warm-up; at the freeze (or the last update of the variance); compressed (0/1 Adam: between synchronizations).
+SAVED_AT = (3, 6, 14)
+LAST = 18
+
+
+def make(kind: str, **more: Any) -> tuple[Net, Any]:
+    model = Net(more.pop("dtype", torch.float32))
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "lr": 3e-3}]
+    return model, BUILD[kind](groups, **{"compression": SMALL, **more})
+
+
+def steps(model: Net, optimizer: Any, rank: int, first: int, last: int) -> None:
+    for step in range(first, last + 1):
+        loss_of(model, rank, step, side=step % 5 != 0).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def through_a_file(value: Any) -> Any:
+    """What a program would save and load; nothing but plain values and tensors."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+def go_on(rank: int, kind: str, more: dict[str, Any]) -> None:
+    model, optimizer = make(kind, **more)
+    saved = {}
+    for step in range(1, LAST + 1):
+        steps(model, optimizer, rank, step, step)
+        if step in SAVED_AT:
+            saved[step] = through_a_file((values(model), optimizer.state_dict()))
+    for step, (parameters, state) in saved.items():
+        other, resumed = make(kind, **more)
+        other.load_state_dict(parameters)
+        resumed.load_state_dict(state)
+        assert same(values(other), parameters)
+        steps(other, resumed, rank, step + 1, LAST)
+        assert same(values(other), values(model)), step
+        assert resumed.num_steps == optimizer.num_steps
+        assert resumed.progress() == optimizer.progress()
+
+
+@pytest.mark.parametrize("kind", list(BUILD))
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_bit_for_bit_on_as_many_ranks(kind: str, world: int) -> None:
+    run_ranks(go_on, world, kind, {})
+
+
+@pytest.mark.parametrize("kind", list(BUILD))
+def test_bit_for_bit_with_masters_or_shards(kind: str) -> None:
+    run_ranks(go_on, 2, kind, {"dtype": torch.bfloat16})
+    if kind != "ZeroOneAdam":
+        run_ranks(go_on, 3, kind, {"shard": True})
+        run_ranks(go_on, 2, kind, {"shard": True, "dtype": torch.float16})
+
+
+def automatic(rank: int) -> None:
+    """What a variance has been is part of the state."""
+    more: dict[str, Any] = {"freeze_step": None, "betas": (0.9, 0.8), "freeze_threshold": 0.7, "lr": 1e-3}
+    model, optimizer = make("OneBitAdam", **more)
+    steps(model, optimizer, rank, 1, 4)
+    saved = through_a_file((values(model), optimizer.state_dict()))
+    steps(model, optimizer, rank, 5, 30)
+    assert optimizer.phase.value == "compressed"
+    other, resumed = make("OneBitAdam", **more)
+    other.load_state_dict(saved[0])
+    resumed.load_state_dict(saved[1])
+    steps(other, resumed, rank, 5, 30)
+    assert same(values(other), values(model))
+
+
+def test_an_automatic_freeze_is_resumed() -> None:
+    run_ranks(automatic, 2)
+
+
+# -- another number of ranks --------------------------------------------------------------------------------------
+
+
+def save(rank: int, kind: str, more: dict[str, Any]) -> dict[int, Any]:
+    model, optimizer = make(kind, **more)
+    saved = {}
+    for step in range(1, max(SAVED_AT) + 1):
+        steps(model, optimizer, rank, step, step)
+        if step in SAVED_AT:
+            shards = {
+                name: (shard.global_shape, shard.offsets[0], shard.local.clone())
+                for name, shard in optimizer.sharded_state().items()
+            }
+            saved[step] = through_a_file((values(model), optimizer.state_dict(), shards, optimizer.scalars()))
+    return saved
+
+
+def whole_state(saved: list[Any]) -> dict[str, torch.Tensor]:
+    """Every logical tensor, put together from the ranges of all ranks."""
+    found: dict[str, torch.Tensor] = {}
+    for _, _, shards, _ in saved:
+        for name, (shape, start, local) in shards.items():
+            flat = found.setdefault(name, torch.full((torch.Size(shape).numel(),), float("nan")))
+            flat[start : start + local.numel()] = local
+    assert all(torch.isfinite(flat).all() for flat in found.values())  # no range is missing
+    return found
+
+
+def load(rank: int, kind: str, more: dict[str, Any], saved: list[Any], way: str) -> dict[str, Any]:
+    """On this number of ranks: the state after loading, and how training goes on."""
+    model, optimizer = make(kind, **more)
+    model.load_state_dict(saved[0][0])
+    if way == "merged":
+        optimizer.load_state_dict(through_a_file(cc.merge_states([state for _, state, _, _ in saved])))
+    else:
+        stored, scalars = whole_state(saved), saved[0][3]
+        room = optimizer.sharded_room(scalars)
+        for name, shard in room.items():
+            start = shard.offsets[0]
+            shard.local.copy_(stored[name][start : start + shard.local.numel()])
+        optimizer.load_sharded_state(scalars, room)
+    loaded = {
+        name: (shard.global_shape, shard.offsets[0], shard.local.clone())
+        for name, shard in optimizer.sharded_state().items()
+    }
+    steps(model, optimizer, rank, 15, 22)
+    if kind == "ZeroOneAdam":
+        optimizer.synchronize()
+    return {"saved": (None, None, loaded, None), "values": values(model), "progress": optimizer.progress()}
+
+
+def load_all(rank: int, kind: str, more: dict[str, Any], by_rank: list[dict[int, Any]]) -> dict[Any, Any]:
+    return {
+        (at, way): load(rank, kind, more, [each[at] for each in by_rank], way)
+        for at in SAVED_AT
+        for way in ("merged", "ranges")
+    }
+
+
+def means_of_own(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors by name; of those that ranks have their own of, the mean."""
+    own: dict[str, list[torch.Tensor]] = {}
+    for name, flat in state.items():
+        base, _, last = name.rpartition("_")
+        own.setdefault(base if last.isdigit() else name, []).append(flat)
+    return {name: torch.stack(flats).mean(0) for name, flats in own.items()}
+
+
+@pytest.mark.parametrize("kind", list(BUILD))
+@pytest.mark.parametrize(("old", "new"), [(1, 2), (2, 3), (4, 2)])
+def test_redealt_to_another_number_of_ranks(kind: str, old: int, new: int) -> None:
+    more = {"shard": True} if kind != "ZeroOneAdam" and old == 2 else {}
+    by_rank = run_ranks(save, old, kind, more)
+    loaded = run_ranks(load_all, new, kind, more, by_rank)
+    for at, way in loaded[0]:
+        before = means_of_own(whole_state([rank[at] for rank in by_rank]))
+        ranks = [rank[at, way] for rank in loaded]
+        after = means_of_own(whole_state([rank["saved"] for rank in ranks]))
+        assert after.keys() == before.keys()
+        for name, tensor in before.items():
+            torch.testing.assert_close(after[name], tensor, rtol=1e-6, atol=1e-7)
+        assert all(same(rank["values"], ranks[0]["values"]) for rank in ranks)
+        assert all(rank["progress"] == ranks[0]["progress"] for rank in ranks)
+        assert all(torch.isfinite(value).all() for value in ranks[0]["values"].values())
+    names = {name.rsplit(".", 1)[1] for name in before}
+    assert {"exp_avg", "worker_error", "server_error"} <= names  # the last was compressed
+    if kind == "ZeroOneAdam":
+        assert "drift" in names  # and between synchronizations
+
+
+def refuse(rank: int) -> None:
+    model, optimizer = make("OneBitAdam")
+    steps(model, optimizer, rank, 1, 8)
+    state = optimizer.state_dict()
+    _, lamb = make("OneBitLamb")
+    with pytest.raises(cc.CompressStateError, match=r"state of OneBitLamb, got that of OneBitAdam"):
+        lamb.load_state_dict(state)
+    moved = {**state, "compression": {**state["compression"], "rank": 5, "world": 6}}
+    _, other = make("OneBitAdam")
+    with pytest.raises(cc.CompressStateError, match=r"rank \d of 2, got that of rank 5 of 6; .*merge_states"):
+        other.load_state_dict(moved)
+    _, rebucketed = make("OneBitAdam", compression=cc.Compression(bucket_bytes=1 << 20))
+    if rank == 1:  # the first rank's chunk of a larger bucket happens to begin alike
+        with pytest.raises(cc.CompressStateError, match=r"server_error.*merge_states"):
+            rebucketed.load_state_dict(state)
+    assert other.num_steps == 0
+    with pytest.raises(ValueError, match="parameter group"):
+        other.load_state_dict({**state, "param_groups": []})
+    with pytest.raises(
+        cc.CompressStateError, match=r"'param.0' \(\): expected 1 elements, got 12; .* another model"
+    ):
+        cc.OneBitAdam(model.parameters()).load_state_dict(state)
+    with pytest.raises(cc.CompressStateError, match=r"every rank once, of one run, got ranks \[0, 0\]"):
+        cc.merge_states([{**state, "compression": {**state["compression"], "rank": 0}}] * 2)
+
+
+def test_states_of_others_are_refused() -> None:
+    run_ranks(refuse, 2)

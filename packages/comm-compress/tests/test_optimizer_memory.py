@@ -9,6 +9,7 @@ from typing import Any
 import comm_compress as cc
 import pytest
 import torch
+from comm_compress.optimizers.footprint import state_bytes
 from optimizer_models import BUILD
 from torch import nn
 from zero_core.testing import run_ranks
@@ -52,36 +53,45 @@ def measure(rank: int, kind: str, dtype: torch.dtype, more: dict[str, Any]) -> l
     return found
 
 
-def close(found: float, want: float) -> bool:
-    return abs(found - want) <= 0.02 * want + 0.05
+def close(found: list[float], want: tuple[float, float]) -> bool:
+    return all(abs(one - other) <= 0.02 * other + 0.05 for one, other in zip(found, want, strict=True))
 
 
 @pytest.mark.parametrize(("low", "dtype"), [(0, torch.float32), (4, torch.bfloat16)])
 @pytest.mark.parametrize("world", [1, 3])
 def test_one_bit_adam(low: int, dtype: torch.dtype, world: int) -> None:
     for found in run_ranks(measure, world, "OneBitAdam", dtype, FREEZE):
-        assert close(found[0], 8 + low)
-        assert close(found[-1], 8 + low + 4 + 4 / world)
+        assert close(found, (8 + low, 8 + low + 4 + 4 / world))
+        assert close(found, state_bytes("OneBitAdam", world, low=low > 0))
     for found in run_ranks(measure, world, "OneBitAdam", dtype, {**FREEZE, "shard": True}):
-        assert close(found[0], 12 / world)
-        assert close(found[-1], 8 + low + 4 + 4 / world)
+        assert close(found, (12 / world, 8 + low + 4 + 4 / world))
+        assert close(found, state_bytes("OneBitAdam", world, low=low > 0, shard=True))
 
 
 @pytest.mark.parametrize(("low", "dtype"), [(0, torch.float32), (4, torch.float16)])
 def test_one_bit_lamb(low: int, dtype: torch.dtype) -> None:
     for found in run_ranks(measure, 2, "OneBitLamb", dtype, FREEZE):
-        assert close(found[0], 8 + low)
-        assert close(found[-1], 12 + low + 4 + 4 / 2)
+        assert close(found, (8 + low, 12 + low + 4 + 4 / 2))
+        assert close(found, state_bytes("OneBitLamb", 2, low=low > 0))
     for found in run_ranks(measure, 2, "OneBitLamb", dtype, {**FREEZE, "shard": True}):
-        assert close(found[0], 12 / 2)
-        assert close(found[-1], 12 + low + 4 + 4 / 2)
+        assert close(found, (12 / 2, 12 + low + 4 + 4 / 2))
+        assert close(found, state_bytes("OneBitLamb", 2, low=low > 0, shard=True))
 
 
 @pytest.mark.parametrize(("low", "dtype"), [(0, torch.float32), (4, torch.bfloat16)])
 def test_zero_one_adam(low: int, dtype: torch.dtype) -> None:
     for found in run_ranks(measure, 2, "ZeroOneAdam", dtype, INTERVALS):
-        assert close(found[0], 12 + low + 4 + 4 / 2)  # the variance is updated
-        assert close(found[-1], 8 + 4 + 4 + 4 + 4 / 2)  # frozen: drift, and what ranks have in common
+        # While the variance is updated; frozen, with drift and what ranks have in common.
+        assert close(found, (12 + low + 4 + 4 / 2, 8 + 4 + 4 + 4 + 4 / 2))
+        assert close(found, state_bytes("ZeroOneAdam", 2, low=low > 0))
     never_alone = {**INTERVALS, "local_step_clipper": 1}
     for found in run_ranks(measure, 2, "ZeroOneAdam", dtype, never_alone):
-        assert close(found[-1], 8 + low + 4 + 4 / 2)
+        assert close(found, (12 + low + 4 + 4 / 2, 8 + low + 4 + 4 / 2))
+        assert close(found, state_bytes("ZeroOneAdam", 2, low=low > 0, steps_alone=False))
+
+
+def test_kinds_are_named() -> None:
+    with pytest.raises(
+        cc.CompressConfigError, match="expected OneBitAdam, OneBitLamb or ZeroOneAdam, got 'Adam'"
+    ):
+        state_bytes("Adam", 2)

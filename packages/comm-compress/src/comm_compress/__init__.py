@@ -20,6 +20,7 @@ from .allreduce_1bit import OneBitState, allreduce_1bit
 from .error_feedback import ErrorFeedback, Feedback, LoCo, LoCoPolicy
 from .errors import CommCompressError, CompressConfigError, CompressStateError
 from .optimizers import (
+    CompressedOptimizer,
     Compression,
     LocalGradients,
     OneBitAdam,
@@ -27,6 +28,7 @@ from .optimizers import (
     ZeroCompressedOptimizer,
     ZeroOneAdam,
     merge_states,
+    state_bytes,
 )
 from .store import QuantizedStore
 from .traffic import Traffic, traffic
@@ -36,6 +38,7 @@ __all__ = [
     "CommCompressError",
     "CompressConfigError",
     "CompressStateError",
+    "CompressedOptimizer",
     "Compression",
     "ErrorFeedback",
     "Feedback",
@@ -55,5 +58,6 @@ __all__ = [
     "compress_fsdp",
     "ddp_hook",
     "merge_states",
+    "state_bytes",
     "traffic",
 ]

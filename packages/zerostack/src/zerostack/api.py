@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset
 
-from . import policies
+from . import policies, signs
 from .auto import Surroundings
 from .compression import check_compression, collectives
 from .distributed import data_parallel_mesh, init_distributed, with_replicas
@@ -113,6 +113,7 @@ def initialize(
     )
     overlap = policies.overlap(settings.config, publish_late=publish_late)
     made = _optimizer(settings, model, optimizer, model_parameters)
+    signs.check(settings.config, made, mesh, publish_late=publish_late, whole_tensors=whole_tensors)
     zero.steps_whole_tensors(made, whole_tensors)  # refuses what cannot be stepped before the model changes
     policies.check_rates(settings.config, made)
     if lr_scheduler is not None and settings.config.scheduler is not None:
@@ -130,9 +131,9 @@ def initialize(
     model = zero.shard(
         model,
         mesh,
-        stage=settings.config.zero_optimization.stage,
+        stage=signs.stage(settings.config, made),
         precision=policies.precision(settings.config),
-        collectives=compressed,
+        collectives=signs.collectives(made) or compressed,
         overlap=overlap,
         placement=placement,
         store=stores(settings.config),

@@ -117,8 +117,6 @@ def _why_not(section: str, name: str) -> str:
     """What to do instead, for the types that DeepSpeed documents and this version lacks."""
     if section == "scheduler" or name == "None":
         return ""
-    if name.lower() in {"onebitadam", "zerooneadam", "onebitlamb"}:
-        return "; it needs package comm-compress"
     if name.lower() in {"lamb", "muon", "musgd", "muadam", "muadamw"}:
         return "; its update needs whole tensors, not shards"
     return "; any other elementwise torch optimizer can be passed as initialize(optimizer=...)"

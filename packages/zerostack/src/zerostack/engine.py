@@ -16,7 +16,7 @@ import torch
 import zero_core as zero
 from zero_offload_nvme import OffloadedOptimizer
 
-from . import snapshot
+from . import signs, snapshot
 from .clock import Clock, peak_bytes
 from .errors import ConfigError, EngineStateError
 from .facts import Facts
@@ -199,14 +199,15 @@ class Engine(Facts):
         """
         self.flush()  # what waits is described for as many ranks alone
         name = f"global_step{self.global_steps}" if tag is None else str(tag)
-        return snapshot.save(
-            self,
-            Path(save_dir),
-            name,
-            client_state or {},
-            point_latest=save_latest,
-            frozen=not exclude_frozen_parameters,
-        )
+        with signs.shared_values(self.parts.optimizer):
+            return snapshot.save(
+                self,
+                Path(save_dir),
+                name,
+                client_state or {},
+                point_latest=save_latest,
+                frozen=not exclude_frozen_parameters,
+            )
 
     def load_checkpoint(
         self,
@@ -235,6 +236,7 @@ class Engine(Facts):
         """
         self._reported_step = None
         self.flush()  # or updates under way would come over what is loaded
+        signs.settle(self.parts.optimizer)
         return snapshot.load(
             self,
             Path(load_dir),
@@ -260,7 +262,8 @@ class Engine(Facts):
             )
         self.flush()
         dtype = torch.float16 if self.fp16_enabled() else torch.bfloat16 if self.bfloat16_enabled() else None
-        return save_full_model(self.module, Path(save_dir) / save_filename, dtype, self.parts.group)
+        with signs.shared_values(self.parts.optimizer):
+            return save_full_model(self.module, Path(save_dir) / save_filename, dtype, self.parts.group)
 
     def __getattr__(self, name: str) -> Any:
         """Whatever else is asked for is the model's."""

@@ -6,12 +6,13 @@ In: `resolve.Effective`, and a model's size if known. Out: text. Nothing here de
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import zero_core as zero
 from torch import nn
 
-from . import policies
+from . import policies, signs
 from .resolve import Effective
 
 
@@ -90,13 +91,21 @@ def optimizer_kind(settings: Effective) -> str:
 
 def plan(settings: Effective, model_or_num_params: nn.Module | float) -> zero.MemoryPlan:
     """Bytes per rank under a configuration."""
-    return zero.plan_memory(
+    of = signs.state_bytes(settings.config, settings.world, 1)
+    planned = zero.plan_memory(
         model_or_num_params,
-        stage=_stage(settings),
+        stage=_stage(settings) if of is None else 0,
         world=settings.world,
         precision=policies.precision(settings.config),
-        optimizer=optimizer_kind(settings),
+        optimizer="adam" if of is not None else optimizer_kind(settings),
     )
+    if of is None:
+        return planned
+    whole = signs.state_bytes(
+        settings.config, settings.world, planned.optimizer // 8
+    )  # Adam's: 8 a parameter
+    assert whole is not None
+    return replace(planned, stage=_stage(settings), optimizer=whole)
 
 
 def _memory(settings: Effective, model_or_num_params: nn.Module | float) -> str:

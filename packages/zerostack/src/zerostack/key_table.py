@@ -15,12 +15,15 @@ _PIPELINE = "states are always read ahead of their step and written behind it"
 _UNITS = "parameters are gathered and freed in whole units (repeated blocks): nothing to tune"
 _ONE_GATHER = "a unit is one all-gather, whatever the sizes of its parameters"
 
+_ZERO_ONE = honoured("comm_compress.ZeroOneAdam")
+_LAMB = honoured("comm_compress.OneBitLamb")
+
 _OPTIMIZER: Rows = {
     "type": honoured('the optimizer\'s class; "Adam" means AdamW unless adam_w_mode is false'),
     "params": {
         "lr": honoured("constructor of the optimizer"),
-        "betas": honoured("constructor (Adam, AdamW, Lion)"),
-        "eps": honoured("constructor (Adam, AdamW, Adagrad)"),
+        "betas": honoured("constructor (Adam, AdamW, Lion, and the 1-bit optimizers)"),
+        "eps": honoured("constructor (Adam, AdamW, Adagrad, and the 1-bit optimizers)"),
         "weight_decay": honoured("constructor; absent means 0, as in DeepSpeed (torch's AdamW: 0.01)"),
         "amsgrad": honoured("constructor (Adam, AdamW)"),
         "adam_w_mode": honoured("Adam: decoupled weight decay (true) or L2 added to the gradient (false)"),
@@ -29,8 +32,27 @@ _OPTIMIZER: Rows = {
         "nesterov": honoured("constructor (SGD)"),
         "lr_decay": honoured("constructor (Adagrad)"),
         "initial_accumulator_value": honoured("constructor (Adagrad)"),
+        "bias_correction": honoured("constructor (the 1-bit optimizers); others always correct the bias"),
+        "freeze_step": honoured(
+            "comm_compress.OneBitAdam, OneBitLamb: steps of warm-up; null: until the variance has settled"
+        ),
+        "var_freeze_step": _ZERO_ONE,
+        "var_update_scaler": _ZERO_ONE,
+        "local_step_scaler": _ZERO_ONE,
+        "local_step_clipper": _ZERO_ONE,
+        "max_coeff": _LAMB,
+        "min_coeff": _LAMB,
+        "coeff_beta": _LAMB,
+        "factor_max": _LAMB,
+        "factor_min": _LAMB,
+        "factor_threshold": _LAMB,
+        "cuda_aware": no_effect(
+            "signs travel through the process group, whatever its back end; there is no MPI"
+        ),
+        "comm_backend_name": no_effect(
+            "signs travel through the process group, by messages under gloo and all-to-all under NCCL"
+        ),
         "torch_adam": no_effect("there is one implementation of each optimizer here: torch's, on the shards"),
-        "bias_correction": refused("the optimizers here always correct the bias", True),
         "max_grad_norm": refused("clipping is the engine's: use gradient_clipping", 0),
     },
     "legacy_fusion": refused("there is one implementation of each optimizer", False),

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Literal
 
+import comm_compress as cc
 import torch
 import zero_core as zero
 from torch import nn
@@ -15,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from zero_offload_nvme import OffloadConfigError, OffloadedOptimizer, StoreStepper, ZenFlow
 
-from . import schedules
+from . import schedules, signs
 from .errors import ConfigError
 from .lion import Lion
 from .schema import Config
@@ -105,6 +106,8 @@ def sharded_optimizer(
     Raises:
         ConfigError: `super_offload` or ZenFlow (`late`), and the ratio leaves all optimizer state on the device.
     """
+    if isinstance(optimizer, cc.CompressedOptimizer):
+        return cc.ZeroCompressedOptimizer(model, optimizer, scaler=scaler)
     if not is_offloaded(config):
         return zero.ShardedOptimizer(model, optimizer, scaler=scaler, whole_tensors=whole_tensors)
     overlap: Literal["exact", "speculative", "zenflow"] = "exact" if late is None else "zenflow"
@@ -147,6 +150,9 @@ def optimizer(config: Config, parameters: Iterable[Any]) -> Optimizer:
     params = config.optimizer.params.model_dump()
     if "betas" in params:
         params["betas"] = tuple(params["betas"])
+    if kind in signs.KINDS:
+        return signs.make(config, kind, params, parameters)
+    params.pop("bias_correction")
     if kind in {"Adam", "AdamW"}:
         params.pop("torch_adam")
         decoupled = params.pop("adam_w_mode")

@@ -41,7 +41,13 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
-class AdamParams(Section):
+class Corrected(Section):
+    """What torch's optimizers cannot do otherwise."""
+
+    bias_correction: Literal[True] = True
+
+
+class AdamParams(Corrected):
     """Constructor arguments of Adam and AdamW."""
 
     lr: Rate = 1e-3
@@ -53,7 +59,7 @@ class AdamParams(Section):
     torch_adam: bool = False
 
 
-class SGDParams(Section):
+class SGDParams(Corrected):
     """Constructor arguments of SGD."""
 
     lr: Rate = 1e-3
@@ -63,7 +69,7 @@ class SGDParams(Section):
     nesterov: bool = False
 
 
-class AdagradParams(Section):
+class AdagradParams(Corrected):
     """Constructor arguments of Adagrad."""
 
     lr: Rate = 1e-2
@@ -73,12 +79,50 @@ class AdagradParams(Section):
     eps: Rate = 1e-10
 
 
-class LionParams(Section):
+class LionParams(Corrected):
     """Constructor arguments of Lion."""
 
     lr: Rate = 1e-3
     betas: Pair = [0.9, 0.99]
     weight_decay: Rate = 0.0
+
+
+class CompressedParams(Section):
+    """Constructor arguments that the optimizers of comm_compress share."""
+
+    lr: Rate = 1e-3
+    betas: Pair = [0.9, 0.999]
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Rate = 0.0
+    bias_correction: bool = True
+    cuda_aware: bool = False
+    comm_backend_name: str = "nccl"
+
+
+class OneBitAdamParams(CompressedParams):
+    """Constructor arguments of `comm_compress.OneBitAdam`."""
+
+    freeze_step: Count | None = 100_000
+
+
+class ZeroOneAdamParams(CompressedParams):
+    """Constructor arguments of `comm_compress.ZeroOneAdam`."""
+
+    var_freeze_step: Count = 100_000
+    var_update_scaler: Count = 16
+    local_step_scaler: Count = 32_678
+    local_step_clipper: Count = 16
+
+
+class OneBitLambParams(OneBitAdamParams):
+    """Constructor arguments of `comm_compress.OneBitLamb`."""
+
+    max_coeff: Annotated[float, Field(gt=0)] = 10.0
+    min_coeff: Annotated[float, Field(gt=0)] = 0.01
+    coeff_beta: Fraction = 0.9
+    factor_max: Annotated[float, Field(ge=1)] = 4.0
+    factor_min: Annotated[float, Field(gt=0, le=1)] = 0.5
+    factor_threshold: Annotated[float, Field(gt=0, lt=1)] = 0.1
 
 
 class LRRangeTestParams(Section):
@@ -139,6 +183,9 @@ OPTIMIZERS: dict[str, type[Section]] = {
     "SGD": SGDParams,
     "Adagrad": AdagradParams,
     "Lion": LionParams,
+    "OneBitAdam": OneBitAdamParams,
+    "ZeroOneAdam": ZeroOneAdamParams,
+    "OneBitLamb": OneBitLambParams,
 }
 SCHEDULERS: dict[str, type[Section]] = {
     "LRRangeTest": LRRangeTestParams,

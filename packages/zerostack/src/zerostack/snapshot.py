@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ import ckpt_universal as ckpt
 import torch
 import zero_core as zero
 
-from . import ranks
+from . import ranks, signs
 from .errors import CheckpointError
 from .facts import Progress
 
@@ -50,7 +50,7 @@ def save(
         log.warning(
             "save_checkpoint: the gradients of %d micro-batch(es) since the last update are not saved", left
         )
-    described = _described(engine, optimizer=True)
+    described = _of_optimizer(signs.described(parts.optimizer)) | _described(engine, optimizer=True)
     if not frozen:
         left_out = _frozen(engine)
         described = {name: shard for name, shard in described.items() if name not in left_out}
@@ -75,6 +75,11 @@ def _described(engine: Engine, *, optimizer: bool) -> dict[str, zero.Shard]:
     return found
 
 
+def _of_optimizer(state: Mapping[str, zero.Shard]) -> dict[str, zero.Shard]:
+    """By the names that it has in a checkpoint."""
+    return {_OPTIMIZER + name: shard for name, shard in state.items()}
+
+
 def _under(prefix: str, described: Mapping[str, zero.Shard]) -> dict[str, zero.Shard]:
     return {name.removeprefix(prefix): s for name, s in described.items() if name.startswith(prefix)}
 
@@ -93,6 +98,7 @@ def _values(engine: Engine, client_state: Mapping[str, Any], *, frozen: bool) ->
         "optimizer_type": type(parts.optimizer.inner).__name__,
         "optimizer_groups": [_hyperparameters(group) for group in parts.optimizer.param_groups],
         "optimizer_scalars": zero.optimizer_scalars(parts.optimizer),
+        "compressed": signs.scalars(parts.optimizer),
         "lr_scheduler": None
         if parts.scheduler is None
         else {
@@ -165,10 +171,12 @@ def load(
         return None, {}
     found = ckpt.describe(root, name=tag, group=parts.group)
     values = _values_of(engine, found, needed=optimizer or scheduler or progress)
-    described = _described(engine, optimizer=optimizer)
-    wanted, sources = _wanted(found, described, parts.optimizer if optimizer else None)
-    _check_names(engine, found, wanted, sources, values, strict=strict, optimizer=optimizer)
     _check_values(engine, values, optimizer=optimizer, scheduler=scheduler)
+    described = _described(engine, optimizer=optimizer)
+    saved_signs = values.get("compressed") if optimizer else None
+    room = _of_optimizer(signs.room(parts.optimizer, saved_signs))
+    wanted, sources = _wanted(found, room | described, parts.optimizer if optimizer else None)
+    _check_names(engine, found, wanted, sources, values, strict=strict, optimizer=optimizer)
     into = {"model": _under(_MODEL, wanted), "optimizer": _under(_OPTIMIZER, wanted)}
     ckpt.load(found.path, into=into, strict=False, only="*", rename=sources, group=parts.group)
 
@@ -177,10 +185,12 @@ def load(
         if shard.local.numel() == torch.Size(shard.global_shape).numel()
         else shard.local
         for name, shard in wanted.items()
+        if name in described or name not in room
     }
     zero.load_sharded_state(parts.module, parts.optimizer if optimizer else None, tensors, strict=False)
     if optimizer:
         zero.load_optimizer_scalars(parts.optimizer, values["optimizer_scalars"])
+        signs.load(parts.optimizer, saved_signs, _filled(room, wanted))
         for group, saved in zip(parts.optimizer.param_groups, values["optimizer_groups"] or [], strict=False):
             group.update(saved)
         if (scaler := _adapting_scaler(engine)) is not None and values["scaler"] is not None:
@@ -214,6 +224,7 @@ def _values_of(engine: Engine, found: ckpt.Description, *, needed: bool) -> dict
         "optimizer_type": None,
         "optimizer_groups": None,
         "optimizer_scalars": {},
+        "compressed": None,
         "lr_scheduler": None,
         "scaler": None,
         "loader": None,
@@ -257,6 +268,7 @@ def _wanted(
     whole parameters belongs to those this rank steps, in a shape of its own. A parameter without a separate master
     takes the checkpoint's master, and a master that the checkpoint lacks is the parameter.
     """
+    sends_signs = optimizer is not None and signs.scalars(optimizer) is not None
     owned = None if optimizer is None or optimizer.whole is None else {each.name for each in optimizer.whole}
     wanted = {
         name: _room(shard.global_shape, shard.dtype, shard.offsets[0], shard.local.numel())
@@ -273,12 +285,23 @@ def _wanted(
                 sources[_MODEL + parameter] = name
         elif owned is not None and parameter in owned:
             wanted[name] = _room(shape, dtype, 0, torch.Size(shape).numel())
-        elif optimizer is not None and owned is None and own is not None:
+        elif optimizer is not None and owned is None and own is not None and not sends_signs:
             wanted[name] = _room(own.global_shape, dtype, own.offsets[0], own.local.numel())
     sources |= {
         name: _parameter_of(name) for name in wanted if _is_master(name) and name not in found.tensors
     }
     return wanted, sources
+
+
+def _filled(room: Mapping[str, zero.Shard], wanted: Mapping[str, zero.Shard]) -> dict[str, zero.Shard]:
+    """What was read, as the ranges of `room`: of a master, `wanted` may hold more."""
+    filled = {}
+    for name, shard in room.items():
+        read = wanted[name]
+        start = shard.offsets[0] - read.offsets[0]
+        local = read.local.view(-1)[start : start + shard.local.numel()]
+        filled[name.removeprefix(_OPTIMIZER)] = replace(shard, local=local)
+    return filled
 
 
 def _room(shape: tuple[int, ...], dtype: torch.dtype, start: int, numel: int) -> zero.Shard:

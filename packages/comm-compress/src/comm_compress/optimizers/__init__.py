@@ -3,9 +3,12 @@
 Modules, in the order in which a gradient passes through them: `policy`, `options` (what a user says) | `layout`,
 `kinds` -> `bucket` -> `bucketed`, `state` (what is kept, saved, loaded) | `base` (a step) -> `verdict` -> `exact`,
 `pipeline` -> `rules` (exact steps) | `warmup` -> `freezing`, `scales` -> `onebit_adam`, `onebit_lamb` | `intervals` ->
-`zero_one_adam` | `zero_optimizer` (on a model of zero-core).
+`zero_one_adam` | `zero_optimizer` (on a model of zero-core) | `footprint`
+(bytes).
 """
 
+from .base import CompressedOptimizer
+from .footprint import state_bytes
 from .onebit_adam import OneBitAdam
 from .onebit_lamb import OneBitLamb
 from .policy import Compression
@@ -14,6 +17,7 @@ from .zero_one_adam import ZeroOneAdam
 from .zero_optimizer import LocalGradients, ZeroCompressedOptimizer
 
 __all__ = [
+    "CompressedOptimizer",
     "Compression",
     "LocalGradients",
     "OneBitAdam",
@@ -21,4 +25,5 @@ __all__ = [
     "ZeroCompressedOptimizer",
     "ZeroOneAdam",
     "merge_states",
+    "state_bytes",
 ]

@@ -217,7 +217,7 @@ def test_the_table_and_the_typed_fields_are_the_same_keys():
         ({"optimizer": {"type": "Lamb"}}, "optimizer.type: expected one of Adam, .* whole tensors"),
         (
             {"optimizer": {"type": "OneBitAdam", "params": {"lr": -1}}},
-            "params.lr: expected at least 0, got -1",
+            "params.lr: expected at least 0.0, got -1",
         ),
         ({"optimizer": {"type": "SGD", "params": {"betas": [0.9, 0.9]}}}, "only the names of SGD"),
         ({"scheduler": {"type": "OneCycle"}}, "scheduler.params.cycle_min_lr: a value is required"),

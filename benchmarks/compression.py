@@ -1,13 +1,14 @@
 """What compression is worth on slow links: two hosts on one machine, at several rates each way.
 
     sudo python3 tools/dev.py bench compression
-    sudo python3 tools/dev.py bench compression --mbits 100,1000 --models 25m --dtypes bf16 --sequences 1
+    sudo python3 tools/dev.py bench compression --models 110m --dtypes bf16 --sequences 1 --engines zero++-3,1-bit-adam
     python3 tools/dev.py bench compression --quick
 
 Every engine trains the same GPT on two ranks, one in each network namespace (`tools/slow_network.py`). They take turns:
-in each round every engine takes some steps at each rate, after one that is not counted. Beside each row stands the
-model max(compute, bytes / bandwidth): compute is the engine's own step over the link as fast as the machine, bytes are
-those that the kernel counts on the link, headers included.
+in each round every engine takes some steps at each rate, after one that is not counted. An engine that decides for
+itself (`-auto`) is started anew for each rate, and has decided before it is measured. Beside each row stands the model
+max(compute, bytes / bandwidth): compute is the engine's own step over the link as fast as the machine, bytes are those
+that the kernel counts on the link, headers included. Jobs that are not measured again stay as the file has them.
 """
 
 from __future__ import annotations
@@ -32,6 +33,10 @@ NAMES = (
 )  # fmt: skip
 
 
+WARM_UP, DECIDE = 4, 14
+"""Steps before anything is measured; of an engine that first finds out what pays."""
+
+
 @dataclass(frozen=True)
 class Row:
     """One engine on one job at one rate: seconds of a step, over the fast link too, and what a rank sends in it."""
@@ -44,6 +49,14 @@ class Row:
     fast_s: float
     step_s: float
     sent_mib: float
+    rounds: int
+    steps: int
+    date: str
+
+    @property
+    def job(self) -> tuple[str, str, int]:
+        """What is trained."""
+        return self.model, self.dtype, self.sequences
 
     @property
     def wire_s(self) -> float:
@@ -56,43 +69,57 @@ class Row:
         return max(self.fast_s, self.wire_s)
 
 
+Rate = float | None
+"""Mb/s; None: as fast as the machine."""
+Engines = dict[Rate, list[Engine]]
+"""Those to measure at each rate; most are the same at all."""
+
+
 def measure(
-    engines: Sequence[Engine], hosts: Lab, mbits: Sequence[float], rounds: int, steps: int
+    engines: Engines, hosts: Lab, rounds: int, steps: int
 ) -> Iterator[tuple[str, float, float, float, float]]:
-    """Engine, rate, seconds over the fast link and at the rate, MiB sent a step: medians over rounds."""
-    seconds: dict[tuple[str, float | None], list[float]] = {}
-    sent: dict[str, float] = {}
+    """Engine, rate, seconds over the fast link and at the rate, MiB sent a step at the rate: medians over rounds."""
+    seconds: dict[tuple[str, Rate], list[float]] = {}
+    sent: dict[tuple[str, Rate], float] = {}
     for number in range(rounds):
         say(f"round {number + 1} of {rounds}")
-        for rate in (None, *mbits) if number % 2 == 0 else (*reversed(mbits), None):
+        for rate in list(engines)[:: -1 if number % 2 else 1]:
             hosts = hosts.set_rate(rate)
-            for engine in engines:
+            for engine in engines[rate]:
                 before = [hosts.sent_bytes(rank) for rank in range(RANKS)]
                 engine.measure_round(steps, lead=1)
                 after = [hosts.sent_bytes(rank) for rank in range(RANKS)]
                 seconds.setdefault((engine.name, rate), []).append(engine.rounds[-1].seconds)
-                sent[engine.name] = max(b - a for a, b in zip(before, after, strict=True)) / (steps + 1)
-    for engine in engines:
-        fast = statistics.median(seconds[engine.name, None])
-        for mbit in mbits:
-            slow = statistics.median(seconds[engine.name, mbit])
-            yield engine.name, mbit, fast, slow, sent[engine.name] / _measure.MIB
+                most = max(b - a for a, b in zip(before, after, strict=True))
+                sent[engine.name, rate] = most / (steps + 1) / _measure.MIB
+    for mbit in engines:
+        if mbit is None:
+            continue
+        for engine in engines[mbit]:
+            fast, slow = (statistics.median(seconds[engine.name, rate]) for rate in (None, mbit))
+            yield engine.name, mbit, fast, slow, sent[engine.name, mbit]
 
 
 @contextmanager
 def started(
-    names: Sequence[str], dtype: str, options: argparse.Namespace, hosts: Lab | None
-) -> Iterator[list[Engine]]:
+    names: Sequence[str], dtype: str, options: argparse.Namespace, hosts: Lab | None, rates: Sequence[Rate]
+) -> Iterator[Engines]:
     """Engines, past their warm-up, and ended at the end."""
-    engines: list[Engine] = []
+    engines: Engines = {rate: [] for rate in rates}
     try:
         for name in names:
             say(f"starting {name}")
-            engines.append(Engine(name, dtype, options, hosts))
-            engines[-1].warm_up(options.warm_up)
+            decides = name.endswith("-auto")
+            for rate in rates if decides else rates[:1]:
+                if hosts is not None:
+                    hosts = hosts.set_rate(rate)
+                engine = Engine(name, dtype, options, hosts)
+                for other in [rate] if decides else rates:
+                    engines[other].append(engine)
+                engine.warm_up(DECIDE if decides else WARM_UP)
         yield engines
     finally:
-        for engine in engines:
+        for engine in {id(each): each for some in engines.values() for each in some}.values():
             engine.stop()
 
 
@@ -102,7 +129,10 @@ def table(rows: Sequence[Row]) -> list[str]:
     steps = {row.engine: row.step_s for row in rows}
     lines = [
         "",
-        f"## {first.model}, {first.dtype}, {first.sequences} sequences a rank, {first.mbit:g} Mb/s",
+        f"## {first.model}, {first.dtype}, {first.sequences} {'sequence' if first.sequences == 1 else 'sequences'} "
+        f"a rank, {first.mbit:g} Mb/s",
+        "",
+        f"{first.date}; medians of {first.rounds} rounds of {first.steps} steps.",
         "",
         "| engine | step s | DDP / step | sent MiB | compute s | wire s | of the model | fast link: step / DDP |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -122,80 +152,67 @@ def table(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def page(rows: Sequence[Row], options: argparse.Namespace) -> str:
+def page(rows: Sequence[Row]) -> str:
     """The results as a page."""
     hardware = _measure.hardware()
+    models = [
+        f"{name}: {num_parameters(GPT(PRESETS[name])) / 1e6:.1f} M parameters"
+        for name in dict.fromkeys(row.model for row in rows)
+    ]
     lines = [
         "# Training over slow links, with and without compression",
         "",
-        f"{_measure.today()}; {hardware['processor']} ({hardware['instruction_set']}), {hardware['cores']} cores; two "
-        f"network namespaces; {options.rounds} rounds of {options.steps} steps, medians. "
-        + ", ".join(
-            f"{name}: {num_parameters(GPT(PRESETS[name])) / 1e6:.1f} M parameters"
-            for name in options.models.split(",")
-        )
-        + ".",
+        f"{hardware['processor']} ({hardware['instruction_set']}), {hardware['cores']} cores; two network namespaces. "
+        f"{', '.join(models)}; sequences of {PRESETS['25m'].sequence_length} tokens.",
     ]
-    jobs = dict.fromkeys((row.model, row.dtype, row.sequences, row.mbit) for row in rows)
-    for job in jobs:
-        lines += table([row for row in rows if (row.model, row.dtype, row.sequences, row.mbit) == job])
+    for job in dict.fromkeys((*row.job, row.mbit) for row in rows):
+        lines += table([row for row in rows if (*row.job, row.mbit) == job])
     legend = """
 DDP / step: DDP's step over this one, above 1 is faster. Compute: the engine's step over the same two namespaces without
 a rate. Wire: what its bytes take at the rate. Of the model: max(compute, wire) over the step. The 1-bit optimizers are
 past their warm-up. `zero++-3`: int8 weights, int4 gradients, weights kept from forward to backward; `auto` leaves off
-what does not pay where its first steps are measured, which here is the fast link. `zero-core-3-network`: stage 3 as it
-is, two blocks on their way at once."""
+what does not pay over this link. `zero-core-3-network`: stage 3 as it is, two blocks on their way at once."""
     return "\n".join([*lines, legend, ""])
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Steps a second against the rate, for the first job of the rows."""
+    """Steps a second against the rate, a panel for each model: its first job."""
     import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    first = rows[0]
-    mine = [
-        row
-        for row in rows
-        if (row.model, row.dtype, row.sequences) == (first.model, first.dtype, first.sequences)
-    ]
-    figure, axes = pyplot.subplots(figsize=(7, 4))
-    for name in dict.fromkeys(row.engine for row in mine):
-        points = sorted((row.mbit, 1 / row.step_s) for row in mine if row.engine == name)
-        axes.plot(*zip(*points, strict=True), marker="o", label=name)
-    axes.set(xscale="log", yscale="log", xlabel="Mb/s each way", ylabel="steps a second")
-    axes.set_title(f"{first.model}, {first.dtype}, {first.sequences} sequences a rank")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    figure.tight_layout()
+    jobs = list({row.model: row.job for row in reversed(rows)}.values())[::-1]
+    figure = Figure(figsize=(6.5 * len(jobs), 4.2), layout="constrained")
+    for panel, job in zip(figure.subplots(1, len(jobs), squeeze=False)[0], jobs, strict=True):
+        mine = [row for row in rows if row.job == job]
+        for name in dict.fromkeys(row.engine for row in mine):
+            points = sorted((row.mbit, 1 / row.step_s) for row in mine if row.engine == name)
+            panel.plot(*zip(*points, strict=True), marker="o", label=name)
+        panel.set(xscale="log", yscale="log", xlabel="Mb/s each way", ylabel="steps a second")
+        panel.set_title(f"{job[0]}, {job[1]}, batch of {job[2]} a rank")
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    with matplotlib.rc_context({"svg.hashsalt": "compression"}):
+        figure.savefig(path, metadata={"Date": None})
 
 
 def quick(options: argparse.Namespace) -> list[Row]:
     """A tiny model: over two namespaces where they can be had, else over this machine's own loopback."""
-    job = replace(Row("tiny", "fp32", 1, 1000.0, "", 0.0, 0.0, 0.0))
+    job = Row("tiny", "fp32", 1, 1000.0, "", 0.0, 0.0, 0.0, rounds=1, steps=2, date=_measure.today())
     options.model, options.sequences = "tiny", 1
-    names = ["ddp", "zero++-3", "1-bit-adam"]
+    names, rates = ["ddp", "zero++-3", "1-bit-adam"], [None, 1000.0]
     try:
-        with lab() as hosts, started(names, "fp32", options, hosts) as engines:
-            found = list(measure(engines, hosts, [1000.0], 1, 2))
+        with lab() as hosts, started(names, "fp32", options, hosts, rates) as engines:
+            found = list(measure(engines, hosts, 1, 2))
     except LabError as error:
         say(f"compression: no slow link here: {error}")
-        with started(names, "fp32", options, None) as engines:
-            for engine in engines:
+        with started(names, "fp32", options, None, [None]) as engines:
+            for engine in engines[None]:
                 engine.measure_round(2, lead=1)
+            last = [(engine.name, engine.rounds[-1]) for engine in engines[None]]
             found = [
-                (
-                    e.name,
-                    1000.0,
-                    e.rounds[-1].seconds,
-                    e.rounds[-1].seconds,
-                    e.rounds[-1].sent_bytes / _measure.MIB,
-                )
-                for e in engines
+                (name, 1000.0, each.seconds, each.seconds, each.sent_bytes / _measure.MIB)
+                for name, each in last
             ]
     return [
         replace(job, engine=name, mbit=mbit, fast_s=fast, step_s=slow, sent_mib=sent)
@@ -210,7 +227,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--mbits", default="100,1000,10000", help="comma-separated rates")
     parser.add_argument("--models", default="25m", help=f"comma-separated, of {', '.join(PRESETS)}")
-    parser.add_argument("--dtypes", default="bf16", help=f"comma-separated, of {', '.join(DTYPES)}")
+    parser.add_argument("--dtypes", default="bf16,fp32", help=f"comma-separated, of {', '.join(DTYPES)}")
     parser.add_argument(
         "--sequences", dest="all_sequences", default="1,4", help="comma-separated, a rank and step"
     )
@@ -220,38 +237,46 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the results")
     parser.add_argument("--quick", action="store_true", help="a tiny model; prints, writes nothing")
     options = parser.parse_args(arguments)
-    options.accumulate, options.recompute, options.warm_up = 1, False, 4
+    options.accumulate, options.recompute = 1, False
     if options.quick:
-        options.models, options.rounds, options.steps = "tiny", 1, 2
-        print(page(quick(options), options))
+        print(page(quick(options)))
         return 0
     names = [name for name in dict.fromkeys(["ddp", *options.engines.split(",")]) if not missing(name)]
-    rates = [float(rate) for rate in options.mbits.split(",")]
-    rows: list[Row] = []
-    try:
-        with lab() as hosts:
-            for model in options.models.split(","):
-                for dtype in options.dtypes.split(","):
-                    for sequences in map(int, options.all_sequences.split(",")):
-                        options.model, options.sequences = model, sequences
-                        say(f"{model}, {dtype}, {sequences} sequences a rank")
-                        with started(names, dtype, options, hosts.set_rate(None)) as engines:
-                            rows += [
-                                Row(model, dtype, sequences, mbit, name, fast, slow, sent)
-                                for name, mbit, fast, slow, sent in measure(
-                                    engines, hosts, rates, options.rounds, options.steps
-                                )
-                            ]
-    except LabError as error:
-        say(f"compression: {error}")
-        return 2
-    text = page(rows, options)
-    print(text)
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "compression.md").write_text(text)
-    (options.out / "compression.json").write_text(json.dumps([asdict(row) for row in rows], indent=1))
-    draw(rows, HERE.parent / "docs" / "images" / "compression.svg")
+    rates = [None, *(float(rate) for rate in options.mbits.split(","))]
+    for model in options.models.split(","):
+        for dtype in options.dtypes.split(","):
+            for sequences in map(int, options.all_sequences.split(",")):
+                options.model, options.sequences = model, sequences
+                say(f"{model}, {dtype}, {sequences} sequences a rank")
+                try:
+                    with lab() as hosts, started(names, dtype, options, hosts, rates) as engines:
+                        rows = [
+                            Row(
+                                model, dtype, sequences, mbit, name, fast, slow, sent,
+                                options.rounds, options.steps, _measure.today(),
+                            )
+                            for name, mbit, fast, slow, sent in measure(
+                                engines, hosts, options.rounds, options.steps
+                            )
+                        ]  # fmt: skip
+                except LabError as error:
+                    say(f"compression: {error}")
+                    return 2
+                print("\n".join(table(rows)))
+                write(rows, options.out)
     return 0
+
+
+def write(rows: Sequence[Row], folder: Path) -> None:
+    """Results and picture of one job, with those of other jobs that are there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = folder / "compression.json"
+    known = [Row(**each) for each in json.loads(kept.read_text())] if kept.exists() else []
+    every = [row for row in known if row.job != rows[0].job] + list(rows)
+    every.sort(key=lambda row: (list(PRESETS).index(row.model), row.dtype, row.sequences, row.mbit))
+    kept.write_text(json.dumps([asdict(row) for row in every], indent=1) + "\n")
+    (folder / "compression.md").write_text(page(every))
+    draw(every, HERE.parent / "docs" / "images" / "compression.svg")
 
 
 if __name__ == "__main__":

@@ -237,40 +237,29 @@ def page(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def picture(record: dict[str, Any]) -> str:
-    """Every curve of every seed, a panel for each reference, as SVG."""
+def draw(record: dict[str, Any], path: Path) -> None:
+    """Every curve of every seed, a panel for each reference."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
     rows = record["rows"]
-    panels = [name for name in dict.fromkeys(row["reference"] for row in rows.values()) if name in rows]
-    width, height, parts = 460, 330, list[str]()
-    for place, reference in enumerate(panels):
-        shown = {name: row for name, row in rows.items() if row["reference"] == reference}
-        losses = [loss for row in shown.values() for each in row["curves"] for loss in each]
-        low, high, left = min(losses), min(max(losses), 4.0), place * width + 50
-        for value in (low, (low + high) / 2, high):
-            y = 20 + (high - value) / (high - low) * (height - 80)
-            parts.append(f'<text x="{left - 44}" y="{y + 4:.0f}">{value:.2f}</text>')
-            parts.append(
-                f'<line x1="{left}" x2="{left + width - 80}" y1="{y:.0f}" y2="{y:.0f}" stroke="#ddd"/>'
-            )
-        for number, (name, row) in enumerate(shown.items()):
-            colour = METHODS[name].colour
-            for each in row["curves"]:
-                points = " ".join(
-                    f"{left + step * (width - 80) / (len(each) - 1):.1f},"
-                    f"{20 + (high - min(loss, high)) / (high - low) * (height - 80):.1f}"
-                    for step, loss in enumerate(each)
-                )
-                parts.append(
-                    f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.2"/>'
-                )
-            parts.append(f'<text x="{left + number * 95}" y="{height - 30}" fill="{colour}">{name}</text>')
-        steps = next(iter(shown.values()))["steps"]
-        parts.append(f'<text x="{left}" y="{height - 10}">held-out loss, {steps} steps</text>')
-    size = f'width="{len(panels) * width}" height="{height}"'
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="12">'
-        f'<rect {size} fill="white"/>{"".join(parts)}</svg>\n'
-    )
+    references = [name for name in dict.fromkeys(row["reference"] for row in rows.values()) if name in rows]
+    figure = Figure(figsize=(6.5 * len(references), 4.2), layout="constrained")
+    for panel, reference in zip(
+        figure.subplots(1, len(references), squeeze=False)[0], references, strict=True
+    ):
+        for name, row in rows.items():
+            if row["reference"] == reference:
+                for number, losses in enumerate(row["curves"]):
+                    steps = [(place + 1) * row["steps"] / len(losses) for place in range(len(losses))]
+                    label = name if number == 0 else None
+                    panel.plot(steps, losses, color=METHODS[name].colour, linewidth=1, label=label)
+        panel.set(xlabel="steps", ylabel="held-out loss", title=f"{reference}, a line for each seed")
+        panel.axvline(WARM_UP * rows[reference]["steps"], color="#999999", linestyle=":", label="freeze")
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=8)
+    with matplotlib.rc_context({"svg.hashsalt": "compression_learning"}):
+        figure.savefig(path, metadata={"Date": None})
 
 
 def main() -> None:
@@ -304,8 +293,7 @@ def main() -> None:
     if not options.quick:
         options.out.write_text(json.dumps(record, indent=1) + "\n")
         options.out.with_suffix(".md").write_text(written)
-        images = HERE.parent / "docs" / "images"
-        (images / "compression_learning.svg").write_text(picture(record))
+        draw(record, HERE.parent / "docs" / "images" / "compression_learning.svg")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 `python3 tools/dev.py peers` comes here. DeepSpeed compiles each of its CPU operators when it is first used,
 which takes minutes; this does it once, into the environment itself, so that no benchmark's clock or time-out
 meets a compiler. `environ.json` holds the variables that a process of this environment needs; it is written
-last, so where it is, the environment is whole.
+last, so where it is, DeepSpeed and its operators are whole. llama.cpp is compiled after it, for this very processor;
+where that fails, the rest stays and `llama-cpp.json` is missing: a benchmark says that it leaves it out.
 
 Peers that are programs (fio) come from the system's packages, where this process may install them; a benchmark says
 what it leaves out.
@@ -27,6 +28,9 @@ PINS = REPO / "tools" / "peers-constraints.txt"
 OPERATORS = ("ShareMemCommBuilder", "FusedAdamBuilder", "CPUAdamBuilder")
 # Needs a system library; without it the rest is whole.
 OPTIONAL_OPERATORS = ("AsyncIOBuilder",)
+# Not among the pins, which must all install. No curl, no pictures: nothing but the library.
+LLAMA_CPP = "llama-cpp-python==0.3.36"
+LLAMA_CPP_OPTIONS = "-DGGML_NATIVE=ON -DGGML_OPENMP=ON -DLLAVA_BUILD=OFF -DLLAMA_OPENSSL=OFF"
 # Debian packages, and what shows that each is there.
 PROGRAMS = {"fio": "fio"}
 HEADERS = {"libaio-dev": "libaio.h"}
@@ -34,40 +38,64 @@ BUILD = "from deepspeed.accelerator import get_accelerator as a; a().create_op_b
 
 
 def set_up() -> None:
-    """Install the peers and build their operators; does nothing when both are there."""
+    """Install the peers and build what they compile; does nothing when all is there."""
     with locked("peers"):
         install_system_packages()
         key = setup_key()
-        if ready(key):
-            return
-        if not (shutil.which("c++") or shutil.which("g++")):
-            raise SetupError(
-                "DeepSpeed compiles its operators: install a C++ compiler (Debian: `apt install g++`)."
-            )
-        say(f"setting up {shown(FOLDER)} (once; about ten minutes, most of it compiling)")
-        venv = Venv(FOLDER)
-        steps = venv.create("setup.log")
-        environ = {
-            "DS_ACCELERATOR": "cpu",
-            "DS_BUILD_OPS": "0",
-            "TORCH_EXTENSIONS_DIR": str(FOLDER / f"operators-{key}"),
-            **venv.environ(),
-        }
-        steps.environ.update(environ, MAX_JOBS="2")
-        pip: list[str | Path] = [venv.python, "-m", "pip", "install"]
-        retry = "Run this again when that is mended; what is already there is kept."
-        # DeepSpeed's own build asks torch about this machine: torch first, no isolated build for the rest.
-        names = ("torch", "numpy", "setuptools", "ninja")
-        steps.run("installing torch", [*pip, "-c", PINS, *names], retry)
-        steps.run("installing the peers", [*pip, "--no-build-isolation", "-r", PINS], retry)
-        for name in operators():
-            forget_stale_locks(Path(environ["TORCH_EXTENSIONS_DIR"]))
-            title = f"building DeepSpeed's {name.removesuffix('Builder')}"
-            steps.run(title, [venv.python, "-c", BUILD.format(name=name)], retry)
-        environ.pop("PATH")
-        (FOLDER / "environ.json").write_text(
-            json.dumps({"key": key, "bin": str(venv.bin), "environ": environ})
+        if not ready(key):
+            install_peers(key)
+        build_llama_cpp()
+
+
+def install_peers(key: str) -> None:
+    """Make the environment: the pinned packages, DeepSpeed's operators."""
+    if not (shutil.which("c++") or shutil.which("g++")):
+        raise SetupError(
+            "DeepSpeed compiles its operators: install a C++ compiler (Debian: `apt install g++`)."
         )
+    say(f"setting up {shown(FOLDER)} (once; about ten minutes, most of it compiling)")
+    venv = Venv(FOLDER)
+    steps = venv.create("setup.log")
+    environ = {
+        "DS_ACCELERATOR": "cpu",
+        "DS_BUILD_OPS": "0",
+        "TORCH_EXTENSIONS_DIR": str(FOLDER / f"operators-{key}"),
+        **venv.environ(),
+    }
+    steps.environ.update(environ, MAX_JOBS="2")
+    pip: list[str | Path] = [venv.python, "-m", "pip", "install"]
+    retry = "Run this again when that is mended; what is already there is kept."
+    # DeepSpeed's own build asks torch about this machine: torch first, no isolated build for the rest.
+    names = ("torch", "numpy", "setuptools", "ninja")
+    steps.run("installing torch", [*pip, "-c", PINS, *names], retry)
+    steps.run("installing the peers", [*pip, "--no-build-isolation", "-r", PINS], retry)
+    for name in operators():
+        forget_stale_locks(Path(environ["TORCH_EXTENSIONS_DIR"]))
+        title = f"building DeepSpeed's {name.removesuffix('Builder')}"
+        steps.run(title, [venv.python, "-c", BUILD.format(name=name)], retry)
+    environ.pop("PATH")
+    (FOLDER / "environ.json").write_text(json.dumps({"key": key, "bin": str(venv.bin), "environ": environ}))
+
+
+def build_llama_cpp() -> None:
+    """Compile llama.cpp into the environment, unless it is there; where that fails, say so and go on."""
+    made = FOLDER / "llama-cpp.json"
+    key = digest(LLAMA_CPP, LLAMA_CPP_OPTIONS, platform.machine(), processor())
+    if made.exists() and json.loads(made.read_text())["key"] == key:
+        return
+    made.unlink(missing_ok=True)
+    venv = Venv(FOLDER)
+    build = {"CMAKE_ARGS": LLAMA_CPP_OPTIONS, "CMAKE_BUILD_PARALLEL_LEVEL": str(os.cpu_count() or 1)}
+    steps = Steps(FOLDER / "llama-cpp.log", {**venv.environ(), **build})
+    # A wheel in pip's cache may have been built for another processor, or with other options.
+    how = ("--no-build-isolation", "--no-binary", "llama-cpp-python", "--no-cache-dir", "--force-reinstall")
+    command: list[str | Path] = [venv.python, "-m", "pip", "install", "-v", "--no-deps", *how, LLAMA_CPP]
+    try:
+        steps.run("building llama.cpp (about ten minutes)", command, "")
+    except SetupError as error:
+        say(f"{error}  llama.cpp is left out of benchmarks; run this again to build it")
+        return
+    made.write_text(json.dumps({"key": key}))
 
 
 def install_system_packages() -> None:
@@ -100,8 +128,12 @@ def operators() -> tuple[str, ...]:
 
 def setup_key() -> str:
     """What the installed environment depends on; operators are compiled for this very processor."""
-    text = PINS.read_text() + platform.machine() + processor() + os.fspath(REPO) + " ".join(operators())
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    return digest(PINS.read_text(), platform.machine(), processor(), os.fspath(REPO), " ".join(operators()))
+
+
+def digest(*texts: str) -> str:
+    """One short hash of all."""
+    return hashlib.sha256("".join(texts).encode()).hexdigest()[:12]
 
 
 def processor() -> str:

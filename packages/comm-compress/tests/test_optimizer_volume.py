@@ -22,7 +22,9 @@ STEPS = 30
 INTERVALS = {"var_freeze_step": 8, "var_update_scaler": 2, "local_step_scaler": 6, "local_step_clipper": 4}
 
 
-@patch("zero_core.collectives.connect", lambda *_: None)  # ranks of one machine would share memory: nothing to count
+@patch(
+    "zero_core.collectives.connect", lambda *_: None
+)  # ranks of one machine would share memory: nothing to count
 def train(rank: int, kind: str, dtype: torch.dtype, more: dict[str, Any]) -> list[int]:
     """Bytes sent, by step."""
     generator = torch.Generator().manual_seed(rank)

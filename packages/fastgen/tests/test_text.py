@@ -28,6 +28,39 @@ def test_pieces_make_the_text(text):
     assert not any("\ufffd" in piece for piece in shown) or "\ufffd" in text
 
 
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.sampled_from(["\ufffd", "é", "a", b"\x80", b"\xf0\x9f", "<end>"]), max_size=60))
+def test_long_runs_without_a_whole_character(pieces):
+    ids = []
+    for piece in pieces:
+        ids += TOKENIZER.all_special_ids[:1] if piece == "<end>" else tokens_of(piece)
+    stream = TextStream(TOKENIZER)
+    shown = [*(stream.push(token) for token in ids), stream.finish()]
+    assert "".join(shown) == TOKENIZER.decode(ids, skip_special_tokens=True)
+
+
+def tokens_of(piece: str | bytes) -> list[int]:
+    """Of bytes, whether they are characters or not; the tokenizer has one for each byte."""
+    return list(piece.encode() if isinstance(piece, str) else piece)
+
+
+@pytest.mark.parametrize("token", [0x80, "special"])
+def test_tokens_without_text_are_not_decoded_for_ever(token, monkeypatch):
+    longest = 0
+    decode = TOKENIZER.decode
+
+    def watched(ids, **options):
+        nonlocal longest
+        longest = max(longest, len(ids))
+        return decode(ids, **options)
+
+    monkeypatch.setattr(TOKENIZER, "decode", watched)
+    stream = TextStream(TOKENIZER)
+    for _ in range(300):
+        stream.push(TOKENIZER.all_special_ids[0] if token == "special" else token)
+    assert longest <= 40
+
+
 def test_characters_come_whole():
     shown, _ = streamed("a東é😀")
     assert [piece for piece in shown if piece] == ["a", "東", "é", "😀"]

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _BROKEN = "\ufffd"
+_MOST_HELD = 16
+"""Tokens that are waited for to become text, or each would be decoded with all before it."""
 
 
 class TextStream:
@@ -40,9 +42,13 @@ class TextStream:
         self._ids.append(token_id)
         before = self._decode(self._ids[self._begin : self._shown])
         now = self._decode(self._ids[self._begin :])
+        stop = len(self._ids)
         if now.endswith(_BROKEN) or len(now) <= len(before):  # part of a character, or a token without text
-            return ""
-        self._begin, self._shown = self._shown, len(self._ids)
+            if stop - self._shown < _MOST_HELD:
+                return ""
+            stop = self._last_boundary(now)
+            now = self._decode(self._ids[self._begin : stop])
+        self._begin, self._shown = self._shown, stop
         return self._through_stops(now[len(before) :])
 
     def finish(self) -> str:
@@ -64,6 +70,13 @@ class TextStream:
         child._begin, child._shown, child._held = self._begin, self._shown, self._held
         child.stopped = self.stopped
         return child
+
+    def _last_boundary(self, text: str) -> int:
+        """Before so many tokens no character is cut, though the last one may lack bytes yet."""
+        for stop in range(len(self._ids) - 3, len(self._ids)):
+            if self._decode(self._ids[self._begin : stop]) + self._decode(self._ids[stop:]) == text:
+                return stop
+        return len(self._ids)
 
     def _decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True)) if ids else ""

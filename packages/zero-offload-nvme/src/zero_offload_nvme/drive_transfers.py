@@ -15,15 +15,26 @@ from .drive_files import Place
 
 
 @dataclass(frozen=True)
-class _Writing:
-    """Elements `start` to `stop` of a tensor on their way to the file."""
+class Writing:
+    """Elements `start` to `stop` of a tensor on their way to the file, from `values`."""
 
     start: int
-    stop: int
+    values: torch.Tensor
     transfer: ak.Transfer
 
+    @property
+    def stop(self) -> int:
+        """The first element after them."""
+        return self.start + self.values.numel()
+
     def touches(self, start: int, stop: int) -> bool:
+        """Whether a range has some of them."""
         return self.start < stop and start < self.stop
+
+    def copy_to(self, out: torch.Tensor, start: int) -> bool:
+        """Elements from `start` on; False if their memory may have been another's before the copy had ended."""
+        out.copy_(self.values[start - self.start : start - self.start + out.numel()])
+        return not self.transfer.is_done()
 
 
 class Writes:
@@ -35,15 +46,19 @@ class Writes:
 
     def __init__(self, limit_bytes: int) -> None:
         self._limit_bytes = limit_bytes
-        self._of: dict[str, list[_Writing]] = {}
+        self._of: dict[str, list[Writing]] = {}
 
     def names(self) -> list[str]:
         """Of tensors that may not have arrived."""
         return list(self._of)
 
-    def add(self, name: str, start: int, stop: int, transfer: ak.Transfer) -> None:
+    def touching(self, name: str, start: int, stop: int) -> list[Writing]:
+        """Those of a range."""
+        return [each for each in self._of.get(name, ()) if each.touches(start, stop)]
+
+    def add(self, name: str, writing: Writing) -> None:
         """One has begun. Those that have ended are let go, and above the limit the oldest are waited for."""
-        self._of.setdefault(name, []).append(_Writing(start, stop, transfer))
+        self._of.setdefault(name, []).append(writing)
         # A transfer keeps its values until somebody has waited for it.
         writes = [(each, writing) for each, its in self._of.items() for writing in its]
         held = sum(writing.transfer.nbytes for _, writing in writes)
@@ -63,9 +78,7 @@ class Writes:
         Raises:
             accel_kernels.TransferError: one that is not wholly replaced has failed.
         """
-        for writing in list(self._of.get(name, ())):
-            if not writing.touches(start, stop):
-                continue
+        for writing in self.touching(name, start, stop):
             covered = replaced and start <= writing.start and writing.stop <= stop
             with suppress(*([ak.TransferError] if covered else [])):
                 writing.transfer.wait()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import wraps
 from typing import Concatenate, ParamSpec, TypeVar
 
@@ -16,7 +17,7 @@ import accel_kernels as ak
 import torch
 
 from .drive_files import DriveFiles, Place
-from .drive_transfers import ReadAhead, Writes
+from .drive_transfers import ReadAhead, Writes, Writing
 from .host_store import DONE, Done
 
 # Note [Views of a drive]
@@ -138,12 +139,27 @@ class NvmeStore:
         self._writes.wait(name, start, stop, replaced=True)
         values = values.detach().cpu().contiguous()
         transfer = self.engine.write(place.drive.file, place.offset_of(start), values)
-        self._writes.add(name, start, stop, transfer)
+        self._writes.add(name, Writing(start, values.view(-1), transfer))
         return transfer
 
-    @_one_at_a_time
     def fetch(self, name: str, out: torch.Tensor, start: int = 0) -> _Reading | Done:
-        """See `zero_core.ShardStore.fetch`."""
+        """See `zero_core.ShardStore.fetch`; what is on its way to the drive is copied from where it comes from."""
+        return DONE if self._copied(name, out, start) else self._read(name, out, start)
+
+    def _copied(self, name: str, out: torch.Tensor, start: int) -> bool:
+        """Whether `out` was filled from a write under way; if not, no write of the range is under way any more."""
+        stop = start + out.numel()
+        with self._lock:
+            writes = self._writes.touching(name, start, stop)
+        for each in writes:
+            if each.start <= start and stop <= each.stop and each.copy_to(out, start):
+                return True
+            with suppress(ak.TransferError):  # told by `_read`
+                each.transfer.wait()  # not in the lock: others may use the store
+        return False
+
+    @_one_at_a_time
+    def _read(self, name: str, out: torch.Tensor, start: int) -> _Reading | Done:
         place = self._files[name]
         place.check(name, out, start)
         if not out.numel():

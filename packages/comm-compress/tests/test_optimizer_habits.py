@@ -8,7 +8,7 @@ from typing import Any
 import comm_compress as cc
 import pytest
 import torch
-from comm_compress.optimizers.base import Travel
+from comm_compress.optimizers.rounds import Travel
 from optimizer_models import BUILD, SMALL, Net, batch, loss_of, same, values
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel

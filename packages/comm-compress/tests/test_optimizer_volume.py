@@ -22,8 +22,8 @@ STEPS = 30
 INTERVALS = {"var_freeze_step": 8, "var_update_scaler": 2, "local_step_scaler": 6, "local_step_clipper": 4}
 
 
-def train(rank: int, kind: str, dtype: torch.dtype, more: dict[str, Any]) -> list[int]:
-    """Bytes sent, by step."""
+def train(rank: int, kind: str, dtype: torch.dtype, more: dict[str, Any]) -> tuple[list[int], Any]:
+    """Bytes sent, by step; and what the optimizer says of it."""
     zero_core.collectives.connect = lambda *_: None  # what ranks of one machine would put into shared memory
     generator = torch.Generator().manual_seed(rank)
     params = [nn.Parameter(torch.ones(size, dtype=dtype)) for size in SIZES]
@@ -35,7 +35,7 @@ def train(rank: int, kind: str, dtype: torch.dtype, more: dict[str, Any]) -> lis
         with counted() as messages:
             optimizer.step()
         sent.append(sum(messages))
-    return sent
+    return sent, cc.traffic(optimizer)
 
 
 def exact(world: int, itemsize: int) -> int:
@@ -53,7 +53,12 @@ def test_warm_up_and_compressed_steps(kind: str, world: int, dtype: torch.dtype,
     freeze = 5
     ranks = run_ranks(train, world, kind, dtype, {"freeze_step": freeze, "shard": shard})
     told = (world - 1) * AGREEMENT
-    for rank, sent in enumerate(ranks):
+    for rank, (sent, told_of) in enumerate(ranks):
+        assert told_of.line("gradients").sent.total == freeze * exact(world, dtype.itemsize)
+        assert told_of.line("signs of momenta").sent.total == (STEPS - freeze) * signs(world, rank)
+        assert told_of.line("signs of momenta").ratio == pytest.approx(8 * dtype.itemsize, rel=0.01)
+        assert told_of.line("signs of momenta").codec_s > 0
+        assert told_of.total.plain.total == STEPS * exact(world, dtype.itemsize)
         for step in range(2, STEPS + 1):  # the first also compares parameters, and names the optimizer
             if step > freeze:
                 assert sent[step - 1] == signs(world, rank) + told
@@ -73,7 +78,9 @@ def test_zero_one_adam_follows_its_schedule(world: int) -> None:
     assert len(updates | syncs) < 0.8 * STEPS
     told = (world - 1) * AGREEMENT
     ranks = run_ranks(train, world, "ZeroOneAdam", torch.bfloat16, INTERVALS)
-    for rank, sent in enumerate(ranks):
+    for rank, (sent, told_of) in enumerate(ranks):
+        assert told_of.line("nothing").calls == STEPS - len(updates | syncs)
+        assert told_of.line("nothing").ratio == float("inf")
         for step in range(2, STEPS + 1):
             want = 0  # not a byte
             if step in updates:
@@ -83,3 +90,5 @@ def test_zero_one_adam_follows_its_schedule(world: int) -> None:
             assert sent[step - 1] == want, step
         run = run_volume(BUCKETS, world, 2, num_steps=STEPS, exact_steps=updates, sync_steps=syncs, rank=rank)
         assert sum(sent) == pytest.approx(run.sent_bytes, rel=0.01)
+        assert told_of.total.sent.total == run.sent_bytes
+        assert told_of.total.ratio == pytest.approx(run.ratio)

@@ -7,7 +7,7 @@ from typing import Any
 import comm_compress as cc
 import pytest
 import torch
-from comm_compress.optimizers.base import Travel
+from comm_compress.optimizers.rounds import Travel
 from optimizer_models import BUILD, SMALL, Net, loss_of, same, values
 from zero_core.testing import run_ranks
 

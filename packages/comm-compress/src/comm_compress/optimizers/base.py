@@ -7,74 +7,35 @@ stepped how, and what is kept for it, a subclass says. Next: `onebit_adam`, `zer
 
 from __future__ import annotations
 
-import enum
 import logging
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accel_kernels import grad_norm_scale
 from torch import Tensor
-from zero_core import Wire
 
-from ..allreduce_1bit import OneBitReduction, OneBitState, start_allreduce_1bit
+from ..allreduce_1bit import start_allreduce_1bit
 from ..errors import CompressConfigError, CompressStateError
+from ..traffic import Entry
+from ..wire import Sent
+from ..wire_1bit import sent_1bit, sent_exact
 from . import exact
 from .bucket import Bucket
-from .bucketed import BucketedOptimizer
-from .kinds import Held
 from .layout import Slot
 from .pipeline import pipeline
 from .policy import Compression
+from .rounds import Round, SignFlight, Travel, fingerprint, kept_of
+from .saved import SavedOptimizer
 from .verdict import Verdict, agree, check_alike, judge
 
 logger = logging.getLogger(__name__)
 
 
-class Travel(enum.Enum):
-    """What a step sends: gradients as they are, momenta as signs, or nothing."""
-
-    EXACT = enum.auto()
-    SIGNS = enum.auto()
-    NOTHING = enum.auto()
-
-
-@dataclass
-class Round:
-    """One step under way.
-
-    Attributes:
-        grads: by the parameters' indices: this rank's, or after an exact round the means.
-        parts: after an exact round whose buckets are sharded: the means of this rank's parts.
-        scale: what gradients are still to be multiplied by.
-        norm: 2-norm of the mean gradient; where that does not travel, the root of the mean over ranks of squared
-            norms, which is no smaller. nan if not finite.
-    """
-
-    travel: Travel
-    grads: list[Tensor | None]
-    verdict: Verdict
-    scale: float
-    parts: list[Tensor] = field(default_factory=list)
-    norm: float = math.nan
-    seen: tuple[tuple[int, int], ...] = ()
-
-
-@dataclass
-class _Flight:
-    """A bucket whose momentum is on its way."""
-
-    bucket: Bucket
-    state: OneBitState
-    kept: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    reduction: OneBitReduction | None = None
-
-
-class CompressedOptimizer(BucketedOptimizer):
+class CompressedOptimizer(SavedOptimizer):
     """Base of the optimizers of this package.
 
     Attributes:
@@ -99,6 +60,11 @@ class CompressedOptimizer(BucketedOptimizer):
         self._alike_checked = False
         self._scratch: Tensor | None = None
         self._warned = False
+        self._counted = {
+            Travel.EXACT: Entry("gradients"),
+            Travel.SIGNS: Entry("signs of momenta"),
+            Travel.NOTHING: Entry("nothing"),
+        }
 
     # -- what a subclass says ---------------------------------------------------------------------------------
 
@@ -157,7 +123,7 @@ class CompressedOptimizer(BucketedOptimizer):
         scale, overflow = self._of_scaler()
         round_ = self._round
         grads = self._gradients()
-        if round_ is None or round_.seen != _fingerprint(grads):
+        if round_ is None or round_.seen != fingerprint(grads):
             round_ = self._begin(grads, scale=scale, overflow=overflow)
         elif scale != 1.0:
             raise CompressStateError(
@@ -252,6 +218,7 @@ class CompressedOptimizer(BucketedOptimizer):
                 logger.warning("step %d: a gradient is not finite; skipped on all ranks", self.num_steps + 1)
             return
         round_.scale *= factor
+        self._count(round_.travel)
         for bucket in self._buckets:
             self._edited(bucket, bucket.take_edits())
         if round_.travel is Travel.EXACT:
@@ -264,27 +231,48 @@ class CompressedOptimizer(BucketedOptimizer):
         self._end(round_)
         self._note()
 
+    def entries(self) -> list[Entry]:
+        """What steps have sent, for `comm_compress.traffic`; beside what exact ones would have."""
+        return [entry for entry in self._counted.values() if entry.calls]
+
+    def _count(self, travel: Travel, *, steps: int = 1) -> None:
+        rank, world = self.group.rank(), self.group.size()
+        wire_dtype = self.compression.reduce_dtype
+        exact_bytes = signs_bytes = 0
+        for bucket in self._buckets:
+            numel, itemsize = bucket.plan.numel, (wire_dtype or bucket.dtype).itemsize
+            exact_bytes += sent_exact(numel, world, itemsize).total
+            signs_bytes += sent_1bit(numel, world, rank).total
+        entry = self._counted[travel]
+        entry.begin(Sent(across=steps * exact_bytes))
+        if travel is not Travel.NOTHING:
+            entry.sent += Sent(across=exact_bytes if travel is Travel.EXACT else signs_bytes)
+
     def _step_signs(self, round_: Round) -> None:
         wire, used = self._wire(), round_.verdict.used
+        counted = self._counted[Travel.SIGNS]
 
-        def send(flight: _Flight) -> None:
-            flight.kept = _keep(flight.bucket, flight.state, wire, used)
+        def send(flight: SignFlight) -> None:
+            flight.kept = kept_of(flight.bucket, flight.state, wire, used)
             tensor = self._before_signs(flight.bucket, round_)
-            flight.reduction = start_allreduce_1bit(tensor, wire, flight.state)
+            with counted.codec.running(wire.device):
+                flight.reduction = start_allreduce_1bit(tensor, wire, flight.state)
 
-        def serve(flight: _Flight) -> None:
+        def serve(flight: SignFlight) -> None:
             assert flight.reduction is not None
-            flight.reduction.advance()
+            flight.reduction.arrive()
+            with counted.codec.running(wire.device):
+                flight.reduction.advance()
 
-        def receive(flight: _Flight) -> None:
+        def receive(flight: SignFlight) -> None:
             assert flight.reduction is not None
-            flight.reduction.wait()
+            serve(flight)
             self._after_signs(flight.bucket, flight.reduction.tensor, round_)
             for place, before in flight.kept:
                 place.copy_(before)
             flight.kept, flight.reduction = [], None
 
-        flights = [_Flight(bucket, self._signs[bucket.plan.name]) for bucket in self._buckets]
+        flights = [SignFlight(bucket, self._signs[bucket.plan.name]) for bucket in self._buckets]
         pipeline(flights, send, serve, receive)
 
     def _move(
@@ -336,7 +324,7 @@ class CompressedOptimizer(BucketedOptimizer):
         for param, grad in zip(self._params, round_.grads, strict=True):
             if param.grad is None and grad is not None:
                 param.grad = grad
-        round_.seen = _fingerprint(round_.grads)
+        round_.seen = fingerprint(round_.grads)
         return round_
 
     def _of_scaler(self) -> tuple[float, bool]:
@@ -364,28 +352,3 @@ class CompressedOptimizer(BucketedOptimizer):
 
 def _zeros(numel: int, device: torch.device) -> Tensor:
     return torch.zeros(numel, dtype=torch.float64, device=device)
-
-
-def _fingerprint(grads: Sequence[Tensor | None]) -> tuple[tuple[int, int], ...]:
-    return tuple((0, 0) if grad is None else (id(grad), grad._version) for grad in grads)
-
-
-def _keep(
-    bucket: Bucket, state: OneBitState, wire: Wire, used: frozenset[int] | None
-) -> list[tuple[Tensor, Tensor]]:
-    """Copies of what belongs to parameters that do not move, with the places they came from.
-
-    They travel with their bucket, and so are reduced like the others: what that does to them is undone.
-    """
-    resting = bucket.resting(used)
-    if not resting:
-        return []
-    tensors = [(flat, 0) for key, flat in bucket.flat.items() if key != "server_error"]
-    start = Held.CHUNK.span(bucket.plan.numel, wire.group.size(), wire.group.rank())[0]
-    tensors.append((state.server_error, start))
-    places = [
-        flat[max(slot.start - offset, 0) : max(slot.stop - offset, 0)]
-        for flat, offset in tensors
-        for slot in resting
-    ]
-    return [(place, place.clone()) for place in places if place.numel()]

@@ -19,9 +19,10 @@ from accel_kernels import grad_norm_scale
 from torch import Tensor
 
 from . import exact
-from .base import CompressedOptimizer, Round, Travel
+from .base import CompressedOptimizer
 from .bucket import Bucket
 from .policy import Compression
+from .rounds import Round, Travel
 from .rules import corrections
 from .warmup import FreezeRule, VarianceWatch
 

@@ -14,12 +14,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import exact
-from .base import Round
 from .bucket import Bucket
 from .freezing import FreezingOptimizer, Phase
 from .kinds import Held
 from .options import adam_defaults
 from .policy import Compression
+from .rounds import Round
 from .rules import corrections, part_pieces, step_adam, whole_pieces
 from .scales import layer_scales
 from .warmup import FreezeRule

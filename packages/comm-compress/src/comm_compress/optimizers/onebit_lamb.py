@@ -16,13 +16,13 @@ from torch import Tensor
 
 from ..errors import CompressConfigError
 from . import exact
-from .base import Round
 from .bucket import Bucket
 from .freezing import FreezingOptimizer, Phase
 from .kinds import Held
 from .layout import Slot
 from .options import adam_defaults
 from .policy import Compression
+from .rounds import Round
 from .rules import corrections, part_pieces, step_lamb, trust, whole_pieces
 from .scales import layer_scales
 from .warmup import FreezeRule

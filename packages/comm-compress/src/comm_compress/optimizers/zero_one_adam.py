@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .base import CompressedOptimizer, Round, Travel
+from .base import CompressedOptimizer
 from .bucket import Bucket
 from .freezing import settle_roots
 from .intervals import Intervals
@@ -23,6 +23,7 @@ from .kinds import Held
 from .layout import Slot
 from .options import adam_defaults
 from .policy import Compression
+from .rounds import Round, Travel
 from .rules import corrections
 from .scales import layer_scales
 from .verdict import agree
@@ -147,6 +148,7 @@ class ZeroOneAdam(CompressedOptimizer):
             self._flushing = True
             try:
                 round_ = Round(Travel.SIGNS, nothing, verdict, 1.0)
+                self._count(Travel.SIGNS, steps=0)
                 self._step_signs(round_)
                 self._end(round_)
                 self._note()

@@ -59,6 +59,10 @@ def test_warm_up_and_compressed_steps(kind: str, world: int, dtype: torch.dtype,
         assert told_of.line("signs of momenta").ratio == pytest.approx(8 * dtype.itemsize, rel=0.01)
         assert told_of.line("signs of momenta").codec_s > 0
         assert told_of.total.plain.total == STEPS * exact(world, dtype.itemsize)
+        moments = sum(
+            (world - 1) * 3 * 4 * -(-size // world) for size in BUCKETS
+        )  # 12 bytes a parameter, once
+        assert told_of.line("state at the freeze").sent.total == (moments if shard else 0)
         for step in range(2, STEPS + 1):  # the first also compares parameters, and names the optimizer
             if step > freeze:
                 assert sent[step - 1] == signs(world, rank) + told
@@ -69,6 +73,36 @@ def test_warm_up_and_compressed_steps(kind: str, world: int, dtype: torch.dtype,
             elif step < freeze:  # norms besides; at the freeze moments are gathered
                 norms = (16 + (2 * 8 * len(SIZES) if kind == "OneBitLamb" else 0)) * (world - 1)
                 assert sent[step - 1] == exact(world, dtype.itemsize) + told + norms
+
+
+def widened(rank: int, shard: bool) -> None:
+    """Gradients and parameters of different widths on the wire, and a step that is begun and given up."""
+    zero_core.collectives.connect = lambda *_: None
+    params = [nn.Parameter(torch.ones(size, dtype=torch.bfloat16)) for size in SIZES]
+    wide = cc.Compression(bucket_bytes=120_000, reduce_dtype=torch.float32)
+    optimizer = cc.OneBitAdam(params, freeze_step=50, shard=shard, compression=wide)
+    for step in range(4):
+        for param in params:
+            param.grad = torch.full_like(param, 1.0 + rank)
+        before = cc.traffic(optimizer).total.sent.total
+        with counted() as messages:
+            optimizer.clip_grad_norm(1.0)
+            if step != 2:
+                optimizer.step()
+            else:
+                optimizer.zero_grad()
+        if step == 2 and shard:
+            continue  # parameters were not gathered; counted as if they were
+        if step:  # the first names the optimizer besides
+            sent = cc.traffic(optimizer).total.sent.total - before
+            assert sum(messages) - sent == AGREEMENT + (16 if shard else 0)  # the norm
+            half = sum(-(-size // 2) for size in BUCKETS)
+            assert sent == half * (4 + (2 if shard else 4))
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_what_travels_in_another_dtype_is_counted_as_such(shard: bool) -> None:
+    run_ranks(widened, 2, shard)
 
 
 @pytest.mark.parametrize("world", [2, 3])

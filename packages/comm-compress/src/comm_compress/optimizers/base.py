@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,18 +18,16 @@ import torch.distributed as dist
 from accel_kernels import grad_norm_scale
 from torch import Tensor
 
-from ..allreduce_1bit import start_allreduce_1bit
 from ..errors import CompressConfigError, CompressStateError
 from ..traffic import Entry
-from ..wire import Sent
-from ..wire_1bit import sent_1bit, sent_exact
 from . import exact
 from .bucket import Bucket
-from .layout import Slot
-from .pipeline import pipeline
+from .counts import StepCounts
+from .moves import blend
 from .policy import Compression
-from .rounds import Round, SignFlight, Travel, fingerprint, kept_of
+from .rounds import Round, Travel, fingerprint
 from .saved import SavedOptimizer
+from .signs import average_by_signs
 from .verdict import Verdict, agree, check_alike, judge
 
 logger = logging.getLogger(__name__)
@@ -57,14 +55,10 @@ class CompressedOptimizer(SavedOptimizer):
         self.last_step_skipped = False
         self.agrees_always = False
         self._round: Round | None = None
-        self._alike_checked = False
+        self._num_checked = 0  # parameters that are known to be alike on all ranks
         self._scratch: Tensor | None = None
         self._warned = False
-        self._counted = {
-            Travel.EXACT: Entry("gradients"),
-            Travel.SIGNS: Entry("signs of momenta"),
-            Travel.NOTHING: Entry("nothing"),
-        }
+        self._counts = StepCounts()
 
     # -- what a subclass says ---------------------------------------------------------------------------------
 
@@ -91,12 +85,20 @@ class CompressedOptimizer(SavedOptimizer):
     def _end(self, round_: Round) -> None:
         """A step is done."""
 
+    def _between_steps(self, what: str) -> None:
+        """Refuse something that would change what a step under way is about."""
+        if self._round is not None:
+            raise CompressStateError(
+                f"{what}: a step has begun (clip_grad_norm); call step or zero_grad before it"
+            )
+
+    def _loaded(self) -> None:
+        self._round = None
+        super()._loaded()
+
     def _touched(self) -> set[int]:
         """Parameters that this rank moved alone, by index."""
         return set()
-
-    def _edited(self, bucket: Bucket, slots: Sequence[Slot]) -> None:
-        """Others wrote to parameters since the last step; the master has taken that over."""
 
     # -- a step -----------------------------------------------------------------------------------------------
 
@@ -173,9 +175,9 @@ class CompressedOptimizer(SavedOptimizer):
             overflow: this rank knows of an overflow already.
         """
         wire, travel = self._wire(), self.travel()
-        if not self._alike_checked:
+        if self._num_checked < len(self._params):
             check_alike(wire, self._alike())
-            self._alike_checked = True
+            self._num_checked = len(self._params)
         alone = travel is Travel.NOTHING and not self.agrees_always
         if alone:
             verdict = judge(wire.device, grads, scale, overflow=overflow)
@@ -191,12 +193,12 @@ class CompressedOptimizer(SavedOptimizer):
         if travel is not Travel.EXACT:
             round_.norm = math.sqrt(verdict.mean_square)
             if travel is Travel.NOTHING:
-                round_.verdict = Verdict(
-                    True, verdict.mean_square, None
-                )  # all move, by their momentum at least
+                # All move, by their momentum at least.
+                round_.verdict = Verdict(True, verdict.mean_square, None)
             return round_
-        dtype, round_.scale = self.compression.reduce_dtype, 1.0
-        if self._steps_parts():
+        dtype, round_.scale, parts = self.compression.reduce_dtype, 1.0, self._steps_parts()
+        self._counts.exact(self._buckets, self.group, dtype, scale=scale, parts=parts)
+        if parts:
             round_.parts = exact.average_to_parts(self._buckets, grads, wire, dtype=dtype, scale=scale)
             squares = grad_norm_scale(round_.parts, out=_zeros(2, wire.device))
             wire.all_reduce("norm of mean gradients", squares, dist.ReduceOp.SUM).wait()
@@ -218,102 +220,39 @@ class CompressedOptimizer(SavedOptimizer):
                 logger.warning("step %d: a gradient is not finite; skipped on all ranks", self.num_steps + 1)
             return
         round_.scale *= factor
-        self._count(round_.travel)
-        for bucket in self._buckets:
-            self._edited(bucket, bucket.take_edits())
+        self._take_edits()
+        counted = self._buckets, self.group, self.compression.reduce_dtype
         if round_.travel is Travel.EXACT:
             self._step_exact(round_)
         elif round_.travel is Travel.SIGNS:
             self._step_signs(round_)
+            self._counts.signs(*counted)
         else:
             self._step_alone(round_)
+            self._counts.nothing(*counted)
         self.num_steps += 1
         self._end(round_)
         self._note()
 
-    def entries(self) -> list[Entry]:
+    def entries(self) -> Iterator[Entry]:
         """What steps have sent, for `comm_compress.traffic`; beside what exact ones would have."""
-        return [entry for entry in self._counted.values() if entry.calls]
-
-    def _count(self, travel: Travel, *, steps: int = 1) -> None:
-        rank, world = self.group.rank(), self.group.size()
-        wire_dtype = self.compression.reduce_dtype
-        exact_bytes = signs_bytes = 0
-        for bucket in self._buckets:
-            numel, itemsize = bucket.plan.numel, (wire_dtype or bucket.dtype).itemsize
-            exact_bytes += sent_exact(numel, world, itemsize).total
-            signs_bytes += sent_1bit(numel, world, rank).total
-        entry = self._counted[travel]
-        entry.begin(Sent(across=steps * exact_bytes))
-        if travel is not Travel.NOTHING:
-            entry.sent += Sent(across=exact_bytes if travel is Travel.EXACT else signs_bytes)
+        return self._counts.entries()
 
     def _step_signs(self, round_: Round) -> None:
-        wire, used = self._wire(), round_.verdict.used
-        counted = self._counted[Travel.SIGNS]
+        average_by_signs(
+            self._buckets,
+            self._signs,
+            self._wire(),
+            round_.verdict.used,
+            before=lambda bucket: self._before_signs(bucket, round_),
+            after=lambda bucket, mean: self._after_signs(bucket, mean, round_),
+            codec=self._counts.codec,
+        )
 
-        def send(flight: SignFlight) -> None:
-            flight.kept = kept_of(flight.bucket, flight.state, wire, used)
-            tensor = self._before_signs(flight.bucket, round_)
-            with counted.codec.running(wire.device):
-                flight.reduction = start_allreduce_1bit(tensor, wire, flight.state)
-
-        def serve(flight: SignFlight) -> None:
-            assert flight.reduction is not None
-            flight.reduction.arrive()
-            with counted.codec.running(wire.device):
-                flight.reduction.advance()
-
-        def receive(flight: SignFlight) -> None:
-            assert flight.reduction is not None
-            serve(flight)
-            self._after_signs(flight.bucket, flight.reduction.tensor, round_)
-            for place, before in flight.kept:
-                place.copy_(before)
-            flight.kept, flight.reduction = [], None
-
-        flights = [SignFlight(bucket, self._signs[bucket.plan.name]) for bucket in self._buckets]
-        pipeline(flights, send, serve, receive)
-
-    def _move(
-        self,
-        bucket: Bucket,
-        direction: Tensor,
-        used: frozenset[int] | None,
-        rate: Callable[[int, int], float],
-    ) -> None:
-        """Values = values (1 - lr weight_decay) - rate(group, step) direction, where weight decay is decoupled."""
-        for run in bucket.runs(used):
-            group = self.param_groups[run.group]
-            decay = 1 - float(group["lr"]) * group["weight_decay"] if group["decoupled_weight_decay"] else 1.0
-            if bucket.master is not None:
-                values = [bucket.master[run.start : run.stop]]
-                directions = [direction[run.start : run.stop]]
-            else:
-                values = bucket.params_of(run.slots)
-                directions = bucket.views(direction, run.slots)
-            if decay != 1.0:
-                torch._foreach_mul_(values, decay)
-            torch._foreach_add_(values, directions, alpha=-rate(run.group, run.step))
-        bucket.publish(bucket.moving(used))
-
-    def _momentum(self, bucket: Bucket, round_: Round, momentum: Tensor, out: Tensor) -> None:
-        """Out = beta1 momentum + (1 - beta1) gradient of this rank, of what moves; `out` may be `momentum`."""
-        for run in bucket.runs(round_.verdict.used):
-            group = self.param_groups[run.group]
-            beta1 = group["betas"][0]
-            torch.mul(momentum[run.start : run.stop], beta1, out=out[run.start : run.stop])
-            pairs = [(bucket.view(out, slot), round_.grads[slot.index]) for slot in run.slots]
-            given = [(view, grad) for view, grad in pairs if grad is not None]
-            if given:
-                views, grads = [view for view, _ in given], [grad for _, grad in given]
-                torch._foreach_add_(views, grads, alpha=(1 - beta1) * round_.scale)
-            if group["weight_decay"] and not group["decoupled_weight_decay"]:
-                master = None if bucket.dtype == torch.float32 else bucket.master
-                values = bucket.params_of(run.slots) if master is None else bucket.views(master, run.slots)
-                torch._foreach_add_(
-                    bucket.views(out, run.slots), values, alpha=(1 - beta1) * group["weight_decay"]
-                )
+    def _momentum(self, bucket: Bucket, round_: Round, out: Tensor) -> None:
+        """This rank's gradient into its momentum (`moves.blend`); `out` may be the momentum."""
+        momentum, used = bucket.flat["exp_avg"], round_.verdict.used
+        blend(bucket, self.param_groups, round_.grads, round_.scale, used, momentum, out)
 
     def _gradients(self) -> list[Tensor | None]:
         self._plan()

@@ -190,6 +190,11 @@ class BucketedOptimizer(Optimizer):
             name = bucket.plan.name
             self._signs[name] = OneBitState(name, bucket.flat["worker_error"], bucket.flat["server_error"])
 
+    def _take_edits(self) -> None:
+        """What others wrote to parameters goes into masters."""
+        for bucket in self._buckets:
+            bucket.take(bucket.edits())
+
     def _note(self) -> None:
         """What is written to parameters from now on is an edit.
 

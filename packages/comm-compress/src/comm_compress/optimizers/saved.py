@@ -34,6 +34,7 @@ class SavedOptimizer(BucketedOptimizer):
         held, and how far training has come. Tensors are live memory.
         """
         self._plan()
+        self._take_edits()
         groups = super().state_dict()["param_groups"]
         keys = self._keyed(self.progress())
         world, rank = self.group.size(), self.group.rank()
@@ -56,7 +57,12 @@ class SavedOptimizer(BucketedOptimizer):
             ValueError: other numbers of groups or parameters.
         """
         self._plan()
-        given = state_dict["compression"]
+        given = state_dict.get("compression")
+        if given is None:
+            raise CompressStateError(
+                f"load_state_dict: expected the state of {type(self).__name__}, got one without 'compression': that of "
+                "an optimizer that sends nothing itself; start with new state"
+            )
         self._check_kind(given["progress"])
         own = (self.group.rank(), self.group.size())
         if given["rank"] is not None and (given["rank"], given["world"]) != own:
@@ -92,6 +98,7 @@ class SavedOptimizer(BucketedOptimizer):
     def sharded_state(self) -> dict[str, Shard]:
         """This rank's state as ranges of tensors, for whoever saves those: `name -> Shard`, see `optimizers.state`."""
         self._plan()
+        self._take_edits()
         world, rank = self.group.size(), self.group.rank()
         return dict(
             state.described(place, rank, place.local())

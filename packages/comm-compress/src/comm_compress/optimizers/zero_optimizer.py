@@ -151,7 +151,7 @@ class ZeroCompressedOptimizer(ShardedOptimizer):
         else:
             yield
 
-    def entries(self) -> list[Entry]:
+    def entries(self) -> Iterator[Entry]:
         """See `CompressedOptimizer.entries`."""
         return self.inner.entries()
 

@@ -108,14 +108,15 @@ class CompressedOptimizer(SavedOptimizer):
 
         Gradients are those of this rank's own loss: of a plain loop, or of DistributedDataParallel under `no_sync`.
         A parameter that some rank has a gradient of moves on all, with zeros from the others; one that no rank has a
-        gradient of stays as it is. Where any rank has an infinity or NaN, nothing changes on any.
+        gradient of stays as it is. Where any rank has an infinity or NaN, or the mean has in the dtype in which it
+        travels, nothing changes on any.
 
         Args:
             closure: computes the loss again, with gradients, and returns it.
 
         Raises:
-            CompressStateError: parameters that differ between ranks (first step), a sparse gradient, a parameter that
-                was unfrozen after compression began.
+            CompressStateError: parameters that differ between ranks (their first step), a sparse gradient, a parameter
+                that was unfrozen after compression began, or written where 0/1 Adam's ranks are apart.
             zero_core.CollectiveError: a rank died, or did not come.
         """
         loss = None
@@ -207,7 +208,11 @@ class CompressedOptimizer(SavedOptimizer):
             exact.average(self._buckets, grads, wire, dtype=dtype, scale=scale, used=used)
             moving = [grad.reshape(-1) for grad in grads if grad is not None]
             squares = grad_norm_scale(moving, out=_zeros(2, wire.device))
-        round_.norm = math.sqrt(float(squares[0]))
+        square, bad = squares.tolist()
+        if bad or not math.isfinite(square):  # finite on every rank, but not in the dtype of the wire
+            round_.verdict = Verdict(False, 0.0, verdict.used)
+        else:
+            round_.norm = math.sqrt(square)
         return round_
 
     def finish(self, round_: Round, factor: float = 1.0) -> None:

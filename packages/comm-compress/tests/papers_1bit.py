@@ -187,6 +187,8 @@ class PaperOneBitLamb(Simulation):
                 self.c[i] = o.coeff_beta * self.c[i] + (1 - o.coeff_beta) * c
                 self.x[layer] -= lr * c * update[layer]
             if self.t == freeze_step:
+                if o.bias_correction:
+                    self.c = [c / (1 - o.coeff_beta**self.t) for c in self.c]
                 roots = self.roots(self.t)
                 self.floors = [float(roots[layer].min()) for layer in self.layers]
                 self.v = roots.square() * second

@@ -8,7 +8,7 @@ from typing import Any
 import comm_compress as cc
 import pytest
 import torch
-from comm_compress.optimizers.base import Travel
+from comm_compress.optimizers.rounds import Travel
 from optimizer_models import BUILD, SMALL, Net, batch, loss_of, same, values
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -210,6 +210,37 @@ def test_grad_scaler(kind: str) -> None:
     run_ranks(scaled, 2, kind)
 
 
+def out_of_order(rank: int) -> None:
+    """What would throw away a clipped step under way is refused, and may be done after it."""
+    one_bit, zero_one = ((Net(), BUILD[kind]) for kind in ("OneBitAdam", "ZeroOneAdam"))
+    for (model, build), steps, act in ((one_bit, 2, "freeze"), (zero_one, 9, "synchronize")):
+        optimizer = build(model.parameters(), compression=SMALL)
+        for step in range(1, steps + 1):
+            loss_of(model, rank, step).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        loss_of(model, rank, steps + 1).backward()
+        optimizer.clip_grad_norm(1e-3)
+        with pytest.raises(
+            cc.CompressStateError, match=rf"{act}: a step has begun \(clip_grad_norm\); call step"
+        ):
+            getattr(optimizer, act)()
+        optimizer.step()
+        getattr(optimizer, act)()
+        optimizer.zero_grad()
+        loss_of(model, rank, steps + 2).backward()
+        optimizer.clip_grad_norm(1e-3)
+        optimizer.zero_grad()  # a step that was begun and given up
+        getattr(optimizer, act)()
+        loss_of(model, rank, steps + 3).backward()
+        optimizer.step()
+        assert optimizer.num_steps == steps + 2
+
+
+def test_nothing_comes_between_clipping_and_its_step() -> None:
+    run_ranks(out_of_order, 2)
+
+
 def unscale_first(rank: int) -> None:
     model = Net()
     optimizer = cc.OneBitAdam(model.parameters())
@@ -285,6 +316,16 @@ def grow(rank: int) -> None:
         theirs.zero_grad()
         for name, value in values(theirs_model).items():
             torch.testing.assert_close(values(model)[name], value, rtol=1e-5, atol=1e-6)
+    other = cc.OneBitAdam([nn.Parameter(torch.zeros(3))], freeze_step=5)
+    other.param_groups[0]["params"][0].grad = torch.ones(3)
+    other.step()
+    late = nn.Parameter(torch.full((3,), float(rank)))
+    late.grad = torch.ones(3)
+    other.add_param_group({"params": [late]})
+    with pytest.raises(
+        cc.CompressStateError, match="the same parameters on every rank before the first step"
+    ):
+        other.step()
     extra = nn.Parameter(torch.zeros(3))
     optimizer.add_param_group({"params": [extra]})
     extra.grad = torch.ones(3)
@@ -296,26 +337,44 @@ def test_groups_may_be_added_while_warm_up_lasts() -> None:
     run_ranks(grow, 2)
 
 
-def edit(rank: int, kind: str, dtype: torch.dtype) -> None:
-    """Values that something else wrote are stepped from, not undone by a master."""
-    model, optimizer = Net(dtype), None
-    optimizer = BUILD[kind](model.parameters(), compression=SMALL)
-    for step in range(1, STEPS + 1):
-        if step in (4, 12):
-            with torch.no_grad():
-                model.first.weight.fill_(0.5)
-        loss_of(model, rank, step).backward()
+def come_late(rank: int, kind: str) -> None:
+    """No gradient of it until momenta travel as signs; then it learns like the others. Another never has one."""
+    torch.manual_seed(0)
+    early, late, never = (nn.Parameter(torch.randn(40)) for _ in range(3))
+    optimizer = BUILD[kind]([early, late, never], weight_decay=0.01)
+    start = [param.detach().clone() for param in (early, late, never)]
+    for step in range(1, 61):
+        for param in (early, late) if step > 10 else (early,):
+            param.grad = param.detach() - 3.0
         optimizer.step()
-        optimizer.zero_grad()
-        if step in (4, 12):
-            assert (model.first.weight - 0.5).abs().max() < 0.3
-            assert not (model.first.weight == 0.5).all()
+    if kind == "ZeroOneAdam":
+        optimizer.synchronize()
+    ways = [
+        (param.detach() - 3.0).norm() / (begun - 3.0).norm()
+        for param, begun in zip((early, late), start, strict=False)
+    ]
+    assert all(way < 0.95 for way in ways), ways
+    assert torch.equal(never, start[2])
 
 
 @pytest.mark.parametrize("kind", list(BUILD))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_edits_of_parameters_count(kind: str, dtype: torch.dtype) -> None:
-    run_ranks(edit, 2, kind, dtype)
+def test_a_first_gradient_after_warm_up(kind: str) -> None:
+    run_ranks(come_late, 2, kind)
+
+
+def nothing_at_all(rank: int, kind: str) -> None:
+    optimizer = BUILD[kind]([nn.Parameter(torch.zeros(0)), nn.Parameter(torch.ones(2), requires_grad=False)])
+    for _ in range(12):
+        optimizer.clip_grad_norm(1.0)
+        optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.num_steps == 12
+    assert cc.traffic(optimizer).total.sent.total == 0
+
+
+@pytest.mark.parametrize("kind", list(BUILD))
+def test_nothing_to_step(kind: str) -> None:
+    run_ranks(nothing_at_all, 2, kind)
 
 
 def names(rank: int) -> None:

@@ -196,6 +196,10 @@ def refuse(rank: int) -> None:
         with pytest.raises(cc.CompressStateError, match=r"server_error.*merge_states"):
             rebucketed.load_state_dict(state)
     assert other.num_steps == 0
+    with pytest.raises(
+        cc.CompressStateError, match=r"expected the state of OneBitAdam, got one without 'compression'"
+    ):
+        other.load_state_dict(torch.optim.AdamW(model.parameters()).state_dict())
     with pytest.raises(ValueError, match="parameter group"):
         other.load_state_dict({**state, "param_groups": []})
     with pytest.raises(

@@ -7,7 +7,7 @@ from typing import Any
 import comm_compress as cc
 import pytest
 import torch
-from comm_compress.optimizers.base import Travel
+from comm_compress.optimizers.rounds import Travel
 from optimizer_models import BUILD, SMALL, Net, loss_of, same, values
 from zero_core.testing import run_ranks
 
@@ -118,6 +118,34 @@ def skip_changes_nothing(rank: int, kind: str) -> None:
 @pytest.mark.parametrize("kind", list(BUILD))
 def test_a_skipped_step_leaves_momenta_and_residuals(kind: str) -> None:
     run_ranks(skip_changes_nothing, 2, kind)
+
+
+def narrow(rank: int, kind: str, more: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """A gradient that is finite where it was made, and an infinity on the wire."""
+    narrowed = cc.Compression(bucket_bytes=600, reduce_dtype=torch.float16)
+    model = Net()
+    optimizer = BUILD[kind](model.parameters(), compression=narrowed, **more)
+    for step in range(1, 9):
+        loss_of(model, rank, step).backward()
+        before, num_steps = values(model), optimizer.num_steps
+        if step == 2 and rank == 1:
+            model.first.bias.grad[2] = 3e5  # float16 ends at 65504
+        optimizer.step()
+        optimizer.zero_grad()
+        assert optimizer.last_step_skipped == (step == 2)
+        assert same(before, values(model)) == (step == 2)
+        assert optimizer.num_steps - num_steps == (step != 2)
+    return values(model)
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [("OneBitAdam", {}), ("OneBitAdam", {"shard": True}), ("OneBitLamb", {}), ("ZeroOneAdam", {})],
+)
+def test_what_overflows_on_the_wire_alone_is_skipped(kind: str, more: dict[str, Any]) -> None:
+    one, other = run_ranks(narrow, 2, kind, more)
+    assert same(one, other)
+    assert all(torch.isfinite(value).all() for value in one.values())
 
 
 def seeded_apart(rank: int) -> str:

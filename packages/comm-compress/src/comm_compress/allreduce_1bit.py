@@ -70,7 +70,7 @@ class OneBitReduction:
     norm: Norm
     _chunks: list[tuple[int, int]] = field(init=False)
     _phase: _Phase = field(default=_Phase.SCATTERING, init=False)
-    _pending: Pending = field(init=False)
+    _pending: Pending | None = field(init=False)
     _received: list[torch.Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -93,16 +93,21 @@ class OneBitReduction:
 
     def is_ready(self) -> bool:
         """Whether `advance` need not wait for another rank, as far as is known."""
-        return self._phase is _Phase.DONE or self._pending.is_done()
+        return self._pending is None or self._pending.is_done()
+
+    def arrive(self) -> None:
+        """Wait for what is on its way, and do no more."""
+        if self._pending is not None:
+            self._pending.wait()
+            self._pending = None  # a message is waited for once
 
     def advance(self) -> None:
         """Wait for what is on its way and do what comes next: serve this rank's chunk, or read the result."""
+        self.arrive()
         if self._phase is _Phase.SCATTERING:
-            self._pending.wait()
             self._serve()
             self._phase = _Phase.GATHERING
         elif self._phase is _Phase.GATHERING:
-            self._pending.wait()
             for (start, stop), message in zip(self._chunks, self._received, strict=True):
                 unpack_signs(message, self.tensor[start:stop])
             self._received.clear()

@@ -1,10 +1,10 @@
 """Optimizers that do their own communication, at one bit an element once they have warmed up.
 
 Modules, in the order in which a gradient passes through them: `policy`, `options` (what a user says) | `layout`,
-`kinds` -> `bucket` -> `bucketed`, `state` (what is kept, saved, loaded) | `base` (a step) -> `verdict` -> `exact`,
-`pipeline` -> `rules` (exact steps) | `warmup` -> `freezing`, `scales` -> `onebit_adam`, `onebit_lamb` | `intervals` ->
-`zero_one_adam` | `zero_optimizer` (on a model of zero-core) | `footprint`
-(bytes).
+`kinds` -> `bucket` -> `bucketed` (what is kept) | `state` -> `saved` (saved, loaded) | `base` (a step), `rounds`,
+`counts` -> `verdict` -> `pipeline` -> `exact` -> `rules` (exact steps), or `moves` -> `signs` | `warmup` -> `freezing`,
+`variances`, `scales` -> `onebit_adam`, `onebit_lamb` | `intervals`, `drift` -> `zero_one_adam` | `zero_optimizer` (on a
+model of zero-core) | `footprint` (bytes).
 """
 
 from .base import CompressedOptimizer

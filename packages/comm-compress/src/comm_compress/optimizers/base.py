@@ -7,74 +7,33 @@ stepped how, and what is kept for it, a subclass says. Next: `onebit_adam`, `zer
 
 from __future__ import annotations
 
-import enum
 import logging
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accel_kernels import grad_norm_scale
 from torch import Tensor
-from zero_core import Wire
 
-from ..allreduce_1bit import OneBitReduction, OneBitState, start_allreduce_1bit
 from ..errors import CompressConfigError, CompressStateError
+from ..traffic import Entry
 from . import exact
 from .bucket import Bucket
-from .bucketed import BucketedOptimizer
-from .kinds import Held
-from .layout import Slot
-from .pipeline import pipeline
+from .counts import StepCounts
+from .moves import blend
 from .policy import Compression
+from .rounds import Round, Travel, fingerprint
+from .saved import SavedOptimizer
+from .signs import average_by_signs
 from .verdict import Verdict, agree, check_alike, judge
 
 logger = logging.getLogger(__name__)
 
 
-class Travel(enum.Enum):
-    """What a step sends: gradients as they are, momenta as signs, or nothing."""
-
-    EXACT = enum.auto()
-    SIGNS = enum.auto()
-    NOTHING = enum.auto()
-
-
-@dataclass
-class Round:
-    """One step under way.
-
-    Attributes:
-        grads: by the parameters' indices: this rank's, or after an exact round the means.
-        parts: after an exact round whose buckets are sharded: the means of this rank's parts.
-        scale: what gradients are still to be multiplied by.
-        norm: 2-norm of the mean gradient; where that does not travel, the root of the mean over ranks of squared
-            norms, which is no smaller. nan if not finite.
-    """
-
-    travel: Travel
-    grads: list[Tensor | None]
-    verdict: Verdict
-    scale: float
-    parts: list[Tensor] = field(default_factory=list)
-    norm: float = math.nan
-    seen: tuple[tuple[int, int], ...] = ()
-
-
-@dataclass
-class _Flight:
-    """A bucket whose momentum is on its way."""
-
-    bucket: Bucket
-    state: OneBitState
-    kept: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    reduction: OneBitReduction | None = None
-
-
-class CompressedOptimizer(BucketedOptimizer):
+class CompressedOptimizer(SavedOptimizer):
     """Base of the optimizers of this package.
 
     Attributes:
@@ -96,9 +55,10 @@ class CompressedOptimizer(BucketedOptimizer):
         self.last_step_skipped = False
         self.agrees_always = False
         self._round: Round | None = None
-        self._alike_checked = False
+        self._num_checked = 0  # parameters that are known to be alike on all ranks
         self._scratch: Tensor | None = None
         self._warned = False
+        self._counts = StepCounts()
 
     # -- what a subclass says ---------------------------------------------------------------------------------
 
@@ -125,12 +85,20 @@ class CompressedOptimizer(BucketedOptimizer):
     def _end(self, round_: Round) -> None:
         """A step is done."""
 
+    def _between_steps(self, what: str) -> None:
+        """Refuse something that would change what a step under way is about."""
+        if self._round is not None:
+            raise CompressStateError(
+                f"{what}: a step has begun (clip_grad_norm); call step or zero_grad before it"
+            )
+
+    def _loaded(self) -> None:
+        self._round = None
+        super()._loaded()
+
     def _touched(self) -> set[int]:
         """Parameters that this rank moved alone, by index."""
         return set()
-
-    def _edited(self, bucket: Bucket, slots: Sequence[Slot]) -> None:
-        """Others wrote to parameters since the last step; the master has taken that over."""
 
     # -- a step -----------------------------------------------------------------------------------------------
 
@@ -140,14 +108,15 @@ class CompressedOptimizer(BucketedOptimizer):
 
         Gradients are those of this rank's own loss: of a plain loop, or of DistributedDataParallel under `no_sync`.
         A parameter that some rank has a gradient of moves on all, with zeros from the others; one that no rank has a
-        gradient of stays as it is. Where any rank has an infinity or NaN, nothing changes on any.
+        gradient of stays as it is. Where any rank has an infinity or NaN, or the mean has in the dtype in which it
+        travels, nothing changes on any.
 
         Args:
             closure: computes the loss again, with gradients, and returns it.
 
         Raises:
-            CompressStateError: parameters that differ between ranks (first step), a sparse gradient, a parameter that
-                was unfrozen after compression began.
+            CompressStateError: parameters that differ between ranks (their first step), a sparse gradient, a parameter
+                that was unfrozen after compression began, or written where 0/1 Adam's ranks are apart.
             zero_core.CollectiveError: a rank died, or did not come.
         """
         loss = None
@@ -157,7 +126,7 @@ class CompressedOptimizer(BucketedOptimizer):
         scale, overflow = self._of_scaler()
         round_ = self._round
         grads = self._gradients()
-        if round_ is None or round_.seen != _fingerprint(grads):
+        if round_ is None or round_.seen != fingerprint(grads):
             round_ = self._begin(grads, scale=scale, overflow=overflow)
         elif scale != 1.0:
             raise CompressStateError(
@@ -207,9 +176,9 @@ class CompressedOptimizer(BucketedOptimizer):
             overflow: this rank knows of an overflow already.
         """
         wire, travel = self._wire(), self.travel()
-        if not self._alike_checked:
+        if self._num_checked < len(self._params):
             check_alike(wire, self._alike())
-            self._alike_checked = True
+            self._num_checked = len(self._params)
         alone = travel is Travel.NOTHING and not self.agrees_always
         if alone:
             verdict = judge(wire.device, grads, scale, overflow=overflow)
@@ -225,12 +194,12 @@ class CompressedOptimizer(BucketedOptimizer):
         if travel is not Travel.EXACT:
             round_.norm = math.sqrt(verdict.mean_square)
             if travel is Travel.NOTHING:
-                round_.verdict = Verdict(
-                    True, verdict.mean_square, None
-                )  # all move, by their momentum at least
+                # All move, by their momentum at least.
+                round_.verdict = Verdict(True, verdict.mean_square, None)
             return round_
-        dtype, round_.scale = self.compression.reduce_dtype, 1.0
-        if self._steps_parts():
+        dtype, round_.scale, parts = self.compression.reduce_dtype, 1.0, self._steps_parts()
+        self._counts.exact(self._buckets, self.group, dtype, scale=scale, parts=parts)
+        if parts:
             round_.parts = exact.average_to_parts(self._buckets, grads, wire, dtype=dtype, scale=scale)
             squares = grad_norm_scale(round_.parts, out=_zeros(2, wire.device))
             wire.all_reduce("norm of mean gradients", squares, dist.ReduceOp.SUM).wait()
@@ -239,7 +208,11 @@ class CompressedOptimizer(BucketedOptimizer):
             exact.average(self._buckets, grads, wire, dtype=dtype, scale=scale, used=used)
             moving = [grad.reshape(-1) for grad in grads if grad is not None]
             squares = grad_norm_scale(moving, out=_zeros(2, wire.device))
-        round_.norm = math.sqrt(float(squares[0]))
+        square, bad = squares.tolist()
+        if bad or not math.isfinite(square):  # finite on every rank, but not in the dtype of the wire
+            round_.verdict = Verdict(False, 0.0, verdict.used)
+        else:
+            round_.norm = math.sqrt(square)
         return round_
 
     def finish(self, round_: Round, factor: float = 1.0) -> None:
@@ -252,80 +225,39 @@ class CompressedOptimizer(BucketedOptimizer):
                 logger.warning("step %d: a gradient is not finite; skipped on all ranks", self.num_steps + 1)
             return
         round_.scale *= factor
-        for bucket in self._buckets:
-            self._edited(bucket, bucket.take_edits())
+        self._take_edits()
+        counted = self._buckets, self.group, self.compression.reduce_dtype
         if round_.travel is Travel.EXACT:
             self._step_exact(round_)
         elif round_.travel is Travel.SIGNS:
             self._step_signs(round_)
+            self._counts.signs(*counted)
         else:
             self._step_alone(round_)
+            self._counts.nothing(*counted)
         self.num_steps += 1
         self._end(round_)
         self._note()
 
+    def entries(self) -> Iterator[Entry]:
+        """What steps have sent, for `comm_compress.traffic`; beside what exact ones would have."""
+        return self._counts.entries()
+
     def _step_signs(self, round_: Round) -> None:
-        wire, used = self._wire(), round_.verdict.used
+        average_by_signs(
+            self._buckets,
+            self._signs,
+            self._wire(),
+            round_.verdict.used,
+            before=lambda bucket: self._before_signs(bucket, round_),
+            after=lambda bucket, mean: self._after_signs(bucket, mean, round_),
+            codec=self._counts.codec,
+        )
 
-        def send(flight: _Flight) -> None:
-            flight.kept = _keep(flight.bucket, flight.state, wire, used)
-            tensor = self._before_signs(flight.bucket, round_)
-            flight.reduction = start_allreduce_1bit(tensor, wire, flight.state)
-
-        def serve(flight: _Flight) -> None:
-            assert flight.reduction is not None
-            flight.reduction.advance()
-
-        def receive(flight: _Flight) -> None:
-            assert flight.reduction is not None
-            flight.reduction.wait()
-            self._after_signs(flight.bucket, flight.reduction.tensor, round_)
-            for place, before in flight.kept:
-                place.copy_(before)
-            flight.kept, flight.reduction = [], None
-
-        flights = [_Flight(bucket, self._signs[bucket.plan.name]) for bucket in self._buckets]
-        pipeline(flights, send, serve, receive)
-
-    def _move(
-        self,
-        bucket: Bucket,
-        direction: Tensor,
-        used: frozenset[int] | None,
-        rate: Callable[[int, int], float],
-    ) -> None:
-        """Values = values (1 - lr weight_decay) - rate(group, step) direction, where weight decay is decoupled."""
-        for run in bucket.runs(used):
-            group = self.param_groups[run.group]
-            decay = 1 - float(group["lr"]) * group["weight_decay"] if group["decoupled_weight_decay"] else 1.0
-            if bucket.master is not None:
-                values = [bucket.master[run.start : run.stop]]
-                directions = [direction[run.start : run.stop]]
-            else:
-                values = bucket.params_of(run.slots)
-                directions = bucket.views(direction, run.slots)
-            if decay != 1.0:
-                torch._foreach_mul_(values, decay)
-            torch._foreach_add_(values, directions, alpha=-rate(run.group, run.step))
-        bucket.publish(bucket.moving(used))
-
-    def _momentum(self, bucket: Bucket, round_: Round, momentum: Tensor, out: Tensor) -> None:
-        """Out = beta1 momentum + (1 - beta1) gradient of this rank, of what moves; `out` may be `momentum`."""
-        for run in bucket.runs(round_.verdict.used):
-            group = self.param_groups[run.group]
-            beta1 = group["betas"][0]
-            torch.mul(momentum[run.start : run.stop], beta1, out=out[run.start : run.stop])
-            pairs = [(bucket.view(out, slot), round_.grads[slot.index]) for slot in run.slots]
-            given = [(view, grad) for view, grad in pairs if grad is not None]
-            if given:
-                views, grads = [view for view, _ in given], [grad for _, grad in given]
-                torch._foreach_add_(views, grads, alpha=(1 - beta1) * round_.scale)
-            if group["weight_decay"] and not group["decoupled_weight_decay"]:
-                master = None if bucket.dtype == torch.float32 else bucket.master
-                values = bucket.params_of(run.slots) if master is None else bucket.views(master, run.slots)
-                torch._foreach_add_(
-                    bucket.views(out, run.slots), values, alpha=(1 - beta1) * group["weight_decay"]
-                )
+    def _momentum(self, bucket: Bucket, round_: Round, out: Tensor) -> None:
+        """This rank's gradient into its momentum (`moves.blend`); `out` may be the momentum."""
+        momentum, used = bucket.flat["exp_avg"], round_.verdict.used
+        blend(bucket, self.param_groups, round_.grads, round_.scale, used, momentum, out)
 
     def _gradients(self) -> list[Tensor | None]:
         self._plan()
@@ -336,7 +268,7 @@ class CompressedOptimizer(BucketedOptimizer):
         for param, grad in zip(self._params, round_.grads, strict=True):
             if param.grad is None and grad is not None:
                 param.grad = grad
-        round_.seen = _fingerprint(round_.grads)
+        round_.seen = fingerprint(round_.grads)
         return round_
 
     def _of_scaler(self) -> tuple[float, bool]:
@@ -364,28 +296,3 @@ class CompressedOptimizer(BucketedOptimizer):
 
 def _zeros(numel: int, device: torch.device) -> Tensor:
     return torch.zeros(numel, dtype=torch.float64, device=device)
-
-
-def _fingerprint(grads: Sequence[Tensor | None]) -> tuple[tuple[int, int], ...]:
-    return tuple((0, 0) if grad is None else (id(grad), grad._version) for grad in grads)
-
-
-def _keep(
-    bucket: Bucket, state: OneBitState, wire: Wire, used: frozenset[int] | None
-) -> list[tuple[Tensor, Tensor]]:
-    """Copies of what belongs to parameters that do not move, with the places they came from.
-
-    They travel with their bucket, and so are reduced like the others: what that does to them is undone.
-    """
-    resting = bucket.resting(used)
-    if not resting:
-        return []
-    tensors = [(flat, 0) for key, flat in bucket.flat.items() if key != "server_error"]
-    start = Held.CHUNK.span(bucket.plan.numel, wire.group.size(), wire.group.rank())[0]
-    tensors.append((state.server_error, start))
-    places = [
-        flat[max(slot.start - offset, 0) : max(slot.stop - offset, 0)]
-        for flat, offset in tensors
-        for slot in resting
-    ]
-    return [(place, place.clone()) for place in places if place.numel()]

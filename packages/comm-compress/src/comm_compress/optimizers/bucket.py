@@ -1,7 +1,7 @@
 """A flat bucket at run time: its parameters, their gradients on the way in, and everything kept for them.
 
 In: a `BucketPlan` and the parameters. Out: flat state tensors, their views by slot, and gradients gathered into one
-flat tensor or given back from it. Parameters stay the users' own tensors. Next: `exact` and `compressed` move it.
+flat tensor or given back from it. Parameters stay the users' own tensors. Next: `exact` and `moves` work on it.
 """
 
 from __future__ import annotations
@@ -124,25 +124,27 @@ class Bucket:
         self._copy_params(self.plan.slots)
         self.note()
 
-    def take_edits(self) -> list[Slot]:
-        """What others wrote to parameters since the last step goes into the master, unless it says the same already.
-
-        Digits of the master beyond the parameter's stay where they round to the parameter.
-
-        Returns:
-            The slots that were written to.
-        """
+    def edits(self) -> list[Slot]:
+        """The slots whose parameters others have written to since the last step, where there is a master to tell."""
         if self.master is None:
             return []
-        now = [param._version for param in self.params]
-        changed = [slot for slot in self.plan.slots if now[slot.position] != self._versions[slot.position]]
-        if changed:
-            self._copy_params(changed)
+        return [
+            slot
+            for slot in self.plan.slots
+            if self.params[slot.position]._version != self._versions[slot.position]
+        ]
+
+    def take(self, slots: Sequence[Slot]) -> None:
+        """Values of parameters into the master, unless it says the same already.
+
+        Digits of the master beyond the parameter's stay where they round to the parameter.
+        """
+        if slots:
+            self._copy_params(slots)
             self.note()
-        return changed
 
     def take_values(self) -> None:
-        """`take_edits`, of all parameters."""
+        """`take`, of all parameters, if there is a master."""
         if self.master is not None:
             self._copy_params(self.plan.slots)
 

@@ -158,12 +158,18 @@ def gather_mean(rows: Sequence[Tensor], numel: int, name: str, wire: Wire) -> Te
     return flat[:numel]
 
 
+def wire_dtype(bucket: Bucket, dtype: torch.dtype | None, scale: float) -> torch.dtype:
+    """Gradients' on the wire, where `dtype` is what was asked for; float16 ones that are still scaled widen."""
+    if dtype is None and scale != 1.0 and bucket.dtype == torch.float16:
+        return torch.float32
+    return dtype or bucket.dtype
+
+
 def _collect(
     bucket: Bucket, grads: Sequence[Tensor | None], dtype: torch.dtype | None, world: int, scale: float
 ) -> Tensor:
-    numel = padded(bucket.plan.numel, world)
+    numel, wire = padded(bucket.plan.numel, world), wire_dtype(bucket, dtype, scale)
     if scale == 1.0:
-        return bucket.gather(grads, dtype or bucket.dtype, numel)
+        return bucket.gather(grads, wire, numel)
     # Unscaled in fp32, and narrowed only then: the scale kept small gradients from being lost.
-    wire_dtype = dtype or (torch.float32 if bucket.dtype == torch.float16 else bucket.dtype)
-    return bucket.gather(grads, torch.float32, numel).mul_(scale).to(wire_dtype)
+    return bucket.gather(grads, torch.float32, numel).mul_(scale).to(wire)

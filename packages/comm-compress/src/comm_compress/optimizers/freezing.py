@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import enum
 import logging
-import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from accel_kernels import grad_norm_scale
 from torch import Tensor
 
 from . import exact
-from .base import CompressedOptimizer, Round, Travel
+from .base import CompressedOptimizer
 from .bucket import Bucket
 from .policy import Compression
+from .rounds import Round, Travel
 from .rules import corrections
+from .variances import settle_roots
 from .warmup import FreezeRule, VarianceWatch
 
 logger = logging.getLogger(__name__)
@@ -73,14 +73,19 @@ class FreezingOptimizer(CompressedOptimizer):
         """End warm-up now; every rank calls it. The rule does so by itself.
 
         Where state is sharded, momentum, variance and masters are gathered: 12 bytes a parameter, once.
+
+        Raises:
+            CompressStateError: a step has begun.
         """
         if self.phase is Phase.COMPRESSED:
             return
+        self._between_steps("freeze")
         wire = self._wire()
         for bucket in self._buckets:
             if self.shard:
                 for key in list(bucket.flat):
                     exact.gather_whole(bucket, key, wire)
+                self._counts.gathered(bucket, self.group, tensors=len(bucket.flat))
                 bucket.master_span = (0, bucket.plan.numel)
             floor, counts = self.compression.variance_floor, bucket.numbers["step"]
             roots = settle_roots(bucket, bucket.flat.pop("exp_avg_sq"), counts, self.param_groups, floor)
@@ -133,46 +138,3 @@ class FreezingOptimizer(CompressedOptimizer):
         wire.all_reduce("norm of the variance", total, dist.ReduceOp.SUM).wait()
         second = max(corrections(group, max(1, self.num_steps))[1] for group in self.param_groups)
         return float(total) / second / (1 if self.shard else self.group.size())
-
-
-def settle_roots(
-    bucket: Bucket,
-    variance: Tensor,
-    counts: Sequence[float],
-    groups: Sequence[Mapping[str, Any]],
-    floor: float,
-) -> Tensor:
-    """A bucket's variances become their roots, bias-corrected, as they will be divided by: [bucket], fp32, in place.
-
-    A root is at least `floor` times the root mean square of its parameter; one of exactly 0 is that root mean square,
-    since it has no size of its own yet. A parameter without any variance takes the bucket's.
-
-    Args:
-        bucket: whose.
-        variance: [bucket].
-        counts: by position: updates of the variance so far.
-        groups: the optimizer's.
-        floor: see above.
-
-    Returns:
-        `variance`.
-    """
-    roots = variance.sqrt_()
-    squares, numel = 0.0, 0
-    blank: list[Tensor] = []
-    for slot in bucket.plan.slots:
-        view = roots[slot.start : slot.stop]
-        step = max(1, int(counts[slot.position]))
-        view.div_(math.sqrt(corrections(groups[slot.group], step)[1]))
-        # The kernel's sum has the same bits on every rank, whatever its threads.
-        square = float(grad_norm_scale(view)[0])
-        if square == 0:
-            blank.append(view)
-            continue
-        squares, numel = squares + square, numel + slot.numel
-        size = math.sqrt(square / slot.numel)
-        zero = view == 0
-        view.clamp_(min=floor * size).masked_fill_(zero, size)
-    for view in blank:
-        view.fill_(math.sqrt(squares / numel) if numel else 1.0)
-    return roots

@@ -14,13 +14,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import exact
-from .base import Round
 from .bucket import Bucket
 from .freezing import FreezingOptimizer, Phase
 from .kinds import Held
+from .moves import move
 from .options import adam_defaults
 from .policy import Compression
-from .rules import corrections, part_pieces, step_adam, whole_pieces
+from .rounds import Round
+from .rules import part_pieces, step_adam, whole_pieces
 from .scales import layer_scales
 from .warmup import FreezeRule
 
@@ -127,16 +128,12 @@ class OneBitAdam(FreezingOptimizer):
 
     def _before_signs(self, bucket: Bucket, round_: Round) -> Tensor:
         momentum = bucket.flat["exp_avg"]
-        self._momentum(bucket, round_, momentum, momentum)
+        self._momentum(bucket, round_, momentum)
         bucket.scale(momentum)
         return momentum
 
     def _after_signs(self, bucket: Bucket, mean: Tensor, round_: Round) -> None:
         bucket.unscale(mean)
         direction = torch.div(mean, bucket.flat["denominator"], out=self._borrow(bucket))
-        self._move(bucket, direction, round_.verdict.used, self._rate)
+        move(bucket, self.param_groups, direction, round_.verdict.used)
         bucket.count(round_.verdict.used)
-
-    def _rate(self, number: int, step: int) -> float:
-        group = self.param_groups[number]
-        return float(group["lr"]) / corrections(group, step)[0]

@@ -12,17 +12,18 @@ from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
+from accel_kernels import grad_norm_scale
 from torch import Tensor
 
 from ..errors import CompressConfigError
 from . import exact
-from .base import Round
 from .bucket import Bucket
 from .freezing import FreezingOptimizer, Phase
 from .kinds import Held
 from .layout import Slot
 from .options import adam_defaults
 from .policy import Compression
+from .rounds import Round
 from .rules import corrections, part_pieces, step_lamb, trust, whole_pieces
 from .scales import layer_scales
 from .warmup import FreezeRule
@@ -35,7 +36,8 @@ class OneBitLamb(FreezingOptimizer):
 
     - warm-up: LAMB on mean gradients (`rules.step_lamb`), with coefficients c; their moving average
       a = coeff_beta a + (1 - coeff_beta) c.
-    - from the freeze on, a and the divisor d = sqrt(v / (1 - beta2^T)) + eps stay. Then, with m_i rank i's momentum and
+    - from the freeze on, a / (1 - coeff_beta^T) and the divisor d = sqrt(v / (1 - beta2^T)) + eps stay; a layer without
+      a gradient so far takes the c of an update whose elements are of size one. Then, with m_i rank i's momentum and
       s the layer's factor (`layer_scales`), m = `allreduce_1bit`(s m_i) / s. The gradient that this momentum stands for
       is h = (m - beta1 m_before) / (1 - beta1); v goes on with it. Where the variance has changed since the freeze, so
       does the rate: r = max over the layer of d / (sqrt(v / (1 - beta2^t)) + eps), which moves by no more than
@@ -51,7 +53,7 @@ class OneBitLamb(FreezingOptimizer):
         freeze_step: steps of warm-up; None: until the variance has settled.
         freeze_threshold: how still the variance must be, where that decides.
         group: the ranks; None: all.
-        bias_correction: correct moments for their start at zero.
+        bias_correction: correct moments, and a, for their start at zero.
         max_coeff, min_coeff: bounds of c.
         coeff_beta: of the moving average of c.
         factor_max, factor_min: bounds of r.
@@ -165,13 +167,23 @@ class OneBitLamb(FreezingOptimizer):
             view = roots[slot.start : slot.stop]
             bucket.numbers["floor"][slot.position] = float(view.min())
             view.add_(group["eps"])
+            bucket.numbers["coefficient"][slot.position] = self._settle_coefficient(bucket, slot)
         bucket.flat["exp_avg_sq"], bucket.flat["denominator"] = variance, roots
         bucket.numbers["scale"] = layer_scales(bucket, enabled=self.compression.scale_layers)
+
+    def _settle_coefficient(self, bucket: Bucket, slot: Slot) -> float:
+        """The layer's a from here on, which had started at zero."""
+        group, step = self.param_groups[slot.group], int(bucket.numbers["step"][slot.position])
+        if step == 0:  # no gradient yet: c of an update whose elements are of size one
+            square = float(grad_norm_scale(bucket.params[slot.position].reshape(-1))[0])
+            return trust((math.sqrt(square), math.sqrt(slot.numel)), group)
+        average = bucket.numbers["coefficient"][slot.position]
+        return average / (1 - group["coeff_beta"] ** step) if group["bias_correction"] else average
 
     def _before_signs(self, bucket: Bucket, round_: Round) -> Tensor:
         tensor = torch.empty_like(bucket.flat["exp_avg"])
         tensor.copy_(bucket.flat["exp_avg"])
-        self._momentum(bucket, round_, bucket.flat["exp_avg"], tensor)
+        self._momentum(bucket, round_, tensor)
         bucket.scale(tensor)
         return tensor
 

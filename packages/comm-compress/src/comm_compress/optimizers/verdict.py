@@ -1,6 +1,6 @@
 """What all ranks agree on before a step touches anything: is every gradient finite, how large, which parameters move.
 
-In: this rank's gradients. Out: a `Verdict`, the same on every rank. Next: `exact` or `compressed` steps, or nobody.
+In: this rank's gradients. Out: a `Verdict`, the same on every rank. Next: `base` goes on with the step, or nobody does.
 """
 
 from __future__ import annotations

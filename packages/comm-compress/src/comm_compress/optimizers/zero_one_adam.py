@@ -7,7 +7,7 @@ steps, `intervals` says when; this module says what is kept and what is computed
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -15,16 +15,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .base import CompressedOptimizer, Round, Travel
+from .base import CompressedOptimizer
 from .bucket import Bucket
-from .freezing import settle_roots
+from .drift import NUMBERS, drift_on, forget, land, own_values, refuse_edits
 from .intervals import Intervals
 from .kinds import Held
-from .layout import Slot
+from .moves import move
 from .options import adam_defaults
 from .policy import Compression
-from .rules import corrections
+from .rounds import Round, Travel
 from .scales import layer_scales
+from .variances import add_squares, settle_roots
 from .verdict import agree
 
 
@@ -64,9 +65,9 @@ class ZeroOneAdam(CompressedOptimizer):
         compression: what shares a scale, and how bytes travel.
 
     Between synchronizations ranks have parameters of their own: `shared_values` shows what they have in common (to
-    save it, say), `synchronize` makes them alike (at the end, or before something else writes parameters). Where a step
-    sends nothing, ranks agree on nothing: a rank whose gradient is not finite leaves that gradient out, and parameters
-    without one count as having zeros.
+    save it, say), `synchronize` makes them alike (at the end, or before something else writes parameters, which is
+    refused otherwise). Where a step sends nothing, ranks agree on nothing: a rank whose gradient is not finite leaves
+    that gradient out, and parameters without one count as having zeros.
 
     Raises:
         CompressConfigError: an argument that cannot be honoured.
@@ -88,8 +89,7 @@ class ZeroOneAdam(CompressedOptimizer):
         "step": 0,
         "scale": 1.0,
         "variance_updates": 0,
-        "mass": 0.0,  # sum of b since the last synchronization, each with the weight decay after it
-        "decay": 1.0,  # all weight decay since then
+        **NUMBERS,
     }
 
     def __init__(
@@ -139,15 +139,22 @@ class ZeroOneAdam(CompressedOptimizer):
 
     @torch.no_grad()
     def synchronize(self) -> None:
-        """Average what ranks have drifted, by signs, without a step; every rank calls it. Done if they have not."""
+        """Average what ranks have drifted, by signs, without a step; every rank calls it. Done if they have not.
+
+        Raises:
+            CompressStateError: a step has begun, or something wrote parameters meanwhile.
+        """
         if self._since_sync:
-            self._round = None
+            self._between_steps("synchronize")
+            self._take_edits()
             nothing: list[Tensor | None] = [None] * len(self._params)
             verdict = agree(self._wire(), nothing, 1.0, touched=self._alone)
             self._flushing = True
             try:
                 round_ = Round(Travel.SIGNS, nothing, verdict, 1.0)
                 self._step_signs(round_)
+                dtype = self.compression.reduce_dtype
+                self._counts.signs(self._buckets, self.group, dtype, in_step=False)
                 self._end(round_)
                 self._note()
             finally:
@@ -157,6 +164,7 @@ class ZeroOneAdam(CompressedOptimizer):
     def shared_values(self) -> Iterator[None]:
         """Inside, parameters are what all ranks had after the last synchronization; then this rank's own again."""
         with torch.no_grad():
+            self._take_edits()
             for bucket in self._buckets if self._since_sync else ():
                 bucket.publish(bucket.plan.slots)
             self._note()
@@ -227,19 +235,13 @@ class ZeroOneAdam(CompressedOptimizer):
     def _step_exact(self, round_: Round) -> None:
         used = round_.verdict.used
         for bucket in self._buckets:
-            momentum, variance = bucket.flat["exp_avg"], bucket.flat["exp_avg_sq"]
-            self._momentum(bucket, round_, momentum, momentum)
-            for slot in bucket.moving(used):
-                grad = round_.grads[slot.index]
-                assert grad is not None
-                beta2 = self.param_groups[slot.group]["betas"][1]
-                scaled = grad.float().mul_(round_.scale) if round_.scale != 1.0 else grad.float()
-                view = bucket.view(variance, slot).mul_(beta2)
-                view.addcmul_(scaled, scaled, value=1 - beta2)
+            momentum = bucket.flat["exp_avg"]
+            self._momentum(bucket, round_, momentum)
+            add_squares(bucket, self.param_groups, round_.grads, round_.scale, used)
             bucket.count(used, "variance_updates")
             self._divide_by(bucket)
             direction = torch.div(momentum, bucket.flat["denominator"], out=self._borrow(bucket))
-            self._move(bucket, direction, used, self._rate)
+            move(bucket, self.param_groups, direction, used)
             bucket.count(used)
         distance = self.intervals.variance_distance(self._num_updates)
         self._num_updates += 1
@@ -266,50 +268,24 @@ class ZeroOneAdam(CompressedOptimizer):
         for bucket in self._buckets:
             if "drift" not in bucket.flat:
                 bucket.flat["drift"] = torch.zeros_like(bucket.flat["exp_avg"])
-            self._drift_on(bucket, round_, bucket.flat["drift"])
+            self._momentum(bucket, round_, bucket.flat["exp_avg"])
+            drift_on(bucket, self.param_groups, None, bucket.flat["drift"])
             bucket.count(None)
         self._since_sync += 1
         self._show_own()
 
-    def _drift_on(self, bucket: Bucket, round_: Round, drift: Tensor) -> None:
-        """This rank's gradient into its momentum, and that into what it has drifted."""
-        momentum = bucket.flat["exp_avg"]
-        self._momentum(bucket, round_, momentum, momentum)
-        for run in bucket.runs(round_.verdict.used):
-            group, rate, cut = (
-                self.param_groups[run.group],
-                self._rate(run.group, run.step),
-                slice(run.start, run.stop),
-            )
-            decay = 1 - float(group["lr"]) * group["weight_decay"] if group["decoupled_weight_decay"] else 1.0
-            drift[cut].mul_(decay).add_(momentum[cut], alpha=rate)
-            for slot in run.slots:
-                masses, decays = bucket.numbers["mass"], bucket.numbers["decay"]
-                masses[slot.position] = masses[slot.position] * decay + rate
-                decays[slot.position] *= decay
-
     def _before_signs(self, bucket: Bucket, round_: Round) -> Tensor:
-        drift = bucket.flat["drift"] if self._since_sync else torch.zeros_like(bucket.flat["exp_avg"])
+        moved = bucket.flat["drift"] if self._since_sync else torch.zeros_like(bucket.flat["exp_avg"])
         if not self._flushing:
-            self._drift_on(bucket, round_, drift)
-        bucket.scale(drift)
-        return drift
+            self._momentum(bucket, round_, bucket.flat["exp_avg"])
+            drift_on(bucket, self.param_groups, round_.verdict.used, moved)
+        bucket.scale(moved)
+        return moved
 
     def _after_signs(self, bucket: Bucket, mean: Tensor, round_: Round) -> None:
-        bucket.unscale(mean)
         used = round_.verdict.used
-        scratch = torch.div(mean, bucket.flat["denominator"], out=self._borrow(bucket))
-        for slot in bucket.moving(used):
-            cut, mass = slice(slot.start, slot.stop), bucket.numbers["mass"][slot.position]
-            momentum = bucket.flat["exp_avg"][cut]
-            if mass == 0:  # at a rate of 0 nothing moves, what is owed neither
-                momentum.zero_()
-                continue
-            torch.div(mean[cut], mass, out=momentum)
-            values = (
-                bucket.params[slot.position] if bucket.master is None else bucket.view(bucket.master, slot)
-            )
-            values.mul_(bucket.numbers["decay"][slot.position]).sub_(bucket.view(scratch, slot))
+        bucket.unscale(mean)
+        land(bucket, mean, used, self._borrow(bucket))
         bucket.publish(bucket.plan.slots if self._since_sync else bucket.moving(used))
         if not self._flushing:
             bucket.count(used)
@@ -320,33 +296,23 @@ class ZeroOneAdam(CompressedOptimizer):
             self._since_sync = 0
             self._alone.clear()
             for bucket in self._buckets:
-                bucket.numbers["mass"] = [0.0] * len(bucket.params)
-                bucket.numbers["decay"] = [1.0] * len(bucket.params)
-                if "drift" in bucket.flat:
-                    bucket.flat["drift"].zero_()
+                forget(bucket)
         if self.variance is Variance.UPDATED and self.num_steps >= self.intervals.var_freeze_step:
             self.variance = Variance.FROZEN
             for bucket in self._buckets:
                 self._allocate(bucket, self.progress())
 
-    def _edited(self, bucket: Bucket, slots: Sequence[Slot]) -> None:
-        for slot in slots:
-            if "drift" in bucket.flat:
-                bucket.flat["drift"][slot.start : slot.stop].zero_()
+    def _take_edits(self) -> None:
+        """See `BucketedOptimizer._take_edits`; none are taken while ranks are apart."""
+        if not self._since_sync:
+            super()._take_edits()
+            return
+        for bucket in self._buckets:
+            if bucket.edits():
+                refuse_edits(bucket, own_values(bucket, self._borrow(bucket)))
 
     def _show_own(self) -> None:
         """Parameters as this rank has them: what all have in common, and its drift."""
         for bucket in self._buckets if self._since_sync else ():
-            shown = torch.div(
-                bucket.flat["drift"], bucket.flat["denominator"], out=self._borrow(bucket)
-            ).neg_()
-            assert bucket.master is not None
-            for slot in bucket.plan.slots:
-                cut = slice(slot.start, slot.stop)
-                shown[cut].add_(bucket.master[cut], alpha=bucket.numbers["decay"][slot.position])
-            bucket.publish(bucket.plan.slots, shown)
+            bucket.publish(bucket.plan.slots, own_values(bucket, self._borrow(bucket)))
         self._note()
-
-    def _rate(self, number: int, step: int) -> float:
-        group = self.param_groups[number]
-        return float(group["lr"]) / corrections(group, step)[0]

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from zero_core import LossScaler, Shard, ShardedOptimizer, UnitStep, sharded
 
 from ..errors import CompressConfigError, CompressStateError
-from .base import CompressedOptimizer, Round
+from ..traffic import Entry
+from .base import CompressedOptimizer
+from .rounds import Round
 from .zero_one_adam import ZeroOneAdam
 
 
@@ -149,20 +151,24 @@ class ZeroCompressedOptimizer(ShardedOptimizer):
         else:
             yield
 
+    def entries(self) -> Iterator[Entry]:
+        """See `CompressedOptimizer.entries`."""
+        return self.inner.entries()
+
     def compressed_scalars(self) -> dict[str, Any]:
-        """See `BucketedOptimizer.scalars`."""
+        """See `SavedOptimizer.scalars`."""
         return self.inner.scalars()
 
     def compressed_state(self) -> dict[str, Shard]:
-        """See `BucketedOptimizer.sharded_state`; names are zero-core's names of parameters."""
+        """See `SavedOptimizer.sharded_state`; names are zero-core's names of parameters."""
         return self.inner.sharded_state()
 
     def compressed_room(self, scalars: Mapping[str, Any]) -> dict[str, Shard]:
-        """See `BucketedOptimizer.sharded_room`."""
+        """See `SavedOptimizer.sharded_room`."""
         return self.inner.sharded_room(scalars)
 
     def load_compressed(self, scalars: Mapping[str, Any], room: Mapping[str, Shard]) -> None:
-        """See `BucketedOptimizer.load_sharded_state`; call it once parameters and masters are loaded."""
+        """See `SavedOptimizer.load_sharded_state`; call it once parameters and masters are loaded."""
         self.inner.load_sharded_state(scalars, room)
         self._num_edits = sum(unit.num_edits for unit in self._sharded.units)
         self._publish()

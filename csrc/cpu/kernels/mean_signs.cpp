@@ -9,10 +9,15 @@ using accel::Message;
 constexpr std::int64_t kSignBits = 4;   // bytes before the bits of a message
 constexpr std::int64_t kBuffer = 2048;  // elements
 
-// `bytes` bytes of signs as a number.
-inline std::uint64_t load_bits(Message p, std::int64_t bytes) {
-    std::uint64_t bits = 0;
-    std::memcpy(&bits, p, std::size_t(std::min<std::int64_t>(bytes, sizeof bits)));
+// The signs at p as a number, of which only `bytes` bytes are in the message.
+template <class Word>
+inline Word load_bits(Message p, std::int64_t bytes) {
+    Word bits = 0;
+    if (bytes >= std::int64_t(sizeof bits)) {
+        std::memcpy(&bits, p, sizeof bits);
+    } else {
+        std::memcpy(&bits, p, std::size_t(bytes));
+    }
     return bits;
 }
 
@@ -46,7 +51,7 @@ class Means {
             const std::int64_t bytes = (count - i + 7) / 8;
             __m512i which = _mm512_setzero_si512();
             for (int k = 0; k < N; ++k) {
-                const auto mask = __mmask32(load_bits(bits_[k] + (begin + i) / 8, std::min<std::int64_t>(bytes, 4)));
+                const auto mask = __mmask32(load_bits<std::uint32_t>(bits_[k] + (begin + i) / 8, bytes));
                 which = _mm512_mask_add_epi16(which, mask, which, _mm512_set1_epi16(std::int16_t(1 << k)));
             }
             store(out + i, which);
@@ -122,7 +127,9 @@ void add_messages(const Message* messages, std::int64_t begin, std::int64_t coun
     }
     for (std::int64_t i = 0; i < count; i += kStep) {
         std::uint64_t bits[N] = {};
-        for (int k = 0; k < N; ++k) bits[k] = load_bits(messages[k] + kSignBits + (begin + i) / 8, (count - i + 7) / 8);
+        for (int k = 0; k < N; ++k) {
+            bits[k] = load_bits<std::uint64_t>(messages[k] + kSignBits + (begin + i) / 8, (count - i + 7) / 8);
+        }
         for (int j = 0; j < kStep; j += kLanes) {
             const F32 first = choose(bits_mask(bits[0] >> j), plus[0], minus[0]);
             F32 sum = kFirst ? first : load_f32(buffer + i + j) + first;

@@ -26,11 +26,16 @@ std::vector<Message> messages_at(const std::vector<std::uintptr_t>& addresses) {
     return messages;
 }
 
+BlockFormat format(int bits, std::int64_t block_size, bool symmetric, std::int64_t numel) {
+    const std::int64_t scales = 4 * ((numel + block_size - 1) / block_size);
+    return {bits, block_size, symmetric, scales, symmetric ? scales : 2 * scales};
+}
+
 void quantize(std::uintptr_t src, int src_dtype, std::uintptr_t out, std::int64_t numel, int bits,
               std::int64_t block_size, bool symmetric, bool stochastic, std::uint64_t key, int num_threads,
               const std::string& isa) {
     const QuantizeArgs args{pointer<void>(src), DType(src_dtype), {}, pointer<std::uint8_t>(out), numel,
-                            {bits, block_size, symmetric}, stochastic, key};
+                            format(bits, block_size, symmetric, numel), stochastic, key, false};
     const CodecKernels& kernels = codec_kernels_for(isa);
     py::gil_scoped_release release;
     run_quantize(kernels, args, num_threads);
@@ -40,21 +45,21 @@ void dequantize_sum(const std::vector<std::uintptr_t>& sources, std::uintptr_t o
                     int bits, std::int64_t block_size, bool symmetric, double scale, int num_threads,
                     const std::string& isa) {
     const std::vector<Message> messages = messages_at(sources);
-    const SumArgs sum{messages.data(), std::int64_t(messages.size()), numel,
-                      {bits, block_size, symmetric}, float(scale)};
+    const SumArgs sum{messages.data(), std::int64_t(messages.size()), format(bits, block_size, symmetric, numel),
+                      float(scale)};
     const CodecKernels& kernels = codec_kernels_for(isa);
     py::gil_scoped_release release;
-    run_dequantize_sum(kernels, {sum, pointer<void>(out), DType(out_dtype), false}, num_threads);
+    run_dequantize_sum(kernels, {sum, numel, pointer<void>(out), DType(out_dtype), false}, num_threads);
 }
 
 void requantize_sum(const std::vector<std::uintptr_t>& sources, std::uintptr_t out, std::int64_t numel, int bits,
                     int out_bits, std::int64_t block_size, bool symmetric, double scale, bool stochastic,
                     std::uint64_t key, int num_threads, const std::string& isa) {
     const std::vector<Message> messages = messages_at(sources);
-    const SumArgs sum{messages.data(), std::int64_t(messages.size()), numel,
-                      {bits, block_size, symmetric}, float(scale)};
+    const SumArgs sum{messages.data(), std::int64_t(messages.size()), format(bits, block_size, symmetric, numel),
+                      float(scale)};
     const QuantizeArgs args{nullptr, DType::none, sum, pointer<std::uint8_t>(out), numel,
-                            {out_bits, block_size, symmetric}, stochastic, key};
+                            format(out_bits, block_size, symmetric, numel), stochastic, key, false};
     const CodecKernels& kernels = codec_kernels_for(isa);
     py::gil_scoped_release release;
     run_quantize(kernels, args, num_threads);

@@ -9,17 +9,19 @@
 
 namespace accel {
 
-void run_quantize(const CodecKernels& kernels, const QuantizeArgs& args, int num_threads) {
+void run_quantize(const CodecKernels& kernels, QuantizeArgs args, int num_threads) {
+    args.stream = args.numel * args.form.bits / 8 >= kStreamBytes;
     const std::int64_t size = args.form.block_size;
     const auto some = [&](std::int64_t begin, std::int64_t end) {
-        kernels.quantize(args, begin / size, (end + size - 1) / size);
+        const auto kernel = args.src == nullptr ? kernels.requantize_sum : kernels.quantize;
+        kernel(args, begin / size, (end + size - 1) / size);
     };
     parallel(args.numel, num_threads, some, (kGrain + size - 1) / size * size);
 }
 
 void run_dequantize_sum(const CodecKernels& kernels, DequantizeArgs args, int num_threads) {
-    args.stream = args.sum.numel * dtype_bytes(args.out_dtype) >= kStreamBytes;
-    parallel(args.sum.numel, num_threads,
+    args.stream = args.numel * dtype_bytes(args.out_dtype) >= kStreamBytes;
+    parallel(args.numel, num_threads,
              [&](std::int64_t begin, std::int64_t end) { kernels.dequantize_sum(args, begin, end); });
 }
 
@@ -42,9 +44,7 @@ void run_pack_signs(const CodecKernels& kernels, PackSignsArgs args, std::uint8_
                     int num_threads) {
     std::vector<double> sums(std::size_t((numel + kSignPiece - 1) / kSignPiece));
     const auto some_sums = [&](std::int64_t begin, std::int64_t end) {
-        for (std::int64_t i = begin; i < end; i += kSignPiece) {
-            sums[std::size_t(i / kSignPiece)] = kernels.sign_sum(args, i, std::min(i + kSignPiece, end));
-        }
+        kernels.sign_sums(args, begin, end, sums.data() + begin / kSignPiece);
     };
     parallel(numel, num_threads, some_sums, kSignPiece);
     const double mean = halves(sums) / double(numel);

@@ -4,7 +4,7 @@
 
 namespace accel {
 
-void run_quantize(const CodecKernels&, const QuantizeArgs&, int num_threads);
+void run_quantize(const CodecKernels&, QuantizeArgs, int num_threads);
 void run_dequantize_sum(const CodecKernels&, DequantizeArgs, int num_threads);
 // The whole message: scale, bits and error.
 void run_pack_signs(const CodecKernels&, PackSignsArgs, std::uint8_t* out, std::int64_t numel, int num_threads);

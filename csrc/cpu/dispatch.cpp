@@ -1,6 +1,7 @@
 #include "dispatch.h"
 
 #include <algorithm>
+#include <numeric>
 #include <stdexcept>
 
 #include "parallel.h"
@@ -168,6 +169,22 @@ void run_stream(const Kernels& kernels, float* p, const float* g, float* m, floa
     parallel(numel, num_threads, [&](std::int64_t begin, std::int64_t end) {
         kernels.stream_4r3w(p, g, m, v, begin, end, non_temporal);
     });
+}
+
+float run_stream_mix(const Kernels& kernels, const float* src, std::int64_t read_bytes, float* dst,
+                     std::int64_t written_bytes, std::int64_t places, bool non_temporal, int num_threads) {
+    const std::int64_t reads = read_bytes / kLineBytes, writes = written_bytes / kLineBytes;
+    const std::int64_t parts = std::max(num_threads, 1);
+    constexpr std::int64_t kLine = kLineBytes / sizeof(float);
+    std::vector<float> sums(std::size_t(parts), 0.0f);
+    parallel(parts * kSerialElements, num_threads, [&](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t t = begin / kSerialElements; t < end / kSerialElements; ++t) {
+            const std::int64_t r = reads * t / parts, w = writes * t / parts;
+            sums[std::size_t(t)] = kernels.stream_mix(src + r * kLine, reads * (t + 1) / parts - r, dst + w * kLine,
+                                                      writes * (t + 1) / parts - w, places, non_temporal);
+        }
+    }, kSerialElements);
+    return std::accumulate(sums.begin(), sums.end(), 0.0f);
 }
 
 }  // namespace accel

@@ -32,5 +32,8 @@ void run_cast(const Kernels&, CastArgs, std::int64_t numel, int num_threads);
 NormPartial run_norm(const Kernels&, const void* grad, DType, std::int64_t numel, int num_threads);
 void run_stream(const Kernels&, float* p, const float* g, float* m, float* v, std::int64_t numel, bool non_temporal,
                 int num_threads);
+// A sum that means nothing; whole lines of kLineBytes.
+float run_stream_mix(const Kernels&, const float* src, std::int64_t read_bytes, float* dst, std::int64_t written_bytes,
+                     std::int64_t places, bool non_temporal, int num_threads);
 
 }  // namespace accel

@@ -95,6 +95,14 @@ void stream_4r3w(std::uintptr_t p, std::uintptr_t g, std::uintptr_t m, std::uint
                num_threads);
 }
 
+float stream_mix(std::uintptr_t src, std::int64_t read_bytes, std::uintptr_t dst, std::int64_t written_bytes,
+                 std::int64_t places, bool non_temporal, int num_threads, const std::string& isa) {
+    const Kernels& kernels = kernels_for(isa);
+    py::gil_scoped_release release;
+    return run_stream_mix(kernels, pointer<float>(src), read_bytes, pointer<float>(dst), written_bytes, places,
+                          non_temporal, num_threads);
+}
+
 // Whether the first and last page of a buffer may be written; asks the kernel, touches no value. True where it
 // cannot tell (other systems, Linux before 5.14).
 bool is_writable(std::uintptr_t address, std::int64_t num_bytes) {
@@ -129,6 +137,7 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("cast_copy", &cast_copy);
     m.def("norm", &norm);
     m.def("stream_4r3w", &stream_4r3w);
+    m.def("stream_mix", &stream_mix);
     m.attr("SEGMENT_BYTES") = sizeof(Segment);
     m.attr("TABLE_ROW_BYTES") = sizeof(TableRow);
     bind_codecs(m);

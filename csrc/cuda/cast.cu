@@ -1,12 +1,5 @@
 // Scaled copy between fp32, bf16 and fp16: to nearest even, or stochastically. The arithmetic of cpu/kernels/cast.cpp.
-#include "common.cuh"
-
-__device__ inline u32 random_bits(u64 key, i64 index) {  // SplitMix64 as a counter
-    u64 z = key + (u64(index) + 1) * 0x9e3779b97f4a7c15ull;
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
-    return u32((z ^ (z >> 31)) >> 32);
-}
+#include "random.cuh"
 
 __device__ inline u16 stochastic_bf16(float x, u32 random) {
     const u32 u = __float_as_uint(x);
@@ -31,7 +24,7 @@ template <int S, int D, bool Stochastic>
 __device__ inline void cast_one(const void* src, void* dst, i64 i, float scale, u64 key) {
     const float x = Memory<S>::load(src, i) * scale;
     if (Stochastic && D != F32) {
-        const u32 random = random_bits(key, i);
+        const u32 random = random_32(key, i);
         static_cast<u16*>(dst)[i] = D == BF16 ? stochastic_bf16(x, random) : stochastic_f16(x, random);
     } else {
         Memory<D>::store(dst, i, x);

@@ -3,10 +3,9 @@
 
 namespace {
 
-using accel::Message;
-
 constexpr int kSumLanes = 32;
 constexpr std::int64_t kSignBits = 4;  // bytes before the bits of a message
+constexpr std::int64_t kAhead = 1024;  // bytes
 
 #if ACCEL_LEVEL >= 2
 struct Lanes {
@@ -66,6 +65,10 @@ struct Compensated {
         const F32 x = Memory<S>::load(src + i);
         return kError ? x + load_f32(error + i) : x;
     }
+    void prefetch(std::int64_t i) const {
+        __builtin_prefetch(reinterpret_cast<const char*>(src + i) + kAhead, 0, 3);
+        if (kError) __builtin_prefetch(reinterpret_cast<const char*>(error + i) + kAhead, 0, 3);
+    }
     // The last elements of a range, followed by zeros up to N.
     template <int N>
     void last(std::int64_t i, std::int64_t count, float* c) const {
@@ -77,25 +80,52 @@ struct Compensated {
     }
 };
 
-template <DType S, bool kError, bool kSquared>
-double sum_piece(const accel::PackSignsArgs& a, std::int64_t begin, std::int64_t end) {
-    const Compensated<S, kError> c(a);
-    Lanes lanes;
-    std::int64_t i = begin;
-    for (; i + kSumLanes <= end; i += kSumLanes) {
-        for (int k = 0; k < kSumLanes / kLanes; ++k) lanes.template add<kSquared>(k, c.load(i + k * kLanes));
-    }
-    if (i < end) {
-        float row[kSumLanes];
-        c.template last<kSumLanes>(i, end - i, row);
-        for (int k = 0; k < kSumLanes / kLanes; ++k) lanes.template add<kSquared>(k, load_f32(row + k * kLanes));
-    }
+inline double sum_of_lanes(const Lanes& lanes) {
     double lane[kSumLanes];
     lanes.store(lane);
     for (int half = kSumLanes / 2; half > 0; half /= 2) {
         for (int k = 0; k < half; ++k) lane[k] += lane[k + half];
     }
     return lane[0];
+}
+
+// Whole pieces that follow each other, read side by side.
+template <int kPieces, DType S, bool kError, bool kSquared>
+void sum_pieces(const accel::PackSignsArgs& a, std::int64_t begin, double* sums) {
+    const Compensated<S, kError> c(a);
+    Lanes lanes[kPieces];
+    for (std::int64_t i = begin; i < begin + accel::kSignPiece; i += kSumLanes) {
+        for (int p = 0; p < kPieces; ++p) {
+            for (int k = 0; k < kSumLanes; k += 16) c.prefetch(i + p * accel::kSignPiece + k);
+            for (int k = 0; k < kSumLanes / kLanes; ++k) {
+                lanes[p].template add<kSquared>(k, c.load(i + p * accel::kSignPiece + k * kLanes));
+            }
+        }
+    }
+    for (int p = 0; p < kPieces; ++p) sums[p] = sum_of_lanes(lanes[p]);
+}
+
+// What is left of a tensor.
+template <DType S, bool kError, bool kSquared>
+double sum_last_piece(const accel::PackSignsArgs& a, std::int64_t i, std::int64_t end) {
+    const Compensated<S, kError> c(a);
+    Lanes lanes;
+    for (; i < end; i += kSumLanes) {
+        float row[kSumLanes];
+        c.template last<kSumLanes>(i, std::min<std::int64_t>(end - i, kSumLanes), row);
+        for (int k = 0; k < kSumLanes / kLanes; ++k) lanes.template add<kSquared>(k, load_f32(row + k * kLanes));
+    }
+    return sum_of_lanes(lanes);
+}
+
+template <DType S, bool kError, bool kSquared>
+void sum_range(const accel::PackSignsArgs& a, std::int64_t i, std::int64_t end, double* sums) {
+    constexpr int kPieces = ACCEL_LEVEL >= 2 ? 4 : 1;  // as many as there are registers for
+    for (; i + kPieces * accel::kSignPiece <= end; i += kPieces * accel::kSignPiece, sums += kPieces) {
+        sum_pieces<kPieces, S, kError, kSquared>(a, i, sums);
+    }
+    for (; i + accel::kSignPiece <= end; i += accel::kSignPiece, ++sums) sum_pieces<1, S, kError, kSquared>(a, i, sums);
+    if (i < end) *sums = sum_last_piece<S, kError, kSquared>(a, i, end);
 }
 
 template <DType S, bool kError>
@@ -115,6 +145,7 @@ void pack(const accel::PackSignsArgs& a, std::int64_t begin, std::int64_t end) {
     };
     std::int64_t i = begin;
     for (; i + kStep <= end; i += kStep) {
+        for (int k = 0; k < kStep; k += 64 / sizeof(float)) c.prefetch(i + k);
         float* error = kError && !a.keep_error ? a.error + i : nullptr;
         float spare[kStep];
         const std::uint64_t bits = group([&](int k) { return c.load(i + k); }, error == nullptr ? spare : error);
@@ -130,64 +161,34 @@ void pack(const accel::PackSignsArgs& a, std::int64_t begin, std::int64_t end) {
 }
 
 template <DType S>
-double sum_of(const accel::PackSignsArgs& a, std::int64_t begin, std::int64_t end) {
-    if (a.error != nullptr) return a.squared ? sum_piece<S, true, true>(a, begin, end) : sum_piece<S, true, false>(a, begin, end);
-    return a.squared ? sum_piece<S, false, true>(a, begin, end) : sum_piece<S, false, false>(a, begin, end);
+void sum_of(const accel::PackSignsArgs& a, std::int64_t begin, std::int64_t end, double* sums) {
+    if (a.error != nullptr) {
+        return a.squared ? sum_range<S, true, true>(a, begin, end, sums) : sum_range<S, true, false>(a, begin, end, sums);
+    }
+    return a.squared ? sum_range<S, false, true>(a, begin, end, sums) : sum_range<S, false, false>(a, begin, end, sums);
 }
 
 template <DType S>
 void pack_of(const accel::PackSignsArgs& a, std::int64_t begin, std::int64_t end) {
-    if (a.error != nullptr) return pack<S, true>(a, begin, end);
-    return pack<S, false>(a, begin, end);
-}
-
-// buffer = (buffer +) the sum of N messages, times factor; whole groups, the bits past the end among them.
-template <int N, bool kFirst>
-void add_messages(const Message* messages, std::int64_t begin, std::int64_t count, float* buffer, float factor) {
-    constexpr int kStep = accel::kSignGroup;
-    F32 plus[N], minus[N];
-    const F32 scale = splat(factor);
-    for (int k = 0; k < N; ++k) {
-        plus[k] = splat(load_float(messages[k]));
-        minus[k] = splat(-load_float(messages[k]));
-    }
-    for (std::int64_t i = 0; i < count; i += kStep) {
-        std::uint64_t bits[N] = {};
-        for (int k = 0; k < N; ++k) {
-            const std::size_t bytes = std::size_t(std::min<std::int64_t>(count - i, kStep) + 7) / 8;
-            if (bytes == 8) {
-                std::memcpy(&bits[k], messages[k] + kSignBits + (begin + i) / 8, 8);
-            } else {
-                std::memcpy(&bits[k], messages[k] + kSignBits + (begin + i) / 8, bytes);
-            }
-        }
-        for (int j = 0; j < kStep; j += kLanes) {
-            const F32 first = choose(bits_mask(bits[0] >> j), plus[0], minus[0]);
-            F32 sum = kFirst ? first : load_f32(buffer + i + j) + first;
-            for (int k = 1; k < N; ++k) sum = sum + choose(bits_mask(bits[k] >> j), plus[k], minus[k]);
-            store_f32(buffer + i + j, sum * scale);
+    // In several places in turn, which the hardware's prefetchers follow side by side (norm.cpp).
+    constexpr std::int64_t kStreams = 4, kChunk = 4 * accel::kSignGroup;
+    const std::int64_t length = (end - begin) / (kStreams * kChunk) * kChunk;
+    for (std::int64_t i = begin; i < begin + length; i += kChunk) {
+        for (std::int64_t at = i; at < begin + kStreams * length; at += length) {
+            a.error != nullptr ? pack<S, true>(a, at, at + kChunk) : pack<S, false>(a, at, at + kChunk);
         }
     }
-}
-
-template <bool kFirst>
-void add_some(const Message* messages, std::int64_t left, std::int64_t begin, std::int64_t count, float* buffer,
-              float factor) {
-    switch (left) {
-        case 1: return add_messages<1, kFirst>(messages, begin, count, buffer, factor);
-        case 2: return add_messages<2, kFirst>(messages, begin, count, buffer, factor);
-        case 3: return add_messages<3, kFirst>(messages, begin, count, buffer, factor);
-        default: return add_messages<4, kFirst>(messages, begin, count, buffer, factor);
-    }
+    const std::int64_t rest = begin + kStreams * length;
+    a.error != nullptr ? pack<S, true>(a, rest, end) : pack<S, false>(a, rest, end);
 }
 
 }  // namespace
 
-double accel::ACCEL_ISA::sign_sum(const PackSignsArgs& a, std::int64_t begin, std::int64_t end) {
+void accel::ACCEL_ISA::sign_sums(const PackSignsArgs& a, std::int64_t begin, std::int64_t end, double* sums) {
     switch (a.src_dtype) {
-        case DType::bf16: return sum_of<DType::bf16>(a, begin, end);
-        case DType::f16: return sum_of<DType::f16>(a, begin, end);
-        default: return sum_of<DType::f32>(a, begin, end);
+        case DType::bf16: return sum_of<DType::bf16>(a, begin, end, sums);
+        case DType::f16: return sum_of<DType::f16>(a, begin, end, sums);
+        default: return sum_of<DType::f32>(a, begin, end, sums);
     }
 }
 
@@ -197,23 +198,4 @@ void accel::ACCEL_ISA::pack_signs(const PackSignsArgs& a, std::int64_t begin, st
         case DType::f16: return pack_of<DType::f16>(a, begin, end);
         default: return pack_of<DType::f32>(a, begin, end);
     }
-}
-
-void accel::ACCEL_ISA::mean_signs(const MeanSignsArgs& a, std::int64_t begin, std::int64_t end) {
-    constexpr std::int64_t kBuffer = 2048;
-    alignas(64) float buffer[kBuffer];
-    for (std::int64_t i = begin; i < end; i += kBuffer) {
-        const std::int64_t count = std::min(end - i, kBuffer);
-        for (std::int64_t k = 0; k < a.num_messages; k += 4) {
-            const std::int64_t left = a.num_messages - k;
-            const float factor = left <= 4 ? a.factor : 1.0f;
-            if (k == 0) {
-                add_some<true>(a.messages, left, i, count, buffer, factor);
-            } else {
-                add_some<false>(a.messages + k, left, i, count, buffer, factor);
-            }
-        }
-        write_floats(buffer, a.out, a.out_dtype, i, count, a.stream);
-    }
-    if (a.stream) stream_fence();
 }

@@ -11,6 +11,7 @@ struct BlockFormat {
     int bits;  // 8 or 4
     std::int64_t block_size;
     bool symmetric;
+    std::int64_t minima, values;  // where they begin in a message, in bytes
 };
 
 using Message = const std::uint8_t*;
@@ -19,27 +20,28 @@ using Message = const std::uint8_t*;
 struct SumArgs {
     const Message* messages;
     std::int64_t num_messages;
-    std::int64_t numel;
     BlockFormat form;
     float scale;
 };
 
 struct DequantizeArgs {
     SumArgs sum;
+    std::int64_t numel;
     void* out;
     DType out_dtype;
     bool stream;  // bypass the caches when writing
 };
 
 struct QuantizeArgs {
-    const void* src;  // or null: quantize `sum`
+    const void* src;  // floats, or
     DType src_dtype;
-    SumArgs sum;
+    SumArgs sum;  // a sum of messages in as large blocks
     std::uint8_t* out;
     std::int64_t numel;
     BlockFormat form;
     bool stochastic;
     std::uint64_t key;  // already mixed seed of the stochastic rounding
+    bool stream;        // bypass the caches when writing
 };
 
 struct PackSignsArgs {
@@ -61,15 +63,17 @@ struct MeanSignsArgs {
     bool stream;
 };
 
-// Elements whose sum one call of sign_sum forms: Note [Order of the sum], accel_kernels/reference/signs.py.
+// Elements that are summed together: Note [Order of the sum], accel_kernels/reference/signs.py.
 constexpr std::int64_t kSignPiece = 4096;
 // Where ranges of the sign kernels begin: at a multiple of this.
 constexpr std::int64_t kSignGroup = 64;
 
 struct CodecKernels {
     void (*quantize)(const QuantizeArgs&, std::int64_t first_block, std::int64_t last_block);
+    void (*requantize_sum)(const QuantizeArgs&, std::int64_t first_block, std::int64_t last_block);
     void (*dequantize_sum)(const DequantizeArgs&, std::int64_t begin, std::int64_t end);  // begin is even
-    double (*sign_sum)(const PackSignsArgs&, std::int64_t begin, std::int64_t end);
+    // The sum of each piece from begin, a multiple of kSignPiece, on.
+    void (*sign_sums)(const PackSignsArgs&, std::int64_t begin, std::int64_t end, double* sums);
     void (*pack_signs)(const PackSignsArgs&, std::int64_t begin, std::int64_t end);
     void (*mean_signs)(const MeanSignsArgs&, std::int64_t begin, std::int64_t end);
 };
@@ -77,12 +81,13 @@ struct CodecKernels {
 #define ACCEL_DECLARE_CODECS(isa)                                                           \
     namespace isa {                                                                         \
     void quantize(const QuantizeArgs&, std::int64_t, std::int64_t);                         \
+    void requantize_sum(const QuantizeArgs&, std::int64_t, std::int64_t);                   \
     void dequantize_sum(const DequantizeArgs&, std::int64_t, std::int64_t);                 \
-    double sign_sum(const PackSignsArgs&, std::int64_t, std::int64_t);                      \
+    void sign_sums(const PackSignsArgs&, std::int64_t, std::int64_t, double*);              \
     void pack_signs(const PackSignsArgs&, std::int64_t, std::int64_t);                      \
     void mean_signs(const MeanSignsArgs&, std::int64_t, std::int64_t);                      \
     inline CodecKernels codec_table() {                                                     \
-        return {quantize, dequantize_sum, sign_sum, pack_signs, mean_signs};                \
+        return {quantize, requantize_sum, dequantize_sum, sign_sums, pack_signs, mean_signs}; \
     }                                                                                       \
     }
 

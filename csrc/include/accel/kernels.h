@@ -44,6 +44,7 @@ struct NormPartial {
     std::int64_t num_nonfinite;
 };
 constexpr std::int64_t kNormBlock = 1 << 16;
+constexpr std::int64_t kLineBytes = 64;  // of a cache
 
 // `begin` and `end` count the elements inside segments, one segment after the other.
 using StepFn = void (*)(const StepArgs&, std::int64_t begin, std::int64_t end);
@@ -51,6 +52,8 @@ using CastFn = void (*)(const CastArgs&, std::int64_t begin, std::int64_t end);
 using NormFn = NormPartial (*)(const void* grad, DType dtype, std::int64_t begin, std::int64_t end);
 using StreamFn = void (*)(float* p, const float* g, float* m, float* v, std::int64_t begin, std::int64_t end,
                           bool non_temporal);
+using MixFn = float (*)(const float* src, std::int64_t lines_read, float* dst, std::int64_t lines_written,
+                        std::int64_t places, bool non_temporal);
 
 enum Optimizer : int { kAdam = 0, kLion = 1, kAdagrad = 2, kSgd = 3, kNumOptimizers = 4 };
 
@@ -59,6 +62,7 @@ struct Kernels {
     NormFn norm;
     CastFn cast;
     StreamFn stream_4r3w;
+    MixFn stream_mix;
 };
 
 #define ACCEL_DECLARE_KERNELS(isa)                                                                               \
@@ -70,8 +74,9 @@ struct Kernels {
     NormPartial norm_block(const void*, DType, std::int64_t, std::int64_t);                                      \
     void cast_copy(const CastArgs&, std::int64_t, std::int64_t);                                                 \
     void stream_4r3w(float*, const float*, float*, float*, std::int64_t, std::int64_t, bool);                    \
+    float stream_mix(const float*, std::int64_t, float*, std::int64_t, std::int64_t, bool);                      \
     inline Kernels table() {                                                                                     \
-        return {{adam_step, lion_step, adagrad_step, sgd_step}, norm_block, cast_copy, stream_4r3w};             \
+        return {{adam_step, lion_step, adagrad_step, sgd_step}, norm_block, cast_copy, stream_4r3w, stream_mix}; \
     }                                                                                                            \
     }
 

@@ -23,6 +23,22 @@ def expressions(name: str) -> list[str]:
         return [f"{stem}_step<{grad}, {low}>" for grad in (0, 1, 2) for low in (1, 2, 3)]
     if stem == "norm":
         return [*(f"norm_partial<{grad}>" for grad in (0, 1, 2)), "norm_finish"]
+    if stem == "blocks":
+        forms = [f"{bits}, {symmetric}" for bits in (8, 4) for symmetric in ("false", "true")]
+        ends = [f"{stochastic}, {team}" for stochastic in ("false", "true") for team in (32, 256)]
+        return [
+            *(f"quantize<{src}, {form}, {end}>" for src in (0, 1, 2) for form in forms for end in ends),
+            *(f"requantize_sum<{bits}, {form}, {end}>" for bits in (8, 4) for form in forms for end in ends),
+            *(f"dequantize_sum<{dst}, {form}>" for dst in (0, 1, 2) for form in forms),
+        ]
+    if stem == "signs":
+        flags = [f"{a}, {b}" for a in ("false", "true") for b in ("false", "true")]
+        return [
+            *(f"sign_sums<{src}, {both}>" for src in (0, 1, 2) for both in flags),
+            "sign_scale",
+            *(f"pack_signs<{src}, {error}>" for src in (0, 1, 2) for error in ("false", "true")),
+            *(f"mean_signs<{dst}>" for dst in (0, 1, 2)),
+        ]
     if stem == "rms_norm":
         return [f"rms_norm<{t}, {w}>" for t, w in ((0, 0), (1, 0), (1, 1), (2, 0), (2, 2))]
     if stem == "rotary":
@@ -34,7 +50,9 @@ def expressions(name: str) -> list[str]:
 
 def test_all_sources_are_there() -> None:
     inference = ["gated.cu", "rms_norm.cu", "rotary.cu", "write_kv.cu"]
-    expected = sorted([*(f"{stem}.cu" for stem in STEPS), "cast.cu", "norm.cu", *inference])
+    expected = sorted(
+        [*(f"{stem}.cu" for stem in STEPS), "cast.cu", "norm.cu", "blocks.cu", "signs.cu", *inference]
+    )
     assert expected == NAMES
 
 

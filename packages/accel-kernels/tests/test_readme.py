@@ -20,9 +20,13 @@ def test_kernels() -> None:
     assert "adam_step" in run_example(0)
 
 
+def test_codecs() -> None:
+    assert run_example(1) == "400004 bytes as 51565 or 12505\n"
+
+
 def test_transfers() -> None:
-    assert any(name in run_example(1) for name in ("io_uring", "threads", "portable"))
+    assert any(name in run_example(2) for name in ("io_uring", "threads", "portable"))
 
 
 def test_inference() -> None:
-    run_example(2)
+    run_example(3)

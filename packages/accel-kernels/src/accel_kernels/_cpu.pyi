@@ -37,6 +37,16 @@ def norm(grad: int, dtype: int, numel: int, scale: float, out: int, num_threads:
 def stream_4r3w(
     p: int, g: int, m: int, v: int, numel: int, non_temporal: bool, num_threads: int, isa: str
 ) -> None: ...
+def stream_mix(
+    src: int,
+    read_bytes: int,
+    dst: int,
+    written_bytes: int,
+    places: int,
+    non_temporal: bool,
+    num_threads: int,
+    isa: str,
+) -> float: ...
 def quantize(
     src: int,
     src_dtype: int,

@@ -62,5 +62,4 @@ def _load(name: str) -> CodecBackend:
 
 def choose_codec(op: str, device: torch.device, backend: str | None) -> CodecBackend:
     """The back end for messages on ``device``; raises as ``dispatch.choose`` does."""
-    name = choose_name(op, device, backend)
-    return _load(name if name in ("cpu", "portable", "reference") else "portable")
+    return _load(choose_name(op, device, backend))

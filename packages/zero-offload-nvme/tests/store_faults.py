@@ -26,6 +26,10 @@ class _Failed:
         self._inner.wait()
         raise TransferError(5, self._text, self._path)
 
+    @property
+    def memory(self):
+        return self._inner.memory
+
     def is_done(self) -> bool:
         return self._inner.is_done()
 

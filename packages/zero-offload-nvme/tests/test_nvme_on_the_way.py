@@ -24,6 +24,10 @@ class _Held:
         assert self._may_end.wait(PATIENCE_S), "waited for a write that is held back"
         self._inner.wait()
 
+    @property
+    def memory(self):
+        return self._inner.memory
+
     def is_done(self) -> bool:
         return self._may_end.is_set() and self._inner.is_done()
 

@@ -16,24 +16,29 @@ from .drive_files import Place
 
 @dataclass(frozen=True)
 class Writing:
-    """Elements `start` to `stop` of a tensor on their way to the file, from `values`."""
+    """Elements `start` to `stop` of a tensor on their way to the file.
+
+    Attributes:
+        dtype, offset: of them, the latter in the storage that the transfer keeps until somebody has waited for it.
+    """
 
     start: int
-    values: torch.Tensor
+    stop: int
+    dtype: torch.dtype
+    offset: int
     transfer: ak.Transfer
-
-    @property
-    def stop(self) -> int:
-        """The first element after them."""
-        return self.start + self.values.numel()
 
     def touches(self, start: int, stop: int) -> bool:
         """Whether a range has some of them."""
         return self.start < stop and start < self.stop
 
     def copy_to(self, out: torch.Tensor, start: int) -> bool:
-        """Elements from `start` on; False if their memory may have been another's before the copy had ended."""
-        out.copy_(self.values[start - self.start : start - self.start + out.numel()])
+        """Elements from `start` on; False if their memory is another's, or may have been before the copy had ended."""
+        storage = self.transfer.memory
+        if storage is None:
+            return False
+        here = self.offset + start - self.start
+        out.copy_(torch.empty(0, dtype=self.dtype).set_(storage, here, out.shape))
         return not self.transfer.is_done()
 
 

@@ -76,6 +76,15 @@ class EarlyStep:
     is_done: bool = False
 
 
+@dataclass(frozen=True)
+class _Queued:
+    """A step that waits for the thread, and what the device does before it."""
+
+    early: EarlyStep
+    step: FlatStep
+    after: Any
+
+
 @dataclass
 class EarlySteps:
     """At most one step for each unit.
@@ -97,6 +106,7 @@ class EarlySteps:
     _shadows: dict[int, Shadow] = field(default_factory=dict)
     _used_bytes: int = 0
     _failure: BaseException | None = None
+    _queue: deque[_Queued] = field(default_factory=deque)
     _background: Background = field(default_factory=lambda: Background("early-step"))
     _in_use: Window | None = None  # by the thread, or what it wrote is still on its way
 
@@ -130,16 +140,12 @@ class EarlySteps:
             return
         unit.take_edits()
         early = EarlyStep(lane, self.assume(lane, slots, factor))
-        grad = lane.shard.value
-        assert grad is not None
-        operands = shadow.operands(slots, self.stepper.grad(unit, grad))
-        step = FlatStep(grad.numel(), operands, list(early.assumed.rates), factor, unit.has_separate_master)
-        window, queued = self.stepper.window_for(unit), _queued_on(unit.device)
-
-        def work() -> None:
-            self._run(early, step, window, queued, unit.device)
-
-        self._background.submit(work)
+        operands = shadow.operands(slots, self.stepper.reduced_grad(lane))
+        start, stop = unit.local
+        step = FlatStep(stop - start, operands, list(early.assumed.rates), factor, unit.has_separate_master)
+        self._queue.append(_Queued(early, step, _queued_on(unit.device)))
+        window = self.stepper.window_for(unit)
+        self._background.submit(lambda: self._run_queued(window))
         self._in_use = window
         self.under_way[unit.index] = early
         self.count.begun += 1
@@ -225,16 +231,28 @@ class EarlySteps:
 
         self._background.submit(settle).wait()
 
-    def _run(
-        self, early: EarlyStep, step: FlatStep, window: Window, queued: Any, device: torch.device
-    ) -> None:
-        if self._failure is not None or not early.is_wanted:
+    def _run_queued(self, window: Window) -> None:
+        """All units that wait for the thread, in one pass: one is read while the one before it is stepped."""
+        some: list[_Queued] = []
+        while self._queue:
+            each = self._queue.popleft()
+            if each.early.is_wanted and self._failure is None:
+                some.append(each)
+        if not some:
             return
+        last, device = some[-1].after, some[-1].early.lane.unit.device
         try:
-            with torch.no_grad(), _beside(queued, device):
-                through = run(self.stepper.rule, window, [step], lambda: early.is_wanted, leave_writes=True)
+            with torch.no_grad(), _beside(last, device):
+                through = run(
+                    self.stepper.rule,
+                    window,
+                    [each.step for each in some],
+                    lambda: any(each.early.is_wanted for each in some),
+                    leave_writes=True,
+                )
                 deque(through, maxlen=0)
-            early.is_done = early.is_wanted
+            for each in some:
+                each.early.is_done = each.early.is_wanted
         except BaseException as error:  # told by `check`
             self._failure = error
 

@@ -15,6 +15,7 @@ import torch
 from torch.optim import Optimizer
 from zero_core import ShardSlot, UnitStep
 from zero_core.flat_unit import FlatUnit
+from zero_core.hooks import Lane
 from zero_core.steppers import RULES, FusedRule, FusedStepper, asked_for, check_options, has_kernel, merge
 
 from .blocks import block_elements, cut_blocks
@@ -200,6 +201,14 @@ class StoreStepper:
         if grads is not None:
             return in_store(grads, unit.key("grad"), grad, written=False)
         return Operand(_near(grad), grad.dtype, written=False)
+
+    def reduced_grad(self, lane: Lane) -> Operand:
+        """The same, of a gradient that may be on its way to where it rests; nobody waits for that."""
+        unit, grads = lane.unit, lane.unit.stores.grads
+        if grads is not None and not grads.in_memory:
+            return Operand(InStore(grads, unit.key("grad")), lane.shard.dtype, written=False)
+        assert lane.shard.value is not None
+        return self.grad(unit, lane.shard.value)
 
     def placed(self, unit: FlatUnit, slots: Sequence[ShardSlot]) -> list[tuple[str, torch.Tensor]]:
         """The unit's states in the store: name and view; what lies elsewhere in `inner.state` is moved in."""

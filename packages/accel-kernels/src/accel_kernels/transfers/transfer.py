@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import TransferError
 from .drivers import Handle
@@ -69,6 +69,11 @@ class Transfer:
     def nbytes(self) -> int:
         """Its size."""
         return self._ask.nbytes
+
+    @property
+    def memory(self) -> Any:
+        """What keeps its memory alive (a tensor's storage, or a buffer); None once somebody has waited for it."""
+        return self._ask.owner
 
     def is_done(self) -> bool:
         """Whether it has ended, well or not; does not wait, does not raise."""

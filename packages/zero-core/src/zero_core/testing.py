@@ -1,4 +1,4 @@
-"""Run a function on several ranks of one machine: spawned processes, gloo over a file store, one thread a rank.
+"""Run a function on several ranks of one machine: new processes, gloo over a file store, one thread a rank.
 
 For tests (of this package and of any that builds on it) and for small local jobs. No fixed ports: the ranks meet
 through a file. The first rank to fail decides the error; the others are ended. Processes whose ranks all succeeded
@@ -35,14 +35,23 @@ class RankFailedError(RuntimeError):
         self.rank = rank
 
 
+def _context() -> Any:
+    """Processes that come from one which has imported torch once, where the system can fork; else from nothing."""
+    if "forkserver" not in mp.get_all_start_methods():
+        return mp.get_context("spawn")
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch.distributed", __name__])
+    return context
+
+
 class _Worker:
     """A process that runs one rank after another."""
 
     def __init__(self) -> None:
-        context = mp.get_context("spawn")
+        context = _context()
         self.pipe: Connection[Any, Any]
         self.pipe, child = context.Pipe()
-        self.process = context.Process(target=_serve, args=(child,), daemon=True)
+        self.process = context.Process(target=_serve, args=(child, dict(os.environ)), daemon=True)
         self.process.start()
         child.close()
 
@@ -132,8 +141,9 @@ class _Target:
         return found
 
 
-def _serve(pipe: Connection[Any, Any]) -> None:
+def _serve(pipe: Connection[Any, Any], environ: dict[str, str]) -> None:
     """A worker's life: run ranks until the parent goes away or one of them fails."""
+    os.environ.update(environ)  # those of now, not of when the process that it comes from was started
     torch.set_num_threads(1)
     while True:
         try:

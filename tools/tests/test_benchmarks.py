@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from typing import Any
 
 import dev
 import pytest
@@ -24,7 +25,16 @@ FEWER = {
 }
 
 
-@pytest.mark.parametrize("name", dev.benchmark_names())
+# Three seeds of each method, even in few steps.
+SLOW = {"compression_learning", "zenflow_learning"}
+
+
+def marked(name: str) -> Any:
+    """A benchmark, which may be left out of the default run."""
+    return pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name
+
+
+@pytest.mark.parametrize("name", [marked(name) for name in dev.benchmark_names()])
 def test_quick_mode_prints_a_table(name: str) -> None:
     command = [sys.executable, f"benchmarks/{name}.py", "--quick", *FEWER.get(name, [])]
     result = subprocess.run(command, cwd=dev.REPO, capture_output=True, text=True, timeout=600, check=False)

@@ -262,7 +262,8 @@ def main(arguments: Sequence[str]) -> int:
                 except LabError as error:
                     say(f"compression: {error}")
                     return 2
-                print("\n".join(table(rows)))
+                for mbit in dict.fromkeys(row.mbit for row in rows):
+                    print("\n".join(table([row for row in rows if row.mbit == mbit])))
                 write(rows, options.out)
     return 0
 

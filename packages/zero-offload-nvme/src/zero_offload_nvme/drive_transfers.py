@@ -38,7 +38,8 @@ class Writing:
         if storage is None:
             return False
         here = self.offset + start - self.start
-        out.copy_(torch.empty(0, dtype=self.dtype).set_(storage, here, out.shape))
+        values = torch.empty(0, dtype=self.dtype).set_(storage, here, (out.numel(),), (1,))
+        out.copy_(values.view(out.shape))
         return not self.transfer.is_done()
 
 

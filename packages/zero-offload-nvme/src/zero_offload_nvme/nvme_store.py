@@ -139,7 +139,7 @@ class NvmeStore:
         self._writes.wait(name, start, stop, replaced=True)
         values = values.detach().cpu().contiguous()
         transfer = self.engine.write(place.drive.file, place.offset_of(start), values)
-        self._writes.add(name, Writing(start, stop, values.dtype, values.storage_offset(), transfer))
+        self._writes.add(name, Writing(start, stop, values.dtype, int(values.storage_offset()), transfer))
         return transfer
 
     def fetch(self, name: str, out: torch.Tensor, start: int = 0) -> _Reading | Done:

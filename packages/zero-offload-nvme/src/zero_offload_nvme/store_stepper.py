@@ -204,7 +204,8 @@ class StoreStepper:
 
     def reduced_grad(self, lane: Lane) -> Operand:
         """The same, of a gradient that may be on its way to where it rests; nobody waits for that."""
-        unit, grads = lane.unit, lane.unit.stores.grads
+        unit = lane.unit
+        grads: Any = unit.stores.grads
         if grads is not None and not grads.in_memory:
             return Operand(InStore(grads, unit.key("grad")), lane.shard.dtype, written=False)
         assert lane.shard.value is not None

@@ -1,6 +1,7 @@
 """What a store has under way: writes that others must wait for, and tensors read ahead of their use.
 
-In: transfers of `accel_kernels`. Out: when a range may be touched; memory that has been read. Next: `nvme_store`.
+In: transfers of `accel_kernels`. Out: when a range may be touched; values that are still in memory, or have been read.
+Next: `nvme_store`.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,8 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from example_processes import run_script
 
 REPO = Path(__file__).resolve().parent.parent
 PAGES = ("README.md", "packages/*/README.md", "docs/*.md", "docs/**/*.md", "integration_tests/README.md")
@@ -126,44 +129,37 @@ def all_examples(repo: Path = REPO) -> list[Example]:
     ]
 
 
-def run_example(example: Example) -> subprocess.CompletedProcess[str]:
-    """Run one example in an empty folder; its output is standard output and error together."""
+def run_example(example: Example) -> tuple[int, str]:
+    """Run one example in an empty folder; its exit code, and its output, standard output and error together."""
     with tempfile.TemporaryDirectory(prefix="example-") as folder:
         suffix = ".py" if example.language == "python" else ".sh"
         script = Path(folder, example.page.replace("/", "_") + suffix)
         script.write_text(example.code)
-        command: Sequence[str | Path]
-        if example.language == "bash":
-            command = ["bash", "-euo", "pipefail", script]
-        elif example.ranks > 1:
-            torchrun = [
-                sys.executable,
-                "-m",
-                "torch.distributed.run",
-                "--standalone",
-            ]  # finds a free port itself
-            command = [*torchrun, f"--nproc-per-node={example.ranks}", script]
-        else:
-            command = [sys.executable, script]
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
         environ = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": path, "MPLBACKEND": "agg"}
-        process = subprocess.Popen(
-            command,
-            cwd=folder,
-            env=environ,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        try:
-            output, _ = process.communicate(timeout=TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)  # the whole group: a launcher's processes would outlive it
-            output, _ = process.communicate()
-            output += f"\nended after {TIMEOUT_S} s"
-        return subprocess.CompletedProcess(command, process.returncode, output)
+        if example.language == "python":
+            return run_script(script, example.ranks, environ, TIMEOUT_S)
+        return _run_bash(script, environ)
+
+
+def _run_bash(script: Path, environ: dict[str, str]) -> tuple[int, str]:
+    process = subprocess.Popen(
+        ["bash", "-euo", "pipefail", script],
+        cwd=script.parent,
+        env=environ,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # the whole group: what it started would outlive it
+        output, _ = process.communicate()
+        return 1, f"{output}\nended after {TIMEOUT_S} s"
+    return process.returncode, output
 
 
 def has_gpu() -> bool:
@@ -184,11 +180,11 @@ def main(pages: Sequence[str]) -> int:
             print(f"skipped  {example} ({skip})")
             continue
         total += 1
-        result = run_example(example)
-        print(f"{'FAILED' if result.returncode else 'ok':8} {example}", flush=True)
-        if result.returncode:
+        code, output = run_example(example)
+        print(f"{'FAILED' if code else 'ok':8} {example}", flush=True)
+        if code:
             failed += 1
-            print(textwrap.indent(result.stdout, "    "), flush=True)
+            print(textwrap.indent(output, "    "), flush=True)
     print(f"{total - failed} of {total} examples ran")
     return 1 if failed else 0
 

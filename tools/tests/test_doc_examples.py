@@ -56,8 +56,8 @@ def test_documentation_example(example: Example) -> None:
         pytest.skip(example.skip)
     if example.gpu and not run_examples.has_gpu():
         pytest.skip("no GPU here")
-    result = run_example(example)
-    assert result.returncode == 0, result.stdout
+    code, output = run_example(example)
+    assert code == 0, output
 
 
 def test_marks_and_languages_decide_what_runs() -> None:
@@ -80,19 +80,19 @@ def test_code_keeps_the_line_numbers_of_its_page() -> None:
 
 
 def test_a_block_that_continues_sees_the_one_before() -> None:
-    assert run_example(list(find_examples("page.md", PAGE))[1]).returncode == 0
+    assert run_example(list(find_examples("page.md", PAGE))[1]) == (0, "")
 
 
 def test_a_failing_example_fails_and_names_the_line_of_the_page() -> None:
     (example,) = find_examples("page.md", "\ntext\n\n```python\nok = 1\nraise RuntimeError('as told')\n```\n")
-    result = run_example(example)
-    assert result.returncode == 1
-    assert "line 6" in result.stdout
-    assert "as told" in result.stdout
+    code, output = run_example(example)
+    assert code == 1
+    assert "line 6" in output
+    assert "as told" in output
 
 
 def test_ranks_are_started_and_one_that_fails_is_noticed() -> None:
-    code = (
+    script = (
         "import os, pathlib, time\n"
         "rank = int(os.environ['RANK'])\n"
         "os.write(1, f'rank {rank} threads {os.environ[\"OMP_NUM_THREADS\"]}\\n'.encode())\n"
@@ -100,10 +100,10 @@ def test_ranks_are_started_and_one_that_fails_is_noticed() -> None:
         "while not pathlib.Path('0').exists(): time.sleep(0.01)\n"
         "raise SystemExit(rank)\n"
     )
-    result = run_example(Example("page.md", 1, "python", code, ranks=2))
-    assert result.returncode != 0
-    assert "rank 0 threads 1" in result.stdout
-    assert "rank 1 threads 1" in result.stdout
+    code, output = run_example(Example("page.md", 1, "python", script, ranks=2))
+    assert code == 1
+    assert "rank 0 threads 1" in output
+    assert "rank 1 threads 1" in output
 
 
 @pytest.mark.parametrize("options", ["rank=2", "ranks=two", "skip", "continues", "run"])
@@ -114,7 +114,7 @@ def test_a_mark_that_means_nothing_is_an_error(options: str) -> None:
 
 def test_an_example_that_hangs_is_ended_with_its_children(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_examples, "TIMEOUT_S", 2)
-    code = "import subprocess, sys\nsubprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
-    result = run_example(Example("page.md", 1, "python", code))
-    assert result.returncode != 0
-    assert "ended after 2 s" in result.stdout
+    script = "import subprocess, sys\nsubprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+    code, output = run_example(Example("page.md", 1, "python", script))
+    assert code != 0
+    assert "ended after 2 s" in output

@@ -35,12 +35,16 @@ class RankFailedError(RuntimeError):
         self.rank = rank
 
 
-def _context() -> Any:
-    """Processes that come from one which has imported torch once, where the system can fork; else from nothing."""
+def process_context() -> Any:
+    """A `multiprocessing` context whose processes are forked from one that has imported torch and this package.
+
+    Importing torch costs each process seconds. Where the system cannot fork they start from nothing.
+    """
     if "forkserver" not in mp.get_all_start_methods():
         return mp.get_context("spawn")
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", __name__])
+    # Dynamo, for the first optimizer that is made imports it.
+    context.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo", __name__])
     return context
 
 
@@ -48,7 +52,7 @@ class _Worker:
     """A process that runs one rank after another."""
 
     def __init__(self) -> None:
-        context = _context()
+        context = process_context()
         self.pipe: Connection[Any, Any]
         self.pipe, child = context.Pipe()
         self.process = context.Process(target=_serve, args=(child, dict(os.environ)), daemon=True)

@@ -158,6 +158,7 @@ class CheckpointedForward:
         self.own: Callable[..., Any] | None = module.__dict__.get("forward")
         self._module = weakref.ref(module)  # it holds us: a cycle would outlive the model
         self.__signature__ = inspect.signature(self.original)
+        self._uncompiled = torch.compiler.disable(self._call)
 
     @property
     def module(self) -> nn.Module:
@@ -171,9 +172,11 @@ class CheckpointedForward:
         """The module's `forward` without us."""
         return MethodType(type(self.module).forward, self.module) if self.own is None else self.own
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward, under a checkpoint where there will be a backward."""
+        return self._uncompiled(*args, **kwargs)
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled() or not self.module.training or not self._needs_grad(args, kwargs):
             return self.original(*args, **kwargs)
         region, saved = self.plan(self.original, args, kwargs, self.name)

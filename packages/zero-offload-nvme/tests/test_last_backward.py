@@ -9,6 +9,7 @@ import torch
 import zero_core as zero
 from store_faults import FaultyEngine
 from stored_models import AllUsed, Net, batch, build, loss_of, stores
+from test_nvme_on_the_way import HoldingEngine
 from test_speculation import assert_same, state_of
 from zero_core import ZeroStateError
 from zero_core.testing import run_ranks
@@ -159,3 +160,31 @@ def fails(rank: int, folder: str) -> None:
 
 def test_an_error_in_the_thread(tmp_path) -> None:
     run_ranks(fails, 1, str(tmp_path))
+
+
+def waits_for_no_gradient(rank: int, folder: str) -> None:
+    states = []
+    for held in (False, True):
+        engine = HoldingEngine()
+        engine.may_end.set()
+        grads = NvmeStore(folder, engine=engine)
+        model, opt = build(zero.Stores(grads=grads, optimizer=HostStore()), 2, world=1, net=AllUsed)
+        for step in range(3):
+            if held and step:
+                engine.may_end.clear()
+            with opt.last_backward():
+                loss_of(model, batch(step, rank)).backward()
+            assert opt.early_steps.begun == step * 5
+            if not engine.may_end.is_set():
+                opt._early.early.finish()  # the thread has them from memory, too
+                engine.may_end.set()
+            opt.step()
+            opt.zero_grad()
+        states.append(state_of(model, opt))
+        opt.close()
+        engine.close()
+    assert_same(states[1], states[0])
+
+
+def test_gradients_on_their_way_to_a_drive_are_not_waited_for(tmp_path) -> None:
+    run_ranks(waits_for_no_gradient, 1, str(tmp_path))

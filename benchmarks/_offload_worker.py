@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import _engines
+import accel_kernels as ak
 import torch
 import torch.distributed as dist
 import zero_core as zero
@@ -17,20 +18,22 @@ from gpt import GPT, Block, GPTConfig, num_parameters, random_batch
 from torch.distributed.device_mesh import init_device_mesh
 
 
-class Counting(off.NvmeStore):
-    """Counts the bytes that are asked for."""
+class Counting(ak.TransferEngine):
+    """Counts the bytes that it moves."""
 
     read_bytes = written_bytes = 0
 
-    def put(self, name: str, values: torch.Tensor, start: int = 0) -> Any:
-        """See `NvmeStore`."""
-        Counting.written_bytes += values.numel() * values.element_size()
-        return super().put(name, values, start)
+    def read(self, file: Any, offset: int, out: Any) -> ak.Transfer:
+        """See `accel_kernels.TransferEngine`."""
+        transfer = super().read(file, offset, out)
+        self.read_bytes += transfer.nbytes
+        return transfer
 
-    def fetch(self, name: str, out: torch.Tensor, start: int = 0) -> Any:
-        """See `NvmeStore`."""
-        Counting.read_bytes += out.numel() * out.element_size()
-        return super().fetch(name, out, start)
+    def write(self, file: Any, offset: int, data: Any) -> ak.Transfer:
+        """See `accel_kernels.TransferEngine`."""
+        transfer = super().write(file, offset, data)
+        self.written_bytes += transfer.nbytes
+        return transfer
 
 
 def main() -> None:
@@ -49,7 +52,9 @@ def main() -> None:
     with torch.device("meta"):
         model = GPT(config)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("dp",))
-    store = Counting(os.environ["OFFLOAD_FOLDER"], cache_bytes=64 << 20) if order["drive"] else None
+    engine = Counting()
+    folder = os.environ["OFFLOAD_FOLDER"]
+    store = off.NvmeStore(folder, cache_bytes=64 << 20, engine=engine) if order["drive"] else None
     model = zero.shard(model, mesh, stage=3, store=store, init_module=initialise)
     zero.checkpoint_modules(model, Block, zero.CheckpointPolicy())
     inner = _engines.torch_adamw(model.parameters())
@@ -59,7 +64,7 @@ def main() -> None:
         optimizer = off.OffloadedOptimizer(model, inner, window_bytes=32 << 20)
     seconds = []
     for step in range(order["steps"]):
-        Counting.read_bytes = Counting.written_bytes = 0
+        engine.read_bytes = engine.written_bytes = 0
         begun = time.perf_counter()
         loss = model(*random_batch(config, sequences=order["sequences"], seed=step * 2 + dist.get_rank()))
         with last_backward(optimizer):
@@ -72,8 +77,8 @@ def main() -> None:
         "parameters": num_parameters(model),
         "step_s": min(seconds[1:]),
         "loss": float(loss.detach()),
-        "read_bytes": Counting.read_bytes,
-        "written_bytes": Counting.written_bytes,
+        "read_bytes": engine.read_bytes,
+        "written_bytes": engine.written_bytes,
     }
     print(json.dumps(answer), flush=True)
     dist.barrier()

@@ -8,7 +8,7 @@
 Part "time": the same GPT on two gloo ranks by every engine, alternating; DeepSpeed with its own CPU Adam and, where its
 asynchronous I/O was built, its NVMe path. Part "largest": both ranks in one memory control group (needs root); layers
 are added until one no longer gets through two steps, without a store and with everything in files. There `limit` is
-the time that the step's bytes take at the bandwidth that was measured just before.
+the time that the bytes which a step moves take at the bandwidth that was measured just before.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ import _measure
 from _processes import DTYPES, HERE, RANKS, Engine, free_port, missing, say
 from gpt import GPT, PRESETS, num_parameters
 from train_step import run_group
-from zero_offload_nvme.speeds import both_speed
+from zero_offload_nvme.forecast import drive_seconds
+from zero_offload_nvme.speeds import measure_speeds
 
 ENGINES = (
     "ddp", "zero-core-2", "zero-core-3", "zero-core-2-host", "zero-core-3-host", "zero-core-2-drive",
@@ -164,7 +165,7 @@ def largest_lines(options: argparse.Namespace) -> tuple[list[str], list[dict[str
     """Both, as a table."""
     if not os.access(GROUPS, os.W_OK):
         return [f"(no memory control groups can be made in {GROUPS}: needs root)"], []
-    speed = both_speed(str(options.folder), RANKS, 3.0)
+    speeds = measure_speeds([str(options.folder)], ranks=RANKS, device="cpu", seconds=4.0)
     budget = options.budget_mib << 20
     plain = largest(False, budget, options, 2)
     same = attempt(plain["layers"], True, budget, options)
@@ -173,11 +174,12 @@ def largest_lines(options: argparse.Namespace) -> tuple[list[str], list[dict[str
     stored = largest(True, budget, options, 5 * plain["layers"] + 1)
     rows = [{"drive": drive, **row} for drive, row in ((False, plain), (True, same), (True, stored))]
     for row in rows:
-        row["limit_s"] = RANKS * (row["read_bytes"] + row["written_bytes"]) / speed / 1e9
+        row["limit_s"] = drive_seconds(row["read_bytes"], row["written_bytes"], speeds, RANKS)
     lines = [
         f"Both ranks in {options.budget_mib} MiB, page cache included; GPT of width {options.width}, fp32, one "
         f"sequence of {options.tokens} tokens a rank, recomputed blocks, units stepped during backward. The limit is "
-        f"the drive's, which moves {speed:.1f} GB/s while two processes read and write it at once.",
+        f"the drive's, which moves {speeds.drive_both:.1f} GB/s while both ranks read and write it at once, and "
+        f"{speeds.drive_read:.1f} GB/s where they only read: a step reads more than it writes.",
         "",
         "| everything rests | layers | parameters, M | ratio | step s | bytes a parameter and step | limit s "
         "| step / limit | loss |",

@@ -14,9 +14,18 @@ DEPTH = 3
 """Blocks in a window: one is read, one stepped, one written."""
 
 
+PAGE, HUGE_PAGE = 4096, 512 * 1024
+"""Elements of 4 bytes in four pages of memory, and in a huge one."""
+
+
 def block_elements(window_bytes: int, num_operands: int, depth: int = DEPTH) -> int:
-    """Elements of a block of which `depth`, with so many operands of 4 bytes, fit a window; whole pages of each."""
-    return max(window_bytes // (depth * num_operands * 4) // 4096 * 4096, 4096)
+    """Elements of a block of which `depth`, with so many operands of 4 bytes, fit a window.
+
+    Whole huge pages of each operand, where they are as large: a drive is slower with parts of them.
+    """
+    most = window_bytes // (depth * num_operands * 4)
+    page = HUGE_PAGE if most >= HUGE_PAGE else PAGE
+    return max(most // page * page, PAGE)
 
 
 @dataclass(frozen=True)

@@ -83,13 +83,13 @@ def forecast(
             f"{compute_s}"
         )
     moved = plan.traffic
-    drive_s = _drive_seconds(moved.drive_read, moved.drive_written, speeds, ranks)
+    drive_s = drive_seconds(moved.drive_read, moved.drive_written, speeds, ranks)
     memory_s = _seconds(moved.memory, speeds.memory, ranks)
     link_s = _seconds(moved.link, speeds.link, ranks)
     longest, rest = _longest(drive_s, memory_s, link_s)
     optimizer_s = longest + rest / max(moved.blocks, 1) + moved.parameters * PARAMETER_S
-    first_s = _drive_seconds(moved.params_read, moved.grads_written, speeds, ranks)
-    later_s = _drive_seconds(moved.params_read + moved.grads_read, moved.grads_written, speeds, ranks)
+    first_s = drive_seconds(moved.params_read, moved.grads_written, speeds, ranks)
+    later_s = drive_seconds(moved.params_read + moved.grads_read, moved.grads_written, speeds, ranks)
     step_s = None
     if compute_s is not None:
         # What is prefetched and written beside the maths costs nothing until it takes longer than that.
@@ -109,7 +109,7 @@ def _longest(*seconds: float) -> tuple[float, float]:
     return max(seconds), sum(seconds) - max(seconds)
 
 
-def _drive_seconds(read: int, written: int, speeds: Speeds, ranks: int) -> float:
+def drive_seconds(read: int, written: int, speeds: Speeds, ranks: int) -> float:
     """Of bytes read and written beside each other, as far as there are as many of the one as of the other."""
     beside = 0 if speeds.drive_both is None else min(read, written)
     return (

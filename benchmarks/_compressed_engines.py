@@ -18,8 +18,6 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 FREEZE_STEP = 2
-BUCKET_MIB = 4
-"""DDP's own are 25: few enough that with a hook little of what they cost passes beside backward."""
 
 
 def one_bit(model: GPT, job: Job, *, kind: str) -> Step:
@@ -79,9 +77,7 @@ def ddp_hook(model: GPT, job: Job, *, kind: Any) -> Step:
     """DistributedDataParallel with one of comm-compress's hooks."""
     import comm_compress as cc
 
-    wrapped = nn.parallel.DistributedDataParallel(
-        model.to(job.dtype), gradient_as_bucket_view=True, bucket_cap_mb=BUCKET_MIB
-    )
+    wrapped = nn.parallel.DistributedDataParallel(model.to(job.dtype), gradient_as_bucket_view=True)
     wrapped.register_comm_hook(None, cc.ddp_hook(kind, shared_memory=False, timeout_s=300.0))
     optimizer = torch_adamw(wrapped.parameters())
     accumulate = _accumulation(wrapped, wrapped.no_sync)

@@ -17,6 +17,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch._C._distributed_c10d import TCPStore
 from zero_core.testing import process_context
 
@@ -40,12 +41,13 @@ def run_script(script: Path, ranks: int, environ: Mapping[str, str], timeout_s: 
             "LOCAL_WORLD_SIZE": str(ranks),
         }
     context = process_context()
-    processes = []
-    for rank in range(ranks):
-        own = given | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {})
-        processes.append(context.Process(target=_run, args=(str(script), str(output), own)))
-        processes[-1].start()
+    processes: list[Any] = []
     try:
+        for rank in range(ranks):
+            own = given | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {})
+            process = context.Process(target=_run, args=(str(script), str(output), own))
+            process.start()
+            processes.append(process)
         code = _wait(processes, timeout_s)
     finally:
         for process in processes:
@@ -72,11 +74,8 @@ def _run(script: str, output: str, environ: dict[str, str]) -> None:
     os.environ.clear()
     os.environ.update(environ)
     if threads := environ.get("OMP_NUM_THREADS"):
-        import torch
-
-        torch.set_num_threads(
-            int(threads)
-        )  # torch has read the environment of the process that it was imported in
+        # torch has read the environment of the process that it was imported in.
+        torch.set_num_threads(int(threads))
     folder = os.path.dirname(script)
     os.chdir(folder)
     sys.argv, sys.path[0] = [script], folder

@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 import pytest
 import torch
-from zero_offload_nvme.blocks import Block
+from zero_offload_nvme.blocks import Block, block_elements
 from zero_offload_nvme.host_store import DONE
 from zero_offload_nvme.window import Operand, Window
 
@@ -134,3 +134,11 @@ def test_a_write_that_failed_is_told_before_its_room_is_used_again() -> None:
     other = Slow(torch.arange(8.0))
     with pytest.raises(OSError, match="element 4"):
         add_one(window, other, leave_writes=True)
+
+
+@pytest.mark.parametrize(
+    ("window_bytes", "elements"),
+    [(0, 4096), (1 << 20, 20480), (32 << 20, 512 * 1024), (192 << 20, 8 * 512 * 1024)],
+)
+def test_blocks_are_whole_pages_and_huge_ones_where_they_can(window_bytes: int, elements: int) -> None:
+    assert block_elements(window_bytes, 4) == elements

@@ -14,8 +14,8 @@ DEPTH = 3
 """Blocks in a window: one is read, one stepped, one written."""
 
 
-PAGE, HUGE_PAGE = 4096, 512 * 1024
-"""Elements of 4 bytes in four pages of memory, and in a huge one."""
+LEAST, HUGE_PAGE = 4096, 512 * 1024
+"""Elements of 4 bytes: the fewest of a block, in whole pages of memory, and those of a huge page."""
 
 
 def block_elements(window_bytes: int, num_operands: int, depth: int = DEPTH) -> int:
@@ -24,8 +24,8 @@ def block_elements(window_bytes: int, num_operands: int, depth: int = DEPTH) -> 
     Whole huge pages of each operand, where they are as large: a drive is slower with parts of them.
     """
     most = window_bytes // (depth * num_operands * 4)
-    page = HUGE_PAGE if most >= HUGE_PAGE else PAGE
-    return max(most // page * page, PAGE)
+    page = HUGE_PAGE if most >= HUGE_PAGE else LEAST
+    return max(most // page * page, LEAST)
 
 
 @dataclass(frozen=True)

@@ -158,7 +158,7 @@ class CheckpointedForward:
         self.own: Callable[..., Any] | None = module.__dict__.get("forward")
         self._module = weakref.ref(module)  # it holds us: a cycle would outlive the model
         self.__signature__ = inspect.signature(self.original)
-        self._uncompiled = torch.compiler.disable(self._call)
+        self._uncompiled = torch.compiler.disable(type(self)._call)  # not ours: that would be a cycle
 
     @property
     def module(self) -> nn.Module:
@@ -174,7 +174,7 @@ class CheckpointedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward, under a checkpoint where there will be a backward."""
-        return self._uncompiled(*args, **kwargs)
+        return self._uncompiled(self, *args, **kwargs)
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled() or not self.module.training or not self._needs_grad(args, kwargs):

@@ -13,7 +13,7 @@ from branching_models import KINDS, Model, what
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from zero_core.groups import resolve_groups
-from zero_core.hierarchy import HierarchicalCollectives
+from zero_core.hierarchy import Chain, HierarchicalCollectives
 from zero_core.testing import run_ranks
 from zero_core_models import Net, batches, loss_of, plain_copy, relative_error, seeded
 
@@ -206,3 +206,35 @@ def refused(rank: int, names: tuple[str, str]) -> None:
         zero.ZeroConfigError, match="expected one dimension, or one named 'dp', or 'dp_shard'"
     ):
         zero.shard(nn.Linear(2, 2), mesh, stage=3)
+
+
+class Coming:
+    """A handle that has come when it is looked at for the `looks`-th time."""
+
+    def __init__(self, looks: int) -> None:
+        self.looks = looks
+        self.waited = False
+
+    def is_done(self) -> bool:
+        self.looks -= 1
+        return self.looks <= 0
+
+    def wait(self) -> None:
+        self.waited = True
+
+
+@pytest.mark.parametrize("first", [1, 2, 3])
+@pytest.mark.parametrize("second", [1, 2, 3])
+def test_a_chain_is_done_when_its_last_step_is_and_not_before(first: int, second: int) -> None:
+    started: list[Coming] = []
+
+    def step(looks: int) -> Coming:
+        started.append(Coming(looks))
+        return started[-1]
+
+    chain = Chain([lambda: step(first), lambda: step(second)])
+    while not chain.is_done():
+        assert len(started) == 1 or started[1].looks > 0
+    assert len(started) == 2, "done, and its last step had not begun: whoever waits holds up the others"
+    assert started[0].waited
+    assert started[1].looks <= 0

@@ -246,9 +246,8 @@ def dies(rank: int) -> tuple[str, float]:
     told, publish = torch.distributed.distributed_c10d._get_default_store(), opt._publisher.publish
 
     def publish_or_die(*args: object, **options: object) -> None:
-        if (
-            rank == 1
-        ):  # it goes before it has sent anything of its own, when the other one misses nothing else
+        opt._publisher.finish()  # the agreement before: no other message of the rank that dies shall be missed
+        if rank == 1:
             told.wait(["rank 0 publishes"])
             os._exit(1)
         told.set("rank 0 publishes", "yes")

@@ -25,8 +25,12 @@ class BufferPool:
     def take(self, numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """A buffer of `numel` elements with whatever was in it."""
         nbytes = numel * dtype.itemsize
-        self._free += [raw for handle, raw in self._read if is_done(handle)]
-        self._read = [(handle, raw) for handle, raw in self._read if not is_done(handle)]
+        read, self._read = self._read, []
+        for handle, raw in read:
+            if is_done(handle):
+                self._free.append(raw)
+            else:
+                self._read.append((handle, raw))
         for position, raw in enumerate(self._free):
             if raw.numel() >= nbytes and raw.device == device:
                 return self._free.pop(position)[:nbytes].view(dtype)

@@ -85,9 +85,11 @@ class Chain:
 
     def is_done(self) -> bool:
         """Whether `wait` need not wait for another rank."""
-        while is_done(self._now) and self._steps:
+        while is_done(self._now):
+            if not self._steps:
+                return True
             self._go_on()
-        return is_done(self._now)
+        return False
 
     def wait(self) -> None:
         """Finish."""

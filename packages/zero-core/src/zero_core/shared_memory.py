@@ -275,7 +275,9 @@ class SharedMemory:
                 checked = now
                 gone = [rank for rank in waited_for() if self._is_gone(rank)]
                 stuck = self._stuck(waited_for()) if for_notes else []
-                if (gone or stuck) and not over():  # what came in last may have been in between
+                if gone or stuck:
+                    if over():  # what came in last may have been in between
+                        return
                     if gone:
                         raise RuntimeError(f"rank {_listed(gone)} has ended")
                     raise RuntimeError(f"rank {_listed(stuck)} waits for this rank, and this rank for it")

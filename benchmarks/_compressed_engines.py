@@ -74,10 +74,12 @@ def zero_pp(model: GPT, job: Job, *, stage: int = 3, **settings: Any) -> Step:
 
 
 def ddp_hook(model: GPT, job: Job, *, kind: Any) -> Step:
-    """DistributedDataParallel with one of comm-compress's hooks."""
+    """DistributedDataParallel with one of comm-compress's hooks, and buckets of 4 MiB: codecs take time too."""
     import comm_compress as cc
 
-    wrapped = nn.parallel.DistributedDataParallel(model.to(job.dtype), gradient_as_bucket_view=True)
+    wrapped = nn.parallel.DistributedDataParallel(
+        model.to(job.dtype), gradient_as_bucket_view=True, bucket_cap_mb=4
+    )
     wrapped.register_comm_hook(None, cc.ddp_hook(kind, shared_memory=False, timeout_s=300.0))
     optimizer = torch_adamw(wrapped.parameters())
     accumulate = _accumulation(wrapped, wrapped.no_sync)

@@ -278,7 +278,8 @@ def write(rows: Sequence[Row], folder: Path) -> None:
     every.sort(key=lambda row: (list(PRESETS).index(row.model), row.dtype, row.sequences, row.mbit))
     kept.write_text(json.dumps([asdict(row) for row in every], indent=1) + "\n")
     (folder / "compression.md").write_text(page(every))
-    draw(every, HERE.parent / "docs" / "images" / "compression.svg")
+    pictures = HERE.parent / "docs" / "images" if folder == HERE / "results" else folder
+    draw(every, pictures / "compression.svg")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def decide(rank: int, world: int, what: str) -> tuple[list[bool], str]:
                 monkeypatch.setattr(zero.PlainCollectives, name, slow(getattr(zero.PlainCollectives, name)))
         made = cc.QuantizedCollectives(node_size=1, min_bytes=0, policy="auto")
         model, opt = shard(build(), 2, made)
-        train(model, opt, rank, range(2 * trials.NUM_ROUNDS + 2))
+        train(model, opt, rank, range(trials.NUM_PASSES + 3))
         before = cc.traffic(made)
         train(model, opt, rank, range(100, 101))
         after = cc.traffic(made)
@@ -65,7 +65,7 @@ def values(rank: int, world: int) -> tuple[list[bool], int]:
     made = cc.QuantizedCollectives(node_size=2, secondary=True, min_bytes=0, policy="auto")
     model, opt = shard(build(), 3, made)
     seen = []
-    for step in range(2 * trials.NUM_ROUNDS + 2):
+    for step in range(trials.NUM_PASSES + 3):
         with torch.no_grad():
             first = float(loss_of(model, batch(0, step)))
         with zero.no_sync(model):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from engine_lab import engine_of, expected, prompts, run, tiny_llama, tokens
@@ -117,19 +119,29 @@ def test_a_shared_prompt_is_computed_once():
     assert tokens(second) == expected((*shared, 2), 4)
 
 
-@pytest.mark.parametrize("width", [1, 2, 4])
-def test_beams_are_those_of_transformers(width):
+STEERED = (
+    {"repetition_penalty": 1.3, "logit_bias": {7: -3.0, 40: 2.5}},
+    {"repetition_penalty": 1.3, "sequence_bias": [[[7], -3.0], [[40], 2.5]], "renormalize_logits": False},
+)
+
+
+@pytest.mark.parametrize(("width", "steering"), [(1, ({}, {})), (2, ({}, {})), (4, ({}, {})), (3, STEERED)])
+def test_beams_are_those_of_transformers(width, steering):
     ids = prompts(3, seed=2)[1]
-    params = SamplingParams(max_tokens=12, beam_width=width, n=width, temperature=0.0, ignore_eos=True)
+    params = SamplingParams(
+        max_tokens=12, beam_width=width, n=width, temperature=0.0, ignore_eos=True, **steering[0]
+    )
     outputs = run(engine_of(budget=16, blocks=60), {"x": (ids, params), "beside": (ids[:5], GREEDY)})
     given = torch.tensor([ids])
     with torch.no_grad():
         theirs = tiny_llama().generate(
             given, attention_mask=torch.ones_like(given), max_new_tokens=12, num_beams=width,
-            num_return_sequences=width, do_sample=False, pad_token_id=0,
+            num_return_sequences=width, do_sample=False, pad_token_id=0, **steering[1],
         )  # fmt: skip
     for index in range(width):
         assert tokens(outputs["x"], index) == theirs[index, len(ids) :].tolist()
+    plain = run(engine_of(), {"x": (ids, replace(params, repetition_penalty=1.0, logit_bias=None))})["x"]
+    assert (tokens(plain) != tokens(outputs["x"])) == bool(steering[0])
     assert tokens(outputs["beside"]) == expected(tuple(ids[:5]), COUNT)
 
 
@@ -184,6 +196,7 @@ def test_what_cannot_be_served_is_refused_with_the_reason():
         ([1] * 600, GREEDY, {}, "shorter than"),
         ([1] * 60, SamplingParams(max_tokens=40), {}, "fits the KV cache"),
         ([1], GREEDY, {"adapter": "poet"}, "'poet'"),
+        ([1], SamplingParams(logit_bias={5: 1.0, 99999: 1.0}), {}, "logit_bias: expected token ids below"),
         ([1], SamplingParams(beam_width=2, stop=("x",)), {}, "beam_width"),
         ([1], SamplingParams(json_schema='{"type": "nonsense"}'), {}, "json_schema"),
         ([1], SamplingParams(regex="("), {}, "regex"),

@@ -12,7 +12,13 @@ from fastgen.request import FinishReason, SamplingParams
 
 def test_every_call_comes_back() -> None:
     params = SamplingParams(
-        max_tokens=7, stop=("a", "é"), stop_token_ids=(1, 2), seed=2**63, json_schema="{}", n=3
+        max_tokens=7,
+        stop=("a", "é"),
+        stop_token_ids=(1, 2),
+        seed=2**63,
+        json_schema="{}",
+        n=3,
+        logit_bias={4: -1.5, 2: 100.0},
     )
     calls = [
         Add("one", [1, 2, 3], params, -4, "legal"),

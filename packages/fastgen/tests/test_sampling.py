@@ -82,6 +82,25 @@ def test_penalties_are_those_of_their_definitions():
     assert_like(found, logits.softmax(-1))
 
 
+def test_a_bias_is_added_before_penalties():
+    logits = LOGITS.clone()
+    logits[3] += 4.0
+    logits[5] += 2.5
+    assert_like(drawn(LOGITS, logit_bias={3: 4.0, 5: 2.5}), logits.softmax(-1))
+    logits[3] /= 2.0
+    found = drawn(
+        LOGITS, token_ids=[3], num_prompt_tokens=1, logit_bias={3: 4.0, 5: 2.5}, repetition_penalty=2.0
+    )
+    assert_like(found, logits.softmax(-1))
+    rows = [
+        row(temperature=0.0),
+        row(temperature=0.0, logit_bias={0: -100}),
+        row(temperature=0.0, logit_bias={5: 100}),
+    ]
+    assert choose(LOGITS.expand(3, -1), rows) == [0, 1, 5]
+    assert hash(rows[1].params) is not None
+
+
 def test_bans_and_masks():
     allowed = np.array([True, True, False, True, True, True])
     found = drawn(LOGITS, banned=(0,), allowed=allowed)

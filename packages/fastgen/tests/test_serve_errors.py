@@ -43,7 +43,9 @@ REFUSED: list[tuple[str, dict[str, Any], int, str]] = [
     ("completions", {"prompt": "x", "min_tokens": 20, "max_tokens": 5}, 400, "min_tokens"),
     ("completions", {"prompt": "x", "model": "../../etc/passwd"}, 404, "expected one of tiny"),
     ("completions", {"prompt": "x", "temprature": 1}, 400, "temprature: is not a field of this request"),
-    ("completions", {"prompt": "x", "logit_bias": {"5": 100}}, 400, "logit_bias"),
+    ("completions", {"prompt": "x", "logit_bias": {"5": 101}}, 400, "logit_bias"),
+    ("completions", {"prompt": "x", "logit_bias": {"five": 1}}, 400, "logit_bias"),
+    ("completions", {"prompt": "x", "logit_bias": {"05": 1}}, 400, "logit_bias"),
     ("completions", {"prompt": "x", "stream_options": {"include_usage": True}}, 400, "stream true"),
     ("completions", {"prompt": "x", "regex": "a+", "response_format": {"type": "json_object"}}, 400, "regex"),
     ("completions", {"prompt": "x", "response_format": {"type": "json_schema"}}, 400, "json_schema"),
@@ -85,6 +87,9 @@ def test_what_is_odd_but_right(served: Served) -> None:
     assert (
         served.complete(user="me", metadata={"a": "b"}, logit_bias={}, store=False, suffix="").status == 200
     )
+    assert served.engine.seen[-1]["params"].logit_bias is None
+    assert served.complete(logit_bias={"7": -100, "12": 0.5}).status == 200
+    assert served.engine.seen[-1]["params"].logit_bias == {7: -100.0, 12: 0.5}
     parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
     assert served.chat(messages=[{"role": "developer", "content": parts}]).status == 200
     said = served.engine.tokenizer.decode(served.engine.seen[-1]["prompt_ids"])

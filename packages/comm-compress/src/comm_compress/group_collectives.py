@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -23,7 +24,7 @@ from .reduce import GradientReduction
 from .settings import Settings
 from .topology import grid_of, resolve
 from .traffic import Entry
-from .trials import Trials
+from .trials import Spending, Trial
 from .wire import BlockFormat
 
 logger = logging.getLogger(__name__)
@@ -35,13 +36,16 @@ class GroupCollectives:
     Args:
         settings: see `QuantizedCollectives`.
         group: the ranks.
+        spending: of all groups of the model (`policy="auto"`); None: of this one alone.
 
     Raises:
         CompressConfigError: a node size that does not divide the group, a mesh of other ranks, ranks that were given
             other settings; nothing of the model has travelled then.
     """
 
-    def __init__(self, settings: Settings, group: dist.ProcessGroup) -> None:
+    def __init__(
+        self, settings: Settings, group: dist.ProcessGroup, spending: Spending | None = None
+    ) -> None:
         self.settings = settings
         self.group = group
         rank = group.rank()
@@ -66,7 +70,8 @@ class GroupCollectives:
             feedback=None if settings.loco is None else LoCo(settings.loco),
         )
         self._hops = [every, inside, across]
-        self._trials: Trials | None = None
+        self._spending = spending or Spending()
+        self._trials: dict[str, Trial] = {}
         self._has_told = False
 
     # -- zero_core.Collectives -----------------------------------------------------------------------------------
@@ -93,7 +98,7 @@ class GroupCollectives:
                 return self.reductions.run(full, out, tag=tag, form=form)
             return self._reduce_plain(full, out, tag)
 
-        return self._trials_on(full.device).run(self.reductions.entry, nbytes, tag, None, run)
+        return self._trial("reduce", self.reductions.entry, full.device).run(nbytes, tag, None, run)
 
     def trim(self) -> None:
         """See `zero_core.Collectives.trim`."""
@@ -131,12 +136,8 @@ class GroupCollectives:
             or self.gathers.has(out, tag=tag, version=version)
         ):
             return run(form=form)
-        return self._trials_on(out.device).run(
-            self.gathers.first,
-            nbytes,
-            tag,
-            version,
-            lambda compressed: run(form=form if compressed else None),
+        return self._trial("gather", self.gathers.first, out.device).run(
+            nbytes, tag, version, lambda compressed: run(form=form if compressed else None)
         )
 
     # -- for others ----------------------------------------------------------------------------------------------
@@ -162,7 +163,7 @@ class GroupCollectives:
         self.reductions.entry.sent += sent
         return self._plain.reduce_scatter(full, out, tag=tag)
 
-    def _trials_on(self, device: torch.device) -> Trials:
-        if self._trials is None:
-            self._trials = Trials(self.every, device)
-        return self._trials
+    def _trial(self, kind: Literal["gather", "reduce"], entry: Entry, device: torch.device) -> Trial:
+        if kind not in self._trials:
+            self._trials[kind] = Trial(kind, entry, self.every, device, self._spending)
+        return self._trials[kind]

@@ -1,22 +1,28 @@
-"""`policy="auto"`: which collectives pay to compress, measured in the first calls of each size.
+"""`policy="auto"`: whether gathers and whether reductions pay to compress, measured in the first passes of training.
 
-In: a collective of some kind and size, and both ways to run it. Out: one of the two, in turn while it is measured, then
-the faster one, the same on all ranks. What is measured is what training pays: the time until the call returns and the
-time in the wait for it, not what passes beside compute.
+In: a collective, and both ways to run it. Out: one of the two, by turns while it is measured, then the faster one, the
+same on all ranks.
+
+Note [What a pass costs]
+A pass lasts from one call of a kind to the next with the same tag. What counts is what training pays for it: the time
+until calls return and the time in waits, of gathers and reductions together, since what one of them sends keeps the
+others off the wire; not what passes beside compute. Gathers change their way with every pass, reductions with every
+second, so that of the passes of either way half had the other kind compressed, wherever passes begin.
 
 Note [One decision]
-All ranks make the same calls of one kind in the same order, so the n-th call of a size is the same one everywhere.
-With a certain call each rank tells the others its times, and with the next call of the same tag, by when every rank
-has sent its own, all take the slowest rank's: nobody waits for a rank that has yet to get there.
+All ranks make the same calls of one kind in the same order, so the n-th pass is the same one everywhere. When the last
+pass is over each rank tells the others its times, and when the next one is, by when every rank has sent its own, all
+take the slowest rank's: nobody waits for a rank that has yet to get there.
 """
 
 from __future__ import annotations
 
 import logging
 import statistics
-from collections import Counter
+import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import zero_core as zero
@@ -26,108 +32,152 @@ from .traffic import Entry, Stopwatch
 
 logger = logging.getLogger(__name__)
 
-NUM_ROUNDS = 4
-"""How often either way is measured for each tag; the first time either way does not count."""
+NUM_PASSES = 8
+"""Half of them either way; a multiple of four. One before them does not count."""
+_TURN = {"gather": 0, "reduce": 1}
+"""Passes of one way in a row, as a power of two; see Note [What a pass costs]."""
 
 
-@dataclass
-class _Class:
-    """Calls of one kind whose sizes lie between two powers of two."""
+class Spending:
+    """Time in the collectives of one model, by the passes of those that are being measured."""
 
-    name: str
-    times: dict[bool, list[Stopwatch]] = field(default_factory=lambda: {False: [], True: []})
-    calls: Counter[int] = field(default_factory=Counter)
-    asked: tuple[int, zero.Handle, list[torch.Tensor]] | None = None
-    verdict: bool | None = None
+    def __init__(self) -> None:
+        self._measuring: weakref.WeakSet[Trial] = weakref.WeakSet()
 
-    def median_s(self, *, compressed: bool) -> float:
-        """Of what was measured so far on this rank."""
-        seconds = [watch.seconds for watch in self.times[compressed]]
-        return statistics.median(seconds[1:] or seconds or [0.0])
+    @property
+    def is_measured(self) -> bool:
+        """Whether somebody wants to know."""
+        return bool(self._measuring)
+
+    def watch(self) -> Stopwatch:
+        """A stopwatch whose time counts for the pass that each of them is in."""
+        watch = Stopwatch()
+        for trial in self._measuring:
+            trial.passes[-1].append(watch)
+        return watch
+
+    def begin(self, trial: Trial) -> None:
+        """Somebody measures."""
+        self._measuring.add(trial)
+
+    def end(self, trial: Trial) -> None:
+        """And has done."""
+        self._measuring.discard(trial)
 
 
-class Trials:
-    """Decides for one group.
+class Trial:
+    """Decides for one kind of collective of one group.
 
     Args:
+        kind: which of the two.
+        entry: of the kind; gets the decision as a note.
         hop: all ranks.
         device: where small numbers travel from.
+        spending: of both kinds.
+
+    Attributes:
+        passes: what was spent in each.
     """
 
-    def __init__(self, hop: Hop, device: torch.device) -> None:
+    def __init__(
+        self,
+        kind: Literal["gather", "reduce"],
+        entry: Entry,
+        hop: Hop,
+        device: torch.device,
+        spending: Spending,
+    ) -> None:
+        self.entry = entry
         self.hop = hop
         self.device = device
-        self._classes: dict[tuple[str, int], _Class] = {}
-        self._versions: dict[tuple[str, int, int], tuple[int, bool]] = {}
+        self.spending = spending
+        self.passes: list[list[Stopwatch]] = [[]]
+        self._turn = _TURN[kind]
+        self._tags: set[int] = set()  # of this pass
+        self._versions: dict[tuple[int, int], tuple[int, bool]] = {}
+        self._asked: tuple[zero.Handle, list[torch.Tensor]] | None = None
+        self._verdict: bool | None = None
+        spending.begin(self)
 
     def run(
-        self,
-        entry: Entry,
-        nbytes: int,
-        tag: int,
-        version: int | None,
-        ways: Callable[[bool], zero.Handle],
+        self, nbytes: int, tag: int, version: int | None, ways: Callable[[bool], zero.Handle]
     ) -> zero.Handle:
         """Run one collective.
 
         Args:
-            entry: of its kind; gets the decision as a note.
             nbytes: of the whole buffer.
             tag: its own.
             version: calls of one tag and one version (not None) go one way.
             ways: starts it, compressed or not.
         """
-        known = self._classes.setdefault((entry.kind, nbytes.bit_length()), _Class(_range(nbytes)))
-        compressed = self._choose(entry, known, (entry.kind, nbytes, tag), version)
-        if known.verdict is not None:
+        compressed = self._choose((nbytes, tag), version)
+        if not self.spending.is_measured:
             return ways(compressed)
-        watch = Stopwatch()
-        known.times[compressed].append(watch)
+        watch = self.spending.watch()
         with watch.running(self.device):
             handle = ways(compressed)
         return _Watched(handle, watch, self.device)
 
-    def _choose(self, entry: Entry, known: _Class, key: tuple[str, int, int], version: int | None) -> bool:
+    def _choose(self, key: tuple[int, int], version: int | None) -> bool:
         before = self._versions.get(key)
         if version is not None and before is not None and before[0] == version:
             return before[1]
-        if known.verdict is None:
-            self._go_on(entry, known, key[2])
-        compressed = known.verdict
+        if self._verdict is None:
+            if key[1] in self._tags:
+                self._next_pass()
+            self._tags.add(key[1])
+        compressed = self._verdict
         if compressed is None:
-            compressed = known.calls[key[2]] % 2 == 0
-            known.calls[key[2]] += 1
+            compressed = self._goes_compressed(len(self.passes) - 1)
         if version is not None:
             self._versions[key] = version, compressed
         return compressed
 
-    def _go_on(self, entry: Entry, known: _Class, tag: int) -> None:
-        """See Note [One decision]."""
-        if known.asked is None:
-            if known.calls[tag] == 2 * NUM_ROUNDS:
-                known.asked = tag, *self._ask(known, tag)
-        elif known.asked[0] == tag:
-            _, handle, heard = known.asked
-            handle.wait()
-            plain, compressed = torch.stack(heard).amax(0).tolist()
-            known.verdict = compressed < plain
-            known.times.clear()
-            verdict = "compressed" if known.verdict else "as they are, since compression does not pay"
-            note = f"{known.name} travel {verdict} ({plain * 1e3:.2f} ms a call, compressed {compressed * 1e3:.2f} ms)"
-            entry.note = "; ".join(filter(None, [entry.note, note]))
-            if self.hop.rank == 0:
-                logger.info("%s: %s", entry.kind, note)
+    def _goes_compressed(self, number: int) -> bool:
+        return (number >> self._turn) % 2 == 0
 
-    def _ask(self, known: _Class, tag: int) -> tuple[zero.Handle, list[torch.Tensor]]:
-        seconds = [known.median_s(compressed=False), known.median_s(compressed=True)]
+    def _next_pass(self) -> None:
+        """See Note [One decision]."""
+        if self._asked is not None:
+            self._decide(*self._asked)
+            return
+        self._tags.clear()
+        if len(self.passes) == 1 + NUM_PASSES:
+            self._asked = self._ask()
+        self.passes.append([])
+
+    def _decide(self, handle: zero.Handle, heard: list[torch.Tensor]) -> None:
+        handle.wait()
+        plain, compressed = torch.stack(heard).amax(0).tolist()
+        self._verdict = compressed < plain
+        self.spending.end(self)
+        self.passes.clear()
+        verdict = "compressed" if self._verdict else "as they are, since compression does not pay"
+        self.entry.note = (
+            f"travel {verdict} (a pass pays {plain * 1e3:.2f} ms for collectives, {compressed * 1e3:.2f} ms if these "
+            "are compressed)"
+        )
+        if self.hop.rank == 0:
+            logger.info("%s: %s", self.entry.kind, self.entry.note)
+
+    def _ask(self) -> tuple[zero.Handle, list[torch.Tensor]]:
+        seconds = [self._median_s(compressed=False), self._median_s(compressed=True)]
         own = torch.tensor(seconds, dtype=torch.float64, device=self.device).view(torch.uint8)
         heard: list[torch.Tensor] = []
 
         def hear(parts: Sequence[torch.Tensor]) -> None:
             heard.extend(part.clone().view(torch.float64) for part in parts)
 
-        # A tag of its own: what the unit sends meanwhile must not be taken for it.
-        return self.hop.gather(own, tag ^ 0x2AAAAAAA, hear, Entry("decision")), heard
+        # A tag of its own: what units send meanwhile must not be taken for it.
+        return self.hop.gather(own, 0x2AAAAAAA ^ self._turn, hear, Entry("decision")), heard
+
+    def _median_s(self, *, compressed: bool) -> float:
+        """Of the passes that went this way on this rank."""
+        return statistics.median(
+            sum(watch.seconds for watch in each)
+            for number, each in enumerate(self.passes)
+            if number and self._goes_compressed(number) == compressed
+        )
 
 
 @dataclass
@@ -150,8 +200,3 @@ class _Watched:
         """Finish."""
         with self.watch.running(self.device):
             self.inner.wait()
-
-
-def _range(nbytes: int) -> str:
-    low = 1 << max(nbytes.bit_length() - 1, 0)
-    return f"{low / 1024:g} to {2 * low / 1024:g} KiB"

@@ -15,6 +15,7 @@ from .jobs import Job
 from .lines import Line
 from .output import Output
 from .request import FinishReason, Sequence
+from .sampler import Row, steered
 from .scheduler import Scheduler
 
 
@@ -40,8 +41,20 @@ def advance_beams(
     search, params = job.beams, job.request.params
     assert search is not None
     sequences = [sequence for sequence, _ in beams]
-    logprobs_BV = torch.stack([row_V for _, row_V in beams]).log_softmax(-1)
-    logprobs_BV[:, list(line.banned())] = -torch.inf
+    rows = [
+        Row(
+            params,
+            job.seed,
+            at,
+            each.token_ids,
+            each.num_prompt_tokens,
+            each.num_output_tokens,
+            line.banned(),
+        )
+        for at, each in enumerate(sequences)
+    ]
+    # Penalties of log-probabilities, not of logits: as transformers has them.
+    logprobs_BV = steered(torch.stack([row_V for _, row_V in beams]).log_softmax(-1), rows)
     values, ids = logprobs_BV.topk(min(2 * params.beam_width, logprobs_BV.shape[1]))
     following = search.advance(
         [sequence.output_ids for sequence in sequences],

@@ -115,9 +115,10 @@ class Engine:
         self._jobs[request_id] = Job(request, seed, beams)
 
     def _check(self, prompt_ids: list[int], params: SamplingParams, adapter: str | None) -> None:
-        wrong = next((token for token in prompt_ids if not 0 <= token < self._vocab_size), None)
-        if wrong is not None:
-            raise RequestError(f"prompt: expected token ids below {self._vocab_size}, got {wrong}")
+        for name, token_ids in (("prompt", prompt_ids), ("logit_bias", params.logit_bias or ())):
+            wrong = next((token for token in token_ids if not 0 <= token < self._vocab_size), None)
+            if wrong is not None:
+                raise RequestError(f"{name}: expected token ids below {self._vocab_size}, got {wrong}")
         if params.beam_width and (
             params.stop or params.json_schema or params.regex or params.logprobs is not None
         ):

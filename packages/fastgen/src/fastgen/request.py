@@ -7,6 +7,8 @@ appends tokens. Next: `scheduler`.
 from __future__ import annotations
 
 import enum
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from .errors import ConfigError
@@ -26,6 +28,7 @@ class SamplingParams:
         repetition_penalty: divides positive logits of tokens seen (prompt and output), multiplies negative ones.
         presence_penalty: subtracted from the logits of tokens in the output.
         frequency_penalty: subtracted for each time that a token is in the output.
+        logit_bias: added to the logits of some tokens, by id; -100 all but bans one, 100 all but demands it.
         n: sequences returned.
         best_of: sequences made, of which the `n` most likely are returned; None: `n`.
         beam_width: beams of a beam search, of which the best `n` are returned; 0 samples.
@@ -49,6 +52,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = field(default=None, hash=False)
     n: int = 1
     best_of: int | None = None
     beam_width: int = 0
@@ -73,6 +77,7 @@ class SamplingParams:
             ("repetition_penalty", 0.0 < self.repetition_penalty <= 100.0, "above 0"),
             ("presence_penalty", -2.0 <= self.presence_penalty <= 2.0, "between -2 and 2"),
             ("frequency_penalty", -2.0 <= self.frequency_penalty <= 2.0, "between -2 and 2"),
+            ("logit_bias", all(map(math.isfinite, (self.logit_bias or {}).values())), "finite numbers"),
             ("n", self.n >= 1, ">= 1"),
             ("best_of", self.best_of is None or self.best_of >= self.n, ">= n"),
             ("beam_width", self.beam_width == 0 or self.beam_width >= self.n, "0, or >= n"),

@@ -60,7 +60,7 @@ def choose(logits_LV: Tensor, rows: Sequence[Row]) -> list[int]:
     """
     if not rows:
         return []
-    logits_LV = _steered(logits_LV, rows)
+    logits_LV = steered(logits_LV, rows)
     tokens = logits_LV.argmax(-1)
     drawn = [at for at, row in enumerate(rows) if row.params.temperature > 0.0]
     if drawn:
@@ -86,22 +86,25 @@ def uniform(seed: int, index: int, position: int) -> float:
     return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little") / 2.0**64
 
 
-def _steered(logits_LV: Tensor, rows: Sequence[Row]) -> Tensor:
-    """Logits after penalties and bans; the same tensor where no row has any."""
-    steered = logits_LV
+def steered(logits_LV: Tensor, rows: Sequence[Row]) -> Tensor:
+    """Logits (or their log-softmax) after biases, penalties and bans; the same tensor where no row has any."""
+    found = logits_LV
     for at, row in enumerate(rows):
-        if not (_has_penalties(row.params) or row.banned or row.allowed is not None):
+        bias = row.params.logit_bias
+        if not (bias or _has_penalties(row.params) or row.banned or row.allowed is not None):
             continue
-        if steered is logits_LV:
-            steered = logits_LV.clone()
+        if found is logits_LV:
+            found = logits_LV.clone()
+        if bias:
+            found[at, list(bias)] += torch.tensor(list(bias.values()), device=found.device)
         if _has_penalties(row.params):
-            _penalise(steered[at], row)
+            _penalise(found[at], row)
         if row.banned:
-            steered[at, list(row.banned)] = -torch.inf
+            found[at, list(row.banned)] = -torch.inf
         if row.allowed is not None:
-            allowed = torch.from_numpy(row.allowed).to(steered.device)
-            steered[at].masked_fill_(~allowed, -torch.inf)
-    return steered
+            allowed = torch.from_numpy(row.allowed).to(found.device)
+            found[at].masked_fill_(~allowed, -torch.inf)
+    return found
 
 
 def _has_penalties(params: SamplingParams) -> bool:

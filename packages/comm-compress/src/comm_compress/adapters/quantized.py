@@ -19,6 +19,7 @@ from ..group_collectives import GroupCollectives
 from ..settings import Quantized, Settings
 from ..topology import grid_of
 from ..traffic import Entry
+from ..trials import Spending
 
 
 class QuantizedCollectives:
@@ -93,12 +94,13 @@ class QuantizedCollectives:
             shared_memory=shared_memory,
         )
         self._made: list[GroupCollectives] = []
+        self._spending = Spending()
         self._own = None if group is None else self(group)
 
     def __call__(self, group: dist.ProcessGroup) -> GroupCollectives:
         """The collectives of one group; every rank of it calls this."""
         grid_of(group, self.settings.node_size, self.settings.mesh)  # refused before anything travels
-        made = GroupCollectives(self.settings, group)
+        made = GroupCollectives(self.settings, group, self._spending)
         self._made.append(made)
         return made
 

@@ -95,7 +95,7 @@ def packed(calls: Sequence[Call], digest: int) -> bytes:
 
 def unpacked(message: bytes) -> tuple[list[Call], int]:
     """What `packed` was given."""
-    digest, rows = msgpack.unpackb(message, use_list=False, strict_map_key=True)
+    digest, rows = msgpack.unpackb(message, use_list=False, strict_map_key=False)
     return [_call(*row) for row in rows], digest
 
 

@@ -148,6 +148,7 @@ class Prompts:
             max_tokens=max(DEFAULT_MAX_TOKENS, request.min_tokens or 0),  # the real one needs the prompt
             stop=stop,
             stop_token_ids=tuple(request.stop_token_ids or ()),
+            logit_bias={int(token): bias for token, bias in (request.logit_bias or {}).items()} or None,
             json_schema=json_schema,
         )
 

@@ -26,6 +26,8 @@ def _truth(value: object) -> object:
 Int = Annotated[int, BeforeValidator(_whole)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Seed = Annotated[Int, Field(ge=-(2**63), lt=2**63)]
+TokenKey = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,8})$")]
+Bias = Annotated[float, Field(ge=-100.0, le=100.0)]
 Text = Annotated[str, Field(max_length=2**23)]
 StopText = Annotated[str, Field(min_length=1, max_length=1000)]
 Tokens = Annotated[list[TokenId], Field(min_length=1)]
@@ -51,9 +53,6 @@ class Inert(Strict):
     metadata: dict[str, str] | None = Field(None, description="Not used.")
     service_tier: Literal["auto", "default"] | None = None
     store: Annotated[Literal[False] | None, BeforeValidator(_truth)] = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = Field(
-        None, description="Only empty: biases are not supported."
-    )
 
 
 class Sampling(Inert):
@@ -67,6 +66,9 @@ class Sampling(Inert):
     top_p: float | None = Field(None, gt=0.0, le=1.0)
     presence_penalty: float | None = Field(None, ge=-2.0, le=2.0)
     frequency_penalty: float | None = Field(None, ge=-2.0, le=2.0)
+    logit_bias: dict[TokenKey, Bias] | None = Field(
+        None, max_length=1024, description="Added to the logits of tokens, which are named by their ids."
+    )
     seed: Seed | None = Field(None, description="Makes the choice reproducible.")
     stop: StopText | Annotated[list[StopText], Field(max_length=64)] | None = Field(
         None, description="Texts at which a sequence ends; not part of it."

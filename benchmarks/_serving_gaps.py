@@ -76,14 +76,15 @@ class Beside:
 
 
 def compare(
-    model: LlamaForCausalLM, gib: float, *, budget: int, measured: int, rounds: int, scale: int
+    model: LlamaForCausalLM, gib: float, *, budget: int, measured: int | None, rounds: int, scale: int
 ) -> dict[str, Beside]:
-    """Every schedule: a fixed budget, `gap_s` with the measured budget, whole prompts first.
+    """Every schedule: a fixed budget, `gap_s` with the measured budget (None: measures it), whole prompts first.
 
-    Schedules have an engine each, which is warm: its first round is not counted.
+    Schedules have an engine each, which is warm: its first round is not counted. Without the prompt the running
+    requests make as many tokens as beside it: a later token takes longer, since more came before.
     """
     engine = engine_of(model, gib, prefix=False, token_budget=budget)
-    gap_s = STRETCH * statistics.median(gaps(engine, 0, 96 // scale + 16).p95 for _ in range(rounds + 1))
+    gap_s = STRETCH * statistics.median(gaps(engine, 0, 1000 // scale).p95 for _ in range(rounds + 1))
     del engine
     schedules: dict[str, dict[str, Any]] = {
         "fixed": {"token_budget": budget},
@@ -95,8 +96,8 @@ def compare(
         engine = engine_of(model, gib, prefix=False, **schedule)
         alone, beside = list[Gaps](), list[Gaps]()
         for _ in range(rounds + 1):
-            alone.append(gaps(engine, 0, 96 // scale + 16))
             beside.append(gaps(engine, LONG // scale, 3000 // scale))
+            alone.append(gaps(engine, 0, max(16, 2 + len(beside[-1].seconds) // RUNNING)))
         ratios = [there.p95 / here.p95 for here, there in zip(alone[1:], beside[1:], strict=True)]
         prompt_s = statistics.median(each.prompt_s for each in beside[1:])
         found[name] = Beside(statistics.median(ratios), prompt_s, alone[-1], beside[-1])

@@ -171,8 +171,8 @@ def page(rows: Sequence[Row]) -> str:
 DDP / step: DDP's step over this one, above 1 is faster. Compute: the engine's step over the same two namespaces without
 a rate. Wire: what its bytes take at the rate. Of the model: max(compute, wire) over the step. The 1-bit optimizers are
 past their warm-up. `zero++-3`: int8 weights, int4 gradients, weights kept from forward to backward; `auto` leaves off
-what does not pay over this link. `zero-core-3-network`: stage 3 as it is, two blocks on their way at once. `ddp-int8`: DDP's
-buckets of 4 MiB, so that coding one runs beside the sending of another; the others have DDP's own of 25."""
+what does not pay over this link. `zero-core-3-network`: stage 3 as it is, two blocks on their way at once. `ddp-int8`:
+DDP's buckets of 4 MiB, so that coding one runs beside the sending of another; the others have DDP's own of 25."""
     return "\n".join([*lines, legend, ""])
 
 

@@ -75,6 +75,8 @@ def seconds(act: Callable[[], object]) -> float:
 def measure(name: str, options: argparse.Namespace) -> Found:
     """One model."""
     model = model_of(name)
+    if options.gaps_alone:
+        return beside(name, model, None, options)
     with ExitStack() as stack:
         peer = None
         if options.llama_cpp:
@@ -139,7 +141,7 @@ def medians(rounds: list[dict[str, float]]) -> dict[str, float]:
     return {key: statistics.median(each[key] for each in rounds) for key in rounds[0]}
 
 
-def beside(name: str, model: LlamaForCausalLM, budget: int, options: argparse.Namespace) -> Found:
+def beside(name: str, model: LlamaForCausalLM, budget: int | None, options: argparse.Namespace) -> Found:
     """Gaps between tokens beside a long prompt, by schedule; drawn for one model."""
     say(f"{name}: gaps beside a long prompt")
     found = _serving_gaps.compare(
@@ -188,6 +190,9 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--no-continuous", dest="continuous", action="store_false", help="without that peer")
     parser.add_argument("--no-llama-cpp", dest="llama_cpp", action="store_false", help="without that peer")
+    parser.add_argument(
+        "--gaps-alone", action="store_true", help="only the gaps beside a long prompt, to serving_gaps.*"
+    )
     parser.add_argument("--drawn", default="125m", help="model whose gaps are drawn")
     parser.add_argument("--picture", type=Path, default=PICTURE, help="of them; written where results are")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the results")
@@ -207,8 +212,9 @@ def main(arguments: Sequence[str]) -> int:
     print(text)
     if not options.quick:
         options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "serving.md").write_text(text)
-        (options.out / "serving.json").write_text(json.dumps(found, indent=1))
+        stem = options.out / ("serving_gaps" if options.gaps_alone else "serving")
+        stem.with_suffix(".md").write_text(text)
+        stem.with_suffix(".json").write_text(json.dumps(found, indent=1))
     return 0
 
 

@@ -194,7 +194,7 @@ class Engine:
         """
         begun = time.perf_counter()
         self._guess()
-        plan = self.scheduler.schedule(prompt_tokens or self.prompt_tokens)
+        plan = self.scheduler.schedule(self.prompt_tokens if prompt_tokens is None else prompt_tokens)
         if not plan.scheduled:
             return []
         outputs = self._run(plan)

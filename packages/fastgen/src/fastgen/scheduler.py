@@ -136,7 +136,7 @@ class Scheduler:
         """The next forward; empty only without requests.
 
         Args:
-            prompt_tokens: beside decodes, at most so many tokens of prompts (1 or more); None: as the budget allows.
+            prompt_tokens: beside decodes, at most so many tokens of prompts; None: as the budget allows.
 
         Raises:
             FastgenError: sequences were not advanced as they must be.

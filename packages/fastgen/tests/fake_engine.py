@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -87,6 +88,7 @@ class FakeEngine:
         self.adapters = {"pirate"}
         self.requests: dict[str, Running] = {}
         self.seen: list[dict[str, Any]] = []
+        self.prepared: list[tuple[str | None, str]] = []
         self.step_s = step_s
         self.fail_next: Exception | None = None
         self.num_aborted = 0
@@ -100,6 +102,9 @@ class FakeEngine:
     @property
     def has_work(self) -> bool:
         return bool(self.requests)
+
+    def prepare(self, params: SamplingParams) -> None:
+        self.prepared.append((params.json_schema, threading.current_thread().name))
 
     def add(
         self,

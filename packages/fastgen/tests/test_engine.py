@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import llguidance
 import pytest
 import torch
 from engine_lab import engine_of, expected, prompts, run, tiny_llama, tokens
@@ -205,6 +206,27 @@ def test_what_cannot_be_served_is_refused_with_the_reason():
         with pytest.raises(RequestError, match=message):
             engine.add("x", ids, params, **more)
     assert not engine.has_work
+
+
+def test_a_schema_is_compiled_once_and_none_is_spoiled_by_its_use(monkeypatch):
+    compiled = []
+    compile_schema = llguidance.LLMatcher.grammar_from_json_schema
+    monkeypatch.setattr(
+        llguidance.LLMatcher, "grammar_from_json_schema",
+        staticmethod(lambda schema, **options: compiled.append(schema) or compile_schema(schema, **options)),
+    )  # fmt: skip
+    engine = engine_of()
+    params = SamplingParams(json_schema='{"type": "boolean"}', max_tokens=8, temperature=0.0)
+    engine.prepare(params)
+    said = []
+    for number in range(3):
+        outputs = run(engine, {str(number): ([1, 2, 3], replace(params, max_tokens=8 + number))})
+        said.append("".join(output.text for output in outputs[str(number)]))
+    assert said == [said[0]] * 3
+    assert said[0].strip() in ("true", "false")
+    assert compiled == ['{"type": "boolean"}']
+    with pytest.raises(RequestError, match="json_schema"):
+        engine.prepare(SamplingParams(json_schema='{"type": "nonsense"}'))
 
 
 def test_embeddings_have_unit_length_and_depend_on_the_text():

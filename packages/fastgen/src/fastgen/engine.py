@@ -76,6 +76,14 @@ class Engine:
 
     # -- requests ---------------------------------------------------------------------------------------------
 
+    def prepare(self, params: SamplingParams) -> None:
+        """What `add` would take long for: compile a schema. In any thread, while others are served.
+
+        Raises:
+            RequestError: it is none.
+        """
+        self._grammars.make(params)
+
     def add(
         self,
         request_id: str,

@@ -5,6 +5,8 @@ In: a request's schema, and the tokens chosen. Out: a mask over the vocabulary f
 
 from __future__ import annotations
 
+import threading
+from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
 import llguidance
@@ -22,10 +24,14 @@ if TYPE_CHECKING:
 
 _JSON: Any = {"whitespace_pattern": r"[\x20\n]{0,4}"}
 """Between parts of JSON: a weak model could else go on with white space until its tokens are used up."""
+_MOST_KEPT = 32
+"""Grammars that are compiled once for all who ask for them."""
 
 
 class GrammarFactory:
-    """Makes the grammars of one tokenizer.
+    """Makes the grammars of one tokenizer; may be called in any thread.
+
+    A large schema takes some tenths of a second to compile: kept, so that it can be done beside a step, and once.
 
     Args:
         tokenizer: the model's, a fast one.
@@ -38,6 +44,8 @@ class GrammarFactory:
         self._vocab_size = vocab_size
         self._eos_ids = eos_ids
         self._known: llguidance.LLTokenizer | None = None
+        self._kept: OrderedDict[tuple[str | None, str | None], Grammar] = OrderedDict()
+        self._lock = threading.Lock()
 
     def make(self, params: SamplingParams) -> Grammar | None:
         """The grammar of a request; None where it has none.
@@ -47,6 +55,19 @@ class GrammarFactory:
         """
         if params.json_schema is None and params.regex is None:
             return None
+        key = params.json_schema, params.regex
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+                return self._kept[key].fork()
+        made = self._compile(params)
+        with self._lock:
+            self._kept[key] = made
+            while len(self._kept) > _MOST_KEPT:
+                self._kept.popitem(last=False)
+            return made.fork()
+
+    def _compile(self, params: SamplingParams) -> Grammar:
         name = "json_schema" if params.json_schema is not None else "regex"
         try:
             source = (
@@ -62,11 +83,12 @@ class GrammarFactory:
         return Grammar(matcher, self._vocab_size)
 
     def _shared(self) -> llguidance.LLTokenizer:
-        if self._known is None:
-            size = max(self._vocab_size, len(self._tokenizer))
-            eos = list(self._eos_ids) or None
-            self._known = llguidance.hf.from_tokenizer(self._tokenizer, n_vocab=size, eos_token=eos)
-        return self._known
+        with self._lock:
+            if self._known is None:
+                size = max(self._vocab_size, len(self._tokenizer))
+                eos = list(self._eos_ids) or None
+                self._known = llguidance.hf.from_tokenizer(self._tokenizer, n_vocab=size, eos_token=eos)
+            return self._known
 
 
 class Grammar:

@@ -111,6 +111,10 @@ class Leader:
         """Whether `step` has something to do."""
         return self._engine.has_work
 
+    def prepare(self, params: SamplingParams) -> None:
+        """See `Engine.prepare`; the other ranks do it when the request comes."""
+        self._engine.prepare(params)
+
     def stats(self) -> Stats:
         """What it is busy with."""
         return self._engine.stats()

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Engine(Protocol):
-    """What a server needs of an engine. It is driven by one thread at a time."""
+    """What a server needs of an engine. But for `prepare`, one thread drives it."""
 
     model_name: str
     max_model_len: int
@@ -30,6 +30,9 @@ class Engine(Protocol):
     @property
     def has_work(self) -> bool:
         """Whether `step` has something to do."""
+
+    def prepare(self, params: SamplingParams) -> None:
+        """What `add` would take long for, in another thread than the others; `RequestError` as there."""
 
     def add(
         self,

@@ -55,6 +55,7 @@ class Service:
         self.metrics = Metrics(lambda: self.loop.stats)
         self.loop = EngineLoop(engine, watch=self.metrics, max_queued=config.limits.queued)
         self.admission = Admission(config.limits.concurrent)
+        self._engine = engine
         self._prompts = Prompts(
             engine.tokenizer,
             engine.max_model_len,
@@ -163,6 +164,9 @@ class Service:
         self, read: Callable[[], tuple[Asked, Answers]], arrived_s: float, stack: ExitStack
     ) -> tuple[Stream, Answers]:
         asked, answers = await self._read(read)
+        await self._read(
+            lambda: self._engine.prepare(asked.jobs[0].params)
+        )  # they differ in `max_tokens` at most
         stream = await self.loop.open(uuid.uuid4().hex, asked.jobs, arrived_s=arrived_s)
         stack.callback(stream.close)
         return stream, answers

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 import zero_core as zero
 from comm_compress import ops, trials
+from comm_compress.hops import Done
+from comm_compress.traffic import Entry
 from compress_lab import batch, build, loss_of, shard, train
 from zero_core.testing import run_ranks
 
@@ -83,3 +85,33 @@ def test_forward_and_backward_see_the_same_weights_meanwhile() -> None:
     for rank, (seen, num_told) in enumerate(run_ranks(values, 4, 4)):
         assert all(seen)
         assert (num_told > 0) == (rank == 0)
+
+
+def test_weights_of_one_version_for_good_are_not_measured() -> None:
+    """As those that nobody trains: one way for all calls, and nothing is kept of them."""
+    spending = trials.Spending()
+    trial = trials.Trial("gather", Entry("gather"), None, torch.device("cpu"), spending)
+    ways = []
+    for _ in range(50):
+        trial.run(1 << 20, 7, 3, lambda compressed: ways.append(compressed) or Done())
+    assert ways == [True] * 50
+    assert not spending.is_measured
+    assert trial.passes == [[]]
+
+
+@pytest.mark.parametrize("shift", [0, 1, 2, 3])
+def test_of_the_passes_of_either_way_half_have_the_other_kind_compressed(shift: int) -> None:
+    made = {
+        kind: trials.Trial(kind, Entry(kind), None, torch.device("cpu"), trials.Spending())
+        for kind in trials._TURN
+    }
+    numbers = range(1, 1 + trials.NUM_PASSES)
+    for one, other in (("gather", "reduce"), ("reduce", "gather")):
+        for way in (False, True):
+            beside = [
+                made[other]._goes_compressed(number + shift)
+                for number in numbers
+                if made[one]._goes_compressed(number) == way
+            ]
+            assert len(beside) == trials.NUM_PASSES // 2
+            assert sum(beside) == len(beside) // 2

@@ -97,7 +97,6 @@ class Trial:
         self._versions: dict[tuple[int, int], tuple[int, bool]] = {}
         self._asked: tuple[zero.Handle, list[torch.Tensor]] | None = None
         self._verdict: bool | None = None
-        spending.begin(self)
 
     def run(
         self, nbytes: int, tag: int, version: int | None, ways: Callable[[bool], zero.Handle]
@@ -142,6 +141,10 @@ class Trial:
             self._decide(*self._asked)
             return
         self._tags.clear()
+        if (
+            len(self.passes) == 1
+        ):  # not before: weights that nobody trains have one version, and no second pass
+            self.spending.begin(self)
         if len(self.passes) == 1 + NUM_PASSES:
             self._asked = self._ask()
         self.passes.append([])

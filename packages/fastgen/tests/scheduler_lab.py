@@ -92,13 +92,14 @@ class FakeEngine:
         """The next, under a random limit if `paced`."""
         if not self.paced:
             return self.scheduler.schedule()
-        limit = self.random.choice((None, 1, 2, 3, 5, 8))
+        limit = self.random.choice((None, 0, 0, 1, 2, 3, 5, 8))
         decoding = {each for each in self.past if each.status is Status.RUNNING and each.num_uncomputed == 1}
         plan = self.scheduler.schedule(limit)
         if limit is not None and any(each.sequence in decoding for each in plan.scheduled):
             whole = sum(each.num_tokens for each in plan.scheduled if each.num_tokens > 1)
             assert whole <= limit, "more of prompts beside decodes than may be"
-            self.counts["limited"] += whole == limit
+            self.counts["limited"] += 0 < whole == limit
+            self.counts["paused"] += limit == 0
         return plan
 
     def check_plan(self, plan: StepPlan) -> None:

@@ -126,7 +126,7 @@ SETUPS: dict[str, tuple[dict[str, object], dict[str, int]]] = {
     ),
     "paced": (
         {"num_blocks": 60, "token_budget": 24, "paced": True},
-        {**USUAL, "limited": 500, "preempted": 20},
+        {**USUAL, "limited": 500, "paused": 500, "preempted": 20},
     ),
     "full queue": (
         {"num_blocks": 40, "token_budget": 24, "max_waiting": 5, "rate": 0.6},

@@ -61,7 +61,9 @@ class Packer:
         if prompt_tokens is not None and num_decodes:
             forward.prompts_left = prompt_tokens
         self._serve_all(forward, decodes=True, prompts=True)
-        if not forward.decodes and not forward.chunks:  # those that would decode must wait for memory
+        if prompt_tokens == 0 and not (
+            forward.decodes or forward.chunks
+        ):  # who would decode waits for memory
             forward.prompts_left = forward.left
             self._serve_all(forward, decodes=False, prompts=True)
         self._draft(forward, num_drafts + forward.left)

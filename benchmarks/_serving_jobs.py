@@ -47,7 +47,8 @@ def model_of(name: str) -> LlamaForCausalLM:
 def engine_of(model: LlamaForCausalLM, gib: float, *, prefix: bool = True, **schedule: Any) -> Engine:
     """An engine over the model's own weights; `prefix`: it keeps what prompts begin with."""
     make: Any = PreTrainedTokenizerFast
-    tokenizer = make(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
+    words = {f"w{number}": number for number in range(VOCAB)}
+    tokenizer = make(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")))
     cache = CachePolicy(max_bytes=int(gib * 2**30), prefix=prefix)
     config = EngineConfig(cache=cache, schedule=SchedulePolicy(**schedule))
     return fastgen.build_engine(model, config, tokenizer=tokenizer)

@@ -153,6 +153,8 @@ def _again(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
     """The same call; a result that it makes goes to where the first one is."""
     if func._schema.is_mutable:
         return lambda: func(*args, **kwargs)
+    if func is torch.ops.aten._to_copy.default:
+        return lambda: result.copy_(args[0])
     if isinstance(result, Tensor):
         return lambda: result.copy_(func(*args, **kwargs))
     firsts = [each for each in tree_leaves(result) if isinstance(each, Tensor)]

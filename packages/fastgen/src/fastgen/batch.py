@@ -1,13 +1,17 @@
 """A forward's tensors: the sequences of a `StepPlan`, packed one after another without padding.
 
 In: `StepPlan`. Out: `RaggedBatch`, passed from layer to layer down to `attention`. Names end in their shape: T tokens
-of the forward, S sequences, B blocks of the longest sequence, L rows of which logits are wanted. Built with numpy:
-a few hundred decodes would else cost thousands of small tensor operations. Next: `models`.
+of the forward, S sequences, B blocks of the longest sequence, L rows of which logits are wanted. All numbers lie in one
+piece of memory, written with numpy: a few hundred decodes would else cost thousands of small tensor operations, and
+each tensor a copy of its own to the device. Next: `models`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate, chain
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,46 +24,108 @@ Int64s = npt.NDArray[np.int64]
 Int32s = npt.NDArray[np.int32]
 
 
+class Shape(NamedTuple):
+    """How large a forward is: tokens, sequences, rows of logits."""
+
+    num_tokens: int
+    num_sequences: int
+    num_logits: int
+
+    @property
+    def num_int64s(self) -> int:
+        """Four for each token, one for each row."""
+        return 4 * self.num_tokens + self.num_logits
+
+    @property
+    def num_words(self) -> int:
+        """Of eight bytes, that hold all but the block tables: beside the above 2 S + 2 int32, the last unused."""
+        return self.num_int64s + self.num_sequences + 1
+
+
 @dataclass(frozen=True)
 class RaggedBatch:
     """One forward's input.
 
     Attributes:
-        input_ids_T: int64.
-        positions_T: int64; of each token in its sequence.
-        slots_T: int64; where its keys and values go: block * block_size + offset.
-        query_starts_S1: int32; sequence s has rows `query_starts_S1[s]` to `query_starts_S1[s + 1]`.
-        context_lens_S: int32; tokens of each sequence with those of this forward.
-        block_tables_SB: int32; cache blocks of each sequence, padded with 0.
-        logits_rows_L: int64; rows of which logits are wanted, in the order of the sequences.
-        logits_counts: how many of them each sequence has.
-        longest_T: int64; the length to which each token's sequence may grow: models whose rotary angles depend on the
-            length of the text choose by it, so that a sequence keeps one choice for life.
+        shape: its T, S and L.
+        words: int64; holds the tensors below, which are views of it.
+        logits_counts: of how many rows each sequence wants logits.
         adapters: each sequence's LoRA adapter, or None.
         adapter_rows: rows of T of each adapter in the batch.
     """
 
-    input_ids_T: Tensor
-    positions_T: Tensor
-    slots_T: Tensor
-    query_starts_S1: Tensor
-    context_lens_S: Tensor
-    block_tables_SB: Tensor
-    logits_rows_L: Tensor
-    logits_counts: tuple[int, ...]
-    longest_T: Tensor
+    shape: Shape
+    words: Tensor
+    logits_counts: tuple[int, ...] = ()
     adapters: tuple[str | None, ...] = ()
     adapter_rows: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> int:
         """Tokens of the forward."""
-        return self.input_ids_T.shape[0]
+        return self.shape.num_tokens
 
     @property
     def num_sequences(self) -> int:
         """Sequences in it."""
-        return self.context_lens_S.shape[0]
+        return self.shape.num_sequences
+
+    @cached_property
+    def input_ids_T(self) -> Tensor:
+        """Tokens, int64."""
+        return self._per_token(0)
+
+    @cached_property
+    def positions_T(self) -> Tensor:
+        """Of each token in its sequence, int64."""
+        return self._per_token(1)
+
+    @cached_property
+    def slots_T(self) -> Tensor:
+        """Where each token's keys and values go, int64: block * block_size + offset."""
+        return self._per_token(2)
+
+    @cached_property
+    def longest_T(self) -> Tensor:
+        """The length to which each token's sequence may grow, int64.
+
+        Models whose rotary angles depend on the length of the text choose by it, so that a sequence keeps one choice
+        for life.
+        """
+        return self._per_token(3)
+
+    @cached_property
+    def logits_rows_L(self) -> Tensor:
+        """Rows of which logits are wanted, in the order of the sequences, int64."""
+        return self.words[4 * self.shape.num_tokens : self.shape.num_int64s]
+
+    @cached_property
+    def query_starts_S1(self) -> Tensor:
+        """Sequence s has rows `query_starts_S1[s]` to `query_starts_S1[s + 1]`, int32."""
+        return self._int32s[: self.shape.num_sequences + 1]
+
+    @cached_property
+    def context_lens_S(self) -> Tensor:
+        """Tokens of each sequence with those of this forward, int32."""
+        return self._int32s[self.shape.num_sequences + 1 : 2 * self.shape.num_sequences + 1]
+
+    @cached_property
+    def block_tables_SB(self) -> Tensor:
+        """Cache blocks of each sequence, int32, padded with 0."""
+        tables = self.words[self.shape.num_words :].view(torch.int32)
+        return tables.view(self.num_sequences, tables.shape[0] // max(self.num_sequences, 1))
+
+    @cached_property
+    def _int32s(self) -> Tensor:
+        return self.words[self.shape.num_int64s : self.shape.num_words].view(torch.int32)
+
+    def _per_token(self, which: int) -> Tensor:
+        return self.words[which * self.num_tokens : (which + 1) * self.num_tokens]
+
+
+def table_words(num_sequences: int, num_blocks: int) -> int:
+    """Words of block tables: each sequence's an even number of int32."""
+    return num_sequences * -(-num_blocks // 2)
 
 
 def ragged_batch(plan: StepPlan, block_size: int, device: torch.device) -> RaggedBatch:
@@ -75,72 +141,80 @@ def ragged_batch(plan: StepPlan, block_size: int, device: torch.device) -> Ragge
         token of the prompt where the request asks for `prompt_logprobs`.
     """
     parts = plan.scheduled
-    counts_S = _array((part.num_tokens + len(part.drafts) for part in parts), len(parts))
-    starts_S = _array((part.start for part in parts), len(parts))
-    ends_S1 = np.zeros(len(parts) + 1, dtype=np.int64)
-    np.cumsum(counts_S, out=ends_S1[1:])
-    sequence_T = np.repeat(np.arange(len(parts)), counts_S)
-    positions_T = np.arange(int(ends_S1[-1])) - (ends_S1[:-1] - starts_S)[sequence_T]
-    tables_SB = _block_tables(parts)
-    blocks_T = tables_SB[sequence_T, positions_T // block_size].astype(np.int64)
-    rows = [_logits_rows(part, int(first)) for part, first in zip(parts, ends_S1, strict=False)]
-    longest_S = _array((_longest(part) for part in parts), len(parts))
-    adapters = tuple(part.sequence.request.adapter for part in parts)
+    counts_S = [part.num_tokens + len(part.drafts) for part in parts]
+    starts_S1 = [0, *accumulate(counts_S)]
+    rows = [_logits_rows(part, first) for part, first in zip(parts, starts_S1, strict=False)]
+    counts = tuple(map(len, rows))
+    shape = Shape(starts_S1[-1], len(parts), sum(counts))
+    num_blocks = max((len(part.sequence.block_table) for part in parts), default=0)
 
-    def tensor(array: Int64s | Int32s) -> Tensor:
+    words = np.zeros(shape.num_words + table_words(len(parts), num_blocks), dtype=np.int64)
+    tables_SB = words[shape.num_words :].view(np.int32).reshape(len(parts), -1 if parts else 0)
+    for row, part in zip(tables_SB, parts, strict=True):
+        row[: len(part.sequence.block_table)] = part.sequence.block_table
+    _write_tokens(
+        words[: 4 * shape.num_tokens].reshape(4, -1), parts, counts_S, starts_S1, tables_SB, block_size
+    )
+    words[4 * shape.num_tokens : shape.num_int64s] = list(chain.from_iterable(rows))
+    int32s = words[shape.num_int64s : shape.num_words].view(np.int32)
+    int32s[: len(parts) + 1] = starts_S1
+    int32s[len(parts) + 1 : -1] = [part.start + count for part, count in zip(parts, counts_S, strict=True)]
+
+    def tensor(array: Int64s) -> Tensor:
         made = torch.from_numpy(array)
         return made if device.type == "cpu" else made.pin_memory().to(device, non_blocking=True)
 
+    adapters = tuple(part.sequence.request.adapter for part in parts)
+    named = [name for name in dict.fromkeys(adapters) if name is not None]
     return RaggedBatch(
-        input_ids_T=tensor(_input_ids(parts, int(ends_S1[-1]))),
-        positions_T=tensor(positions_T),
-        slots_T=tensor(blocks_T * block_size + positions_T % block_size),
-        query_starts_S1=tensor(ends_S1.astype(np.int32)),
-        context_lens_S=tensor((starts_S + counts_S).astype(np.int32)),
-        block_tables_SB=tensor(tables_SB),
-        logits_rows_L=tensor(np.concatenate(rows) if rows else np.zeros(0, dtype=np.int64)),
-        logits_counts=tuple(len(each) for each in rows),
-        longest_T=tensor(longest_S[sequence_T]),
-        adapters=adapters,
-        adapter_rows={
-            name: tensor(np.flatnonzero(np.array([each == name for each in adapters])[sequence_T]))
-            for name in dict.fromkeys(adapters)
-            if name is not None
+        shape,
+        tensor(words),
+        counts,
+        adapters,
+        {
+            name: tensor(np.flatnonzero(np.repeat([each == name for each in adapters], counts_S)))
+            for name in named
         },
     )
 
 
-def _array(values: object, count: int) -> Int64s:
-    return np.fromiter(values, dtype=np.int64, count=count)  # type: ignore[call-overload, no-any-return]
-
-
-def _input_ids(parts: list[Scheduled], num_tokens: int) -> Int64s:
-    tokens: list[int] = []
+def _write_tokens(
+    into_4T: Int64s,
+    parts: list[Scheduled],
+    counts_S: list[int],
+    starts_S1: list[int],
+    tables_SB: Int32s,
+    block_size: int,
+) -> None:
+    """Input ids, positions, slots and greatest lengths."""
+    ids_T, positions_T, slots_T, longest_T = into_4T
+    ids: list[int] = []
     for part in parts:
-        tokens += part.sequence.token_ids[part.start : part.start + part.num_tokens]
-        tokens += part.drafts
-    return np.array(tokens, dtype=np.int64).reshape(num_tokens)
+        ids += part.sequence.token_ids[part.start : part.start + part.num_tokens]
+        ids += part.drafts
+    ids_T[:] = ids
+    longest_S = [part.sequence.num_prompt_tokens + part.sequence.request.params.max_tokens for part in parts]
+    if len(ids) == len(parts):  # one token of each: what a step mostly is
+        positions_T[:] = [part.start for part in parts]
+        slots_T[:] = [
+            part.sequence.block_table[part.start // block_size] * block_size + part.start % block_size
+            for part in parts
+        ]
+        longest_T[:] = longest_S
+        return
+    before_S = [part.start - first for part, first in zip(parts, starts_S1, strict=False)]
+    sequence_T = np.repeat(np.arange(len(parts)), counts_S)
+    np.add(np.arange(len(ids)), np.array(before_S)[sequence_T], out=positions_T)
+    blocks_T, offsets_T = np.divmod(positions_T, block_size)
+    slots_T[:] = tables_SB[sequence_T, blocks_T]
+    slots_T *= block_size
+    slots_T += offsets_T
+    longest_T[:] = np.array(longest_S)[sequence_T]
 
 
-def _block_tables(parts: list[Scheduled]) -> Int32s:
-    width = max((len(part.sequence.block_table) for part in parts), default=0)
-    tables_SB = np.zeros((len(parts), width), dtype=np.int32)
-    for row, part in zip(tables_SB, parts, strict=True):
-        row[: len(part.sequence.block_table)] = part.sequence.block_table
-    return tables_SB
-
-
-def _logits_rows(part: Scheduled, first: int) -> Int64s:
+def _logits_rows(part: Scheduled, first: int) -> range:
     last = first + part.num_tokens - 1
-    if not part.wants_logits:
-        start, stop = last + 1, last + 1
-    else:
-        start, stop = last, last + 1 + len(part.drafts)
+    start, stop = (last, last + 1 + len(part.drafts)) if part.wants_logits else (last + 1, last + 1)
     if part.sequence.request.params.prompt_logprobs is not None:
         start = first if part.start < part.sequence.num_prompt_tokens else start
-    return np.arange(start, stop, dtype=np.int64)
-
-
-def _longest(part: Scheduled) -> int:
-    sequence = part.sequence
-    return sequence.num_prompt_tokens + sequence.request.params.max_tokens
+    return range(start, stop)

@@ -1,7 +1,7 @@
 """The tokens of a forward: which rows of its logits they are chosen from, and what `sampler` must know of each.
 
-In: the parts of a `StepPlan` that want logits, with their rows. Out: for each part its tokens. Next: `engine` appends
-them.
+In: logits, and the parts of a `StepPlan` that want them, with their rows. Out: for each part its tokens. Next: `engine`
+appends them.
 """
 
 from __future__ import annotations
@@ -24,30 +24,41 @@ def begins_several(sequence: Sequence) -> bool:
     return sequence.num_output_tokens == 0 and sequence.request.params.num_sequences > 1
 
 
-def last_rows(part: Scheduled, rows_LV: Tensor) -> Tensor:
-    """The rows that follow its last token and each draft, without those of the prompt's log-probabilities."""
-    return rows_LV[len(rows_LV) - 1 - len(part.drafts) :]
+def first_row(part: Scheduled, rows: range) -> int:
+    """The row that follows its last token; before it are rows of the prompt, after it those of drafts."""
+    return rows.stop - 1 - len(part.drafts)
 
 
 def choose_tokens(
-    parts: Items[tuple[Scheduled, Tensor]], lines: Mapping[Sequence, Line], jobs: Mapping[str, Job]
+    parts: Items[tuple[Scheduled, range]],
+    logits_LV: Tensor,
+    lines: Mapping[Sequence, Line],
+    jobs: Mapping[str, Job],
 ) -> list[list[int]]:
     """Tokens for each part, all in one call of the sampler.
+
+    Args:
+        parts: with the rows of their logits.
+        logits_LV: float32.
+        lines: of their sequences.
+        jobs: of their requests.
 
     Returns:
         One token for the last row and each draft; where a request begins several sequences, one for each; none for
         beams, which are chosen together (`beam_step`).
     """
-    rows: list[list[Row]] = []
-    logits: list[Tensor] = []
-    for part, rows_LV in parts:
+    chosen: list[list[Row]] = []
+    at: list[int] = []
+    for part, rows in parts:
         sequence, request = part.sequence, part.sequence.request
         own = [] if request.params.beam_width else _rows(part, lines[sequence], jobs[request.id].seed)
-        last_LV = last_rows(part, rows_LV)
-        rows.append(own)
-        logits.append(last_LV.expand(len(own), -1) if begins_several(sequence) else last_LV[: len(own)])
-    tokens = iter(choose(torch.cat(logits), [row for own in rows for row in own]) if logits else [])
-    return [[next(tokens) for _ in own] for own in rows]
+        first = first_row(part, rows)
+        chosen.append(own)
+        at += [first] * len(own) if begins_several(sequence) else range(first, first + len(own))
+    if at != list(range(len(logits_LV))):
+        logits_LV = logits_LV[torch.tensor(at, dtype=torch.int64, device=logits_LV.device)]
+    tokens = iter(choose(logits_LV, [row for own in chosen for row in own]))
+    return [[next(tokens) for _ in own] for own in chosen]
 
 
 def _rows(part: Scheduled, line: Line, seed: int) -> list[Row]:

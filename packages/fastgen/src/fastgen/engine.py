@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence as Items
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from .adapters import Adapters
 from .beam_step import advance_beams
 from .beams import BeamSearch
-from .choices import begins_several, choose_tokens, last_rows
+from .choices import begins_several, choose_tokens, first_row
 from .errors import RequestError
 from .grammar import GrammarFactory
 from .jobs import Job
@@ -213,14 +214,15 @@ class Engine:
     def _run(self, plan: StepPlan) -> list[Output]:
         self._batch_tokens = plan.num_tokens
         logits_LV, batch = self.runner.run(plan)
+        stops = accumulate(batch.logits_counts)
         parts = [
-            (part, rows)
-            for part, rows in zip(plan.scheduled, logits_LV.split(batch.logits_counts), strict=True)
+            (part, range(stop - count, stop))
+            for part, stop, count in zip(plan.scheduled, stops, batch.logits_counts, strict=True)
             if part.sequence.status is Status.RUNNING
         ]
-        for part, rows_LV in parts:
-            self._jobs[part.sequence.request.id].keep_prompt_logprobs(part, rows_LV)
-        return self._advance(plan, [(part, rows) for part, rows in parts if part.wants_logits])
+        for part, rows in parts:
+            self._jobs[part.sequence.request.id].keep_prompt_logprobs(part, logits_LV, rows)
+        return self._advance(plan, logits_LV, [(part, rows) for part, rows in parts if part.wants_logits])
 
     def _guess(self) -> None:
         """Drafts for sequences that are about to take their last token."""
@@ -239,28 +241,31 @@ class Engine:
         for sequence, drafts in zip(ready, guesser.guess(ready), strict=True):
             sequence.drafts = drafts
 
-    def _advance(self, plan: StepPlan, parts: list[tuple[Scheduled, Tensor]]) -> list[Output]:
+    def _advance(
+        self, plan: StepPlan, logits_LV: Tensor, parts: list[tuple[Scheduled, range]]
+    ) -> list[Output]:
         """Choose tokens, append them, and tell the scheduler."""
-        tokens = choose_tokens(parts, self._lines, self._jobs)
+        tokens = choose_tokens(parts, logits_LV, self._lines, self._jobs)
         computed = {part.sequence: part.num_tokens for part in plan.scheduled}
         ends: list[tuple[Line, FinishReason | None]] = []
-        forks: list[tuple[Sequence, list[int], Tensor]] = []
+        forks: list[tuple[Sequence, list[int], int]] = []
         beams: dict[str, list[tuple[Sequence, Tensor]]] = {}
-        for (part, rows_LV), chosen in zip(parts, tokens, strict=True):
-            sequence, last_LV = part.sequence, last_rows(part, rows_LV)
+        for (part, rows), chosen in zip(parts, tokens, strict=True):
+            sequence, first = part.sequence, first_row(part, rows)
             if sequence.request.params.beam_width:
-                beams.setdefault(sequence.request.id, []).append((sequence, last_LV[0]))
+                beams.setdefault(sequence.request.id, []).append((sequence, logits_LV[first]))
             elif begins_several(sequence):
-                forks.append((sequence, chosen, last_LV[0]))
+                forks.append((sequence, chosen, first))
             else:
-                accepted, reason = self._accept(sequence, part.drafts, chosen, last_LV)
+                accepted, reason = self._accept(sequence, part.drafts, chosen, logits_LV, first)
                 computed[sequence] += accepted
                 ends.append((self._lines[sequence], reason))
         self.scheduler.commit(plan, [computed[part.sequence] for part in plan.scheduled])
-        for sequence, chosen, logits_V in forks:
+        for sequence, chosen, row in forks:
             lines = self._fork(sequence, len(chosen))
             ends += [
-                (line, self._push(line, token, logits_V)) for line, token in zip(lines, chosen, strict=True)
+                (line, self._push(line, token, logits_LV, row))
+                for line, token in zip(lines, chosen, strict=True)
             ]
         outputs = [output for line, reason in ends for output in self._tell(line, reason)]
         for request_id, members in beams.items():
@@ -268,23 +273,24 @@ class Engine:
         return outputs
 
     def _accept(
-        self, sequence: Sequence, drafts: Items[int], chosen: list[int], rows_LV: Tensor
+        self, sequence: Sequence, drafts: Items[int], chosen: list[int], logits_LV: Tensor, first: int
     ) -> tuple[int, FinishReason | None]:
         """Append what was chosen, as far as guesses were right; how many were, and why the sequence ends."""
         self._drafted += len(drafts)
+        line = self._lines[sequence]
         for at, token in enumerate(chosen):
-            reason = self._push(self._lines[sequence], token, rows_LV[at])
+            reason = self._push(line, token, logits_LV, first + at)
             right = at < len(drafts) and drafts[at] == token
             if reason is not None or not right:
                 self._accepted += at + right
                 return at + right, reason
         raise AssertionError("the last row follows every draft")
 
-    def _push(self, line: Line, token: int, logits_V: Tensor) -> FinishReason | None:
+    def _push(self, line: Line, token: int, logits_LV: Tensor, row: int) -> FinishReason | None:
         sequence, params = line.sequence, line.sequence.request.params
         logprobs = None
         if params.logprobs is not None or self._jobs[sequence.request.id].holds_back:
-            logprobs = logprobs_of(logits_V, token, params.logprobs or 0)
+            logprobs = logprobs_of(logits_LV[row], token, params.logprobs or 0)
             sequence.cumulative_logprob += logprobs.logprob or 0.0
         self._generated += 1
         return line.push(token, logprobs)

@@ -54,7 +54,7 @@ class Job:
             outputs.append(best.tell(why, self.tell_prompt()))
         return outputs
 
-    def keep_prompt_logprobs(self, part: Scheduled, rows_LV: Tensor) -> None:
+    def keep_prompt_logprobs(self, part: Scheduled, logits_LV: Tensor, rows: range) -> None:
         """Of a chunk of its prompt, if it asked for them; each once, also when the prompt is computed again."""
         sequence, count = part.sequence, self.request.params.prompt_logprobs
         if count is None or part.start >= sequence.num_prompt_tokens:
@@ -63,7 +63,7 @@ class Job:
         if not kept:
             kept.append(TokenLogprobs(sequence.token_ids[0], None))
         for position in range(len(kept), min(part.start + part.num_tokens + 1, sequence.num_prompt_tokens)):
-            row_V = rows_LV[position - 1 - part.start]
+            row_V = logits_LV[rows[position - 1 - part.start]]
             kept.append(logprobs_of(row_V, sequence.token_ids[position], count))
 
     def tell_prompt(self) -> list[TokenLogprobs] | None:

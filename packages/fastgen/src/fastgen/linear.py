@@ -6,6 +6,7 @@ pairs at run time.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from functools import cache
 
@@ -58,8 +59,10 @@ def native_rows(device_type: str, dtype: torch.dtype) -> int:
     """Up to so many rows accel_kernels' product is faster than torch's, as measured with weights from memory."""
     if device_type != "cpu" or not has_native_linear(device_type, dtype):
         return 0
-    tiles = dtype is torch.bfloat16 and "amx" in accel_kernels.available_cpu_isas()
-    return 128 if tiles else 16
+    isas = accel_kernels.available_cpu_isas()
+    if dtype is torch.float32 or "avx2" not in isas:
+        return 32
+    return 128 if "amx" in isas else sys.maxsize
 
 
 def product(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, batch_invariant: bool) -> Tensor:

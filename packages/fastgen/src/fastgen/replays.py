@@ -8,14 +8,13 @@ some hundred calls of a few microseconds each: from Python, they take longer to 
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from dataclasses import dataclass
 from typing import Protocol
 
 import accel_kernels
 import torch
 from torch import Tensor
 
-from .batch import RaggedBatch
+from .batch import RaggedBatch, Shape, table_words
 from .kv_cache import KVCache
 from .models.causal import CausalModel
 
@@ -25,15 +24,6 @@ _TIMES_BEFORE = 2
 """A shape is recorded when it comes for the third time."""
 _MOST_BYTES = 256 << 20
 """Of recordings on the CPU, whose intermediate results all have memory of their own."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What two batches must have alike for the same calls: tokens, sequences, rows of logits."""
-
-    num_tokens: int
-    num_sequences: int
-    num_logits: int
 
 
 class Recorded(Protocol):
@@ -88,7 +78,7 @@ class Replays:
 
     def _shape(self, batch: RaggedBatch) -> Shape | None:
         """What a batch's forward is recorded as; None: it is not."""
-        shape = Shape(batch.num_tokens, batch.num_sequences, batch.logits_rows_L.shape[0])
+        shape = batch.shape
         if batch.adapter_rows or shape.num_tokens > _MOST_TOKENS or not shape.num_logits:
             return None
         if self._device.type == "cpu":
@@ -157,29 +147,30 @@ class CudaForward:
     def run(self, batch: RaggedBatch) -> Tensor:
         """See `Recorded`."""
         _pad(self._inputs)
-        _copy(batch, self._inputs)
+        _copy_to_larger(batch, self._inputs)
         self._graph.replay()
         return self._logits_LV[: batch.num_sequences]
 
 
 def _empty(shape: Shape, max_blocks: int, device: torch.device) -> RaggedBatch:
     """Inputs of a shape, for sequences of any length."""
-    tokens, sequences = shape.num_tokens, shape.num_sequences
+    words = shape.num_words + table_words(shape.num_sequences, max_blocks)
+    return RaggedBatch(shape, torch.zeros(words, dtype=torch.int64, device=device))
 
-    def zeros(*size: int, dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.zeros(*size, dtype=dtype, device=device)
 
-    return RaggedBatch(
-        input_ids_T=zeros(tokens),
-        positions_T=zeros(tokens),
-        slots_T=zeros(tokens),
-        query_starts_S1=zeros(sequences + 1, dtype=torch.int32),
-        context_lens_S=zeros(sequences, dtype=torch.int32),
-        block_tables_SB=zeros(sequences, max_blocks, dtype=torch.int32),
-        logits_rows_L=zeros(shape.num_logits),
-        logits_counts=(),
-        longest_T=zeros(tokens),
-    )
+def _copy(batch: RaggedBatch, inputs: RaggedBatch) -> None:
+    """A batch's values, to inputs of its shape, whose block tables may be wider."""
+    if batch.num_sequences == 1:
+        inputs.words[: batch.words.shape[0]].copy_(batch.words)
+        return
+    numbers = batch.shape.num_words
+    inputs.words[:numbers].copy_(batch.words[:numbers])
+    _copy_tables(batch, inputs)
+
+
+def _copy_tables(batch: RaggedBatch, inputs: RaggedBatch) -> None:
+    rows, columns = batch.block_tables_SB.shape
+    inputs.block_tables_SB[:rows, :columns].copy_(batch.block_tables_SB)
 
 
 def _tensors(batch: RaggedBatch) -> tuple[Tensor, ...]:
@@ -194,12 +185,11 @@ def _tensors(batch: RaggedBatch) -> tuple[Tensor, ...]:
     )
 
 
-def _copy(batch: RaggedBatch, inputs: RaggedBatch) -> None:
-    """A batch's values, to the first places of larger inputs."""
+def _copy_to_larger(batch: RaggedBatch, inputs: RaggedBatch) -> None:
+    """A batch's values, to the first places of each tensor."""
     for source, target in zip(_tensors(batch), _tensors(inputs), strict=True):
         target[: len(source)].copy_(source)
-    rows, columns = batch.block_tables_SB.shape
-    inputs.block_tables_SB[:rows, :columns].copy_(batch.block_tables_SB)
+    _copy_tables(batch, inputs)
 
 
 def _pad(inputs: RaggedBatch) -> None:

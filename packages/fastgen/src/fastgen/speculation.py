@@ -16,6 +16,7 @@ from .batch import RaggedBatch, ragged_batch
 from .kv_cache import KVCache
 from .models.causal import CausalModel
 from .request import Sequence
+from .sampler import greatest
 from .step_plan import Scheduled, StepPlan
 
 
@@ -97,7 +98,7 @@ class DraftModel:
                 break
             plan = StepPlan([Scheduled(each, each.num_tokens - 1, 1) for each in going])
             batch = ragged_batch(plan, block_size, self._device)
-            for each, token in zip(going, self._decoder(batch, self._cache).argmax(-1).tolist(), strict=True):
+            for each, token in zip(going, greatest(self._decoder(batch, self._cache)), strict=True):
                 each.token_ids.append(token)
         return [
             copy.token_ids[sequence.num_tokens :] for copy, sequence in zip(copies, sequences, strict=True)

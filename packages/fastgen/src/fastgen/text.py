@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 _BROKEN = "\ufffd"
 _MOST_HELD = 16
 """Tokens that are waited for to become text, or each would be decoded with all before it."""
+_MOST_ALONG = 8
+"""Tokens shown before that are decoded along with a new one: a second decode is needed only where they begin anew."""
 
 
 class TextStream:
@@ -34,30 +36,35 @@ class TextStream:
         self._ids: list[int] = []
         self._begin = 0  # of the tokens that are decoded along
         self._shown = 0  # tokens whose text has been given out, or is held back
+        self._before = ""  # text of those from `_begin` to `_shown`
         self._held = ""
         self.stopped = False
 
     def push(self, token_id: int) -> str:
         """Add a token; what can be shown now."""
         self._ids.append(token_id)
-        before = self._decode(self._ids[self._begin : self._shown])
         now = self._decode(self._ids[self._begin :])
         stop = len(self._ids)
-        if now.endswith(_BROKEN) or len(now) <= len(before):  # part of a character, or a token without text
+        # Part of a character, or a token without text.
+        if now.endswith(_BROKEN) or len(now) <= len(self._before):
             if stop - self._shown < _MOST_HELD:
                 return ""
             stop = self._last_boundary(now)
             now = self._decode(self._ids[self._begin : stop])
-        self._begin, self._shown = self._shown, stop
-        return self._through_stops(now[len(before) :])
+        new = now[len(self._before) :]
+        first, self._shown, self._before = self._shown, stop, now
+        if stop - self._begin > _MOST_ALONG:
+            self._begin, self._before = first, self._decode(self._ids[first:stop])
+        return self._through_stops(new)
 
     def finish(self) -> str:
         """The rest, when the sequence has ended for another reason than a stop."""
         if self.stopped:
             return ""
-        before = self._decode(self._ids[self._begin : self._shown])
-        rest = self._through_stops(self._decode(self._ids[self._begin :])[len(before) :])
+        now = self._decode(self._ids[self._begin :]) if self._shown < len(self._ids) else self._before
+        rest = self._through_stops(now[len(self._before) :])
         self._begin = self._shown = len(self._ids)
+        self._before = ""
         if self.stopped:
             return rest
         held, self._held = self._held, ""
@@ -67,7 +74,8 @@ class TextStream:
         """Another that goes on from here."""
         child = TextStream(self._tokenizer, self._stops)
         child._ids = list(self._ids)
-        child._begin, child._shown, child._held = self._begin, self._shown, self._held
+        child._begin, child._shown, child._before = self._begin, self._shown, self._before
+        child._held = self._held
         child.stopped = self.stopped
         return child
 

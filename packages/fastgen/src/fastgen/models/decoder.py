@@ -193,4 +193,7 @@ class Decoder(nn.Module):
 
     def forward(self, batch: RaggedBatch, cache: KVCache) -> Tensor:
         """Float32 logits `[L, vocab]` of the rows that the batch wants."""
-        return self.logits(self.hidden(batch, cache).index_select(0, batch.logits_rows_L))
+        hidden = self.hidden(batch, cache)
+        if batch.shape.num_logits < batch.num_tokens:  # else of all, in their order
+            hidden = hidden.index_select(0, batch.logits_rows_L)
+        return self.logits(hidden)

@@ -3,6 +3,14 @@
 // Both operands have K as their fast dimension, so a result is a dot product: one vector of partial sums, K / kLanes
 // fused steps in order, then the sum of its lanes. Tiles of MR x NR results share what they load. With AMX, bf16 and
 // quantized weights go through linear_amx.h instead. Note [Own row, own bits], vec.h.
+//
+// Note [Widened]
+// bf16 and int8 are multiplied as fp32. What many results share is widened once: activations by linear_prepare if there
+// are two rows or more, weights a block of columns at a time where a tile does not hold all rows. A value is the same
+// wherever it is widened, and so are the sums, whose vectors are kept from block to block.
+#include <cstdlib>
+#include <memory>
+#include <new>
 #include <type_traits>
 
 #include "vec.h"
@@ -20,16 +28,43 @@ using accel::WeightKind;
 constexpr int kRows = ACCEL_LEVEL >= 2 ? 6 : 3;
 constexpr int kFewRows = ACCEL_LEVEL >= 2 ? 2 : 1;
 constexpr std::int64_t kPanelBytes = 512 << 10;  // of activations: they stay in the second-level cache
+constexpr int kColumns = 4;                      // of a tile with more rows than kFewRows
+// Blocks of widened weights: columns, and elements of each, which stay in the first-level cache beside a tile's rows.
+constexpr int kBlockColumns = ACCEL_LEVEL >= 2 ? 8 : 4;
+constexpr int kBlockRows = 3;  // of a tile
+constexpr std::int64_t kBlockDepth = 768;
+constexpr std::int64_t kBlockStride = kBlockDepth + 16;  // so that columns do not meet in the same lines of the cache
 
+// How operands are read and multiplied. kWeightBytes: of an element where the weights lie, which may be wider as W.
 template <DType T>
 struct Dense {  // fp32, or bf16 widened
     using X = typename Memory<T>::Element;
     using W = X;
     using Vector = F32;
-    static constexpr int kStep = kLanes;
+    static constexpr int kStep = kLanes, kWeightBytes = sizeof(W);
     static Vector load_x(const X* p) { return Memory<T>::load(p); }
     static Vector load_w(const W* p) { return Memory<T>::load(p); }
     static F32 dot(F32 sum, Vector x, Vector w) { return fma(x, w, sum); }
+};
+
+struct WideActivations {
+    using X = float;
+    using Vector = F32;
+    static constexpr int kStep = kLanes;
+    static Vector load_x(const X* p) { return load_f32(p); }
+    static F32 dot(F32 sum, Vector x, Vector w) { return fma(x, w, sum); }
+};
+
+struct Bf16Weights : WideActivations {
+    using W = std::uint16_t;
+    static constexpr int kWeightBytes = sizeof(W);
+    static Vector load_w(const W* p) { return load_bf16(p); }
+};
+
+struct Int8Weights : WideActivations {
+    using W = std::int8_t;
+    static constexpr int kWeightBytes = sizeof(W);
+    static Vector load_w(const W* p) { return load_i8(p); }
 };
 
 #if ACCEL_LEVEL == 3
@@ -37,25 +72,31 @@ struct Bf16Pairs {
     using X = std::uint16_t;
     using W = X;
     using Vector = __m512bh;
-    static constexpr int kStep = 32;
+    static constexpr int kStep = 32, kWeightBytes = sizeof(W);
     static Vector load_x(const X* p) { return (__m512bh)_mm512_loadu_si512(p); }
     static Vector load_w(const W* p) { return load_x(p); }
     static F32 dot(F32 sum, Vector x, Vector w) { return _mm512_dpbf16_ps(sum, x, w); }
 };
-using DenseBf16 = Bf16Pairs;
-#else
-using DenseBf16 = Dense<DType::bf16>;
 #endif
 
-struct Int8 {  // the activations have been widened by linear_prepare
-    using X = float;
-    using W = std::int8_t;
-    using Vector = F32;
-    static constexpr int kStep = kLanes;
-    static Vector load_x(const X* p) { return load_f32(p); }
-    static Vector load_w(const W* p) { return load_i8(p); }
-    static F32 dot(F32 sum, Vector x, Vector w) { return fma(x, w, sum); }
-};
+// Intel's cores multiply and add half as many pairs of bf16 in a cycle as values of fp32.
+inline bool multiplies_pairs(const LinearArgs& a) {
+#if ACCEL_LEVEL == 3
+    static const bool is_intel = __builtin_cpu_is("intel");
+    return a.kind == WeightKind::dense && a.dtype == DType::bf16 && !is_intel;
+#else
+    return false;
+#endif
+}
+
+// Loaded once: compilers would rather read a vector again for each product that it is part of.
+template <class Vector>
+inline Vector in_register(Vector x) {
+#if ACCEL_LEVEL >= 1 && defined(__GNUC__)
+    asm("" : "+v"(x));
+#endif
+    return x;
+}
 
 template <class P, class T>
 inline typename P::Vector load_tail(typename P::Vector (*load)(const T*), const T* p, std::int64_t count) {
@@ -76,11 +117,11 @@ inline void dot_tile(const typename P::X* x, std::int64_t x_stride, const typena
         typename P::Vector weights[NR];
         for (int n = 0; n < NR; ++n) weights[n] = load_w(w + n * k);
         for (int m = 0; m < MR; ++m) {
-            const typename P::Vector v = load_x(x + m * x_stride);
+            const typename P::Vector v = in_register(load_x(x + m * x_stride));
             for (int n = 0; n < NR; ++n) sum[m][n] = P::dot(sum[m][n], v, weights[n]);
         }
     };
-    constexpr int kBytes = NR * P::kStep * int(sizeof(typename P::W));
+    constexpr int kBytes = NR * P::kStep * P::kWeightBytes;
     std::int64_t i = 0;
     for (; i + P::kStep <= k; i += P::kStep) {
         if (ahead != nullptr) {
@@ -156,12 +197,12 @@ inline void store_result(const LinearArgs& a, std::int64_t m, std::int64_t n, fl
     else static_cast<std::uint16_t*>(a.out)[m * a.n + n] = float_to_bf16(y);
 }
 
+// A tile: rows from m, columns from n, whose weights are at w.
 struct DenseKernel {
     template <class P, int MR, int NR>
-    static void tile(const LinearArgs& a, const typename P::X* x, std::int64_t x_stride, std::int64_t m,
-                     std::int64_t n, const char* ahead) {
+    static void tile(const LinearArgs& a, const typename P::X* x, std::int64_t x_stride, const typename P::W* w,
+                     std::int64_t m, std::int64_t n, const char* ahead) {
         float sums[MR][NR];
-        const auto* w = static_cast<const typename P::W*>(a.weight) + n * a.k;
         dot_tile<P, MR, NR>(x + m * x_stride, x_stride, w, a.k, ahead, sums);
         for (int i = 0; i < MR; ++i) {
             for (int j = 0; j < NR; ++j) {
@@ -179,12 +220,11 @@ struct Int4 {
 
 struct Int4Kernel {
     template <class P, int MR, int NR>
-    static void tile(const LinearArgs& a, const float* x, std::int64_t x_stride, std::int64_t m, std::int64_t n,
-                     const char* ahead) {
+    static void tile(const LinearArgs& a, const float* x, std::int64_t x_stride, const std::uint8_t* w, std::int64_t m,
+                     std::int64_t n, const char* ahead) {
         float sums[MR][NR];
         const std::int64_t groups = a.k / a.group, at = n * groups;
         const Columns columns{a.scale + at, a.zero == nullptr ? nullptr : a.zero + at, groups, a.group};
-        const auto* w = static_cast<const std::uint8_t*>(a.weight) + n * a.k / 2;
         dot_tile_int4<MR, NR>(x + m * x_stride, x_stride, w, a.k, columns, ahead, sums);
         for (int i = 0; i < MR; ++i) {
             for (int j = 0; j < NR; ++j) store_result(a, m + i, n + j, sums[i][j]);
@@ -194,45 +234,162 @@ struct Int4Kernel {
 
 // Rows [m0, m1) in tiles of at most kRows; NR columns from n on.
 template <class Kernel, class P, int NR>
-void all_rows(const LinearArgs& a, const typename P::X* x, std::int64_t stride, std::int64_t m0, std::int64_t m1,
-              std::int64_t n, const char* ahead) {
+void all_rows(const LinearArgs& a, const typename P::X* x, std::int64_t stride, const typename P::W* w, std::int64_t m0,
+              std::int64_t m1, std::int64_t n, const char* ahead) {
     std::int64_t m = m0;
-    if constexpr (NR <= 4) {
-        for (; m + kRows <= m1; m += kRows, ahead = nullptr) {
-            Kernel::template tile<P, kRows, NR>(a, x, stride, m, n, ahead);
+    const auto tiles_of = [&](auto rows) {
+        for (; m + rows <= m1; m += rows, ahead = nullptr) {
+            Kernel::template tile<P, rows, NR>(a, x, stride, w, m, n, ahead);
         }
-        if (kRows > 4 && m + 4 <= m1) {
-            Kernel::template tile<P, (kRows > 4 ? 4 : 1), NR>(a, x, stride, m, n, ahead);
-            m += 4, ahead = nullptr;
+    };
+    if constexpr (NR <= kColumns) {
+        if constexpr (kRows > 4) {
+            tiles_of(std::integral_constant<int, kRows>());
+            tiles_of(std::integral_constant<int, 4>());
         }
-        if (m + 3 <= m1) Kernel::template tile<P, 3, NR>(a, x, stride, m, n, ahead), m += 3, ahead = nullptr;
+        tiles_of(std::integral_constant<int, 3>());
     }
-    for (; m + 2 <= m1; m += 2, ahead = nullptr) Kernel::template tile<P, 2, NR>(a, x, stride, m, n, ahead);
-    if (m < m1) Kernel::template tile<P, 1, NR>(a, x, stride, m, n, ahead);
+    tiles_of(std::integral_constant<int, 2>());
+    tiles_of(std::integral_constant<int, 1>());
+}
+
+template <class P>
+std::int64_t panel_rows(const LinearArgs& a) {
+    const std::int64_t row_bytes = std::max<std::int64_t>(a.k * std::int64_t(sizeof(typename P::X)), 1);
+    return std::max<std::int64_t>(kPanelBytes / row_bytes / kRows, 1) * kRows;
 }
 
 template <class Kernel, class P>
 void run(const LinearArgs& a, const void* activations, std::int64_t stride, std::int64_t m0, std::int64_t m1,
          std::int64_t n0, std::int64_t n1) {
     const auto* x = static_cast<const typename P::X*>(activations);
-    const std::int64_t row_bytes = a.kind == WeightKind::int4 ? a.k / 2 : a.k * std::int64_t(sizeof(typename P::W));
-    const std::int64_t x_bytes = std::max<std::int64_t>(a.k * std::int64_t(sizeof(typename P::X)), 1);
-    const std::int64_t panel = std::max<std::int64_t>(kPanelBytes / x_bytes / kRows, 1) * kRows;
+    const auto* weight = static_cast<const typename P::W*>(a.weight);
+    const std::int64_t column = a.kind == WeightKind::int4 ? a.k / 2 : a.k;  // elements of W
+    const std::int64_t panel = panel_rows<P>(a);
     const bool few = m1 - m0 <= kFewRows;
-    const std::int64_t columns = few ? 8 : 4;
+    const std::int64_t columns = few ? 8 : kColumns;
     for (std::int64_t m = m0; m < m1; m += panel) {
         const std::int64_t end = std::min(m + panel, m1);
         std::int64_t n = n0;
         for (; n + columns <= n1; n += columns) {
-            const char* ahead = static_cast<const char*>(a.weight) + (n + columns) * row_bytes;
-            if (few) all_rows<Kernel, P, 8>(a, x, stride, m, end, n, ahead);
-            else all_rows<Kernel, P, 4>(a, x, stride, m, end, n, ahead);
+            const auto* w = weight + n * column;
+            const char* ahead = reinterpret_cast<const char*>(w + columns * column);
+            if (few) all_rows<Kernel, P, 8>(a, x, stride, w, m, end, n, ahead);
+            else all_rows<Kernel, P, kColumns>(a, x, stride, w, m, end, n, ahead);
         }
-        for (; n < n1; ++n) all_rows<Kernel, P, 1>(a, x, stride, m, end, n, nullptr);
+        for (; n < n1; ++n) all_rows<Kernel, P, 1>(a, x, stride, weight + n * column, m, end, n, nullptr);
     }
 }
 
-// The activations of quantized weights: fp32, and for int4 in the order in which load_i4 gives the elements.
+// Elements [k0, k1) of columns from n on, in fp32; the last vector is filled with zeros.
+template <class Source>
+void widen_block(const LinearArgs& a, std::int64_t n, std::int64_t columns, std::int64_t k0, std::int64_t k1, float* to) {
+    for (std::int64_t j = 0; j < columns; ++j, to += kBlockStride) {
+        const auto* from = static_cast<const typename Source::W*>(a.weight) + (n + j) * a.k;
+        std::int64_t i = k0;
+        for (; i + kLanes <= k1; i += kLanes) store_f32(to + i - k0, Source::load_w(from + i));
+        if (i < k1) store_f32(to + i - k0, load_tail<Source>(Source::load_w, from + i, k1 - i));
+    }
+}
+
+// A tile's share of the block that comes next: columns first, first + step, ..., a.k elements from one to the next.
+template <class Source>
+struct Ahead {
+    const typename Source::W* weight;  // null: none comes
+    int first, step;
+};
+
+// Adds `count` elements of MR rows times NR columns to their partial sums.
+template <class Source, int MR, int NR>
+void block_tile(const LinearArgs& a, const float* x, const float* w, std::int64_t count, Ahead<Source> ahead,
+                F32 (*sums)[kBlockColumns], bool is_first) {
+    F32 sum[MR][NR];
+    for (int m = 0; m < MR; ++m) {
+        for (int n = 0; n < NR; ++n) sum[m][n] = is_first ? zero_f32() : sums[m][n];
+    }
+    const auto step = [&](std::int64_t i, auto load) {
+        F32 rows[MR];
+        for (int m = 0; m < MR; ++m) rows[m] = load(x + m * a.k + i);
+        for (int n = 0; n < NR; ++n) {
+            const F32 column = in_register(load_f32(w + n * kBlockStride + i));
+            for (int m = 0; m < MR; ++m) sum[m][n] = fma(rows[m], column, sum[m][n]);
+        }
+    };
+    constexpr std::int64_t kLine = 64 / sizeof(typename Source::W);
+    std::int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) {
+        if (ahead.weight != nullptr && i % kLine == 0) {
+            for (int n = ahead.first; n < NR; n += ahead.step) __builtin_prefetch(ahead.weight + n * a.k + i, 0, 2);
+        }
+        step(i, load_f32);
+    }
+    if (i < count) step(i, [&](const float* p) { return load_part(p, int(count - i)); });
+    for (int m = 0; m < MR; ++m) {
+        for (int n = 0; n < NR; ++n) sums[m][n] = sum[m][n];
+    }
+}
+
+// Columns from n on, of which the partial sums are given; zeros where there are no terms.
+template <int Width>
+void store_results(const LinearArgs& a, std::int64_t m, std::int64_t n, const F32* sums) {
+    F32 y = a.k > 0 ? sum_lanes_of<Width>(sums) : zero_f32();
+    if (a.kind == WeightKind::int8) y = y * load_few<DType::f32>(a.scale + n, Width);
+    if (a.dtype == DType::f32) {
+        if (a.bias != nullptr) y = y + load_few<DType::f32>(static_cast<const float*>(a.bias) + n, Width);
+        store_few<DType::f32>(static_cast<float*>(a.out) + m * a.n + n, y, Width);
+        return;
+    }
+    if (a.bias != nullptr) y = y + load_few<DType::bf16>(static_cast<const std::uint16_t*>(a.bias) + n, Width);
+    store_few<DType::bf16>(static_cast<std::uint16_t*>(a.out) + m * a.n + n, y, Width);
+}
+
+struct Free {
+    void operator()(void* p) const { std::free(p); }
+};
+
+// As `run`, with weights widened block by block. Note [Widened].
+template <class Source>
+void run_blocks(const LinearArgs& a, const float* x, std::int64_t m0, std::int64_t m1, std::int64_t n0, std::int64_t n1) {
+    const std::int64_t row_bytes = std::max<std::int64_t>(a.k, 1) * std::int64_t(sizeof(float));
+    const std::int64_t panel = std::min(m1 - m0, std::max<std::int64_t>(kPanelBytes / row_bytes, kBlockRows));
+    using Sums = F32[kBlockColumns];
+    const std::int64_t sums_bytes = panel * std::int64_t(sizeof(Sums));
+    const std::unique_ptr<char, Free> scratch(static_cast<char*>(
+        std::aligned_alloc(64, std::size_t(sums_bytes + kBlockColumns * kBlockStride * std::int64_t(sizeof(float))))));
+    if (scratch == nullptr) throw std::bad_alloc();
+    auto* const sums = reinterpret_cast<Sums*>(scratch.get());
+    auto* const wide = reinterpret_cast<float*>(scratch.get() + sums_bytes);
+    const auto* weight = static_cast<const typename Source::W*>(a.weight);
+
+    const auto columns = [&](std::int64_t first, std::int64_t end, std::int64_t n, auto width) {
+        for (std::int64_t k0 = 0; k0 < a.k; k0 += kBlockDepth) {
+            const std::int64_t k1 = std::min(k0 + kBlockDepth, a.k);
+            widen_block<Source>(a, n, width, k0, k1, wide);
+            const auto* next = weight + n * a.k + k1;
+            if (k1 >= a.k) next = n + 2 * width <= n1 ? weight + (n + width) * a.k : nullptr;
+            const int tiles = int(std::min<std::int64_t>((end - first + kBlockRows - 1) / kBlockRows, width));
+            int tile = 0;
+            const auto rows = [&](std::int64_t m, auto height) {
+                const Ahead<Source> ahead{tile < tiles ? next : nullptr, tile, tiles};
+                block_tile<Source, height, width>(a, x + m * a.k + k0, wide, k1 - k0, ahead, sums + (m - first), k0 == 0);
+                ++tile;
+            };
+            std::int64_t m = first;
+            for (; m + kBlockRows <= end; m += kBlockRows) rows(m, std::integral_constant<int, kBlockRows>());
+            if (m + 2 <= end) rows(m, std::integral_constant<int, 2>()), m += 2;
+            if (m < end) rows(m, std::integral_constant<int, 1>());
+        }
+        for (std::int64_t m = first; m < end; ++m) store_results<width>(a, m, n, sums[m - first]);
+    };
+    for (std::int64_t m = m0; m < m1; m += panel) {
+        const std::int64_t end = std::min(m + panel, m1);
+        std::int64_t n = n0;
+        for (; n + kBlockColumns <= n1; n += kBlockColumns) columns(m, end, n, std::integral_constant<int, kBlockColumns>());
+        for (; n < n1; ++n) columns(m, end, n, std::integral_constant<int, 1>());
+    }
+}
+
+// The activations in fp32, for int4 in the order in which load_i4 gives the elements.
 void widen_rows(const LinearArgs& a, float* to, std::int64_t begin, std::int64_t end) {
     for (std::int64_t m = begin; m < end; ++m) {
         float* row = to + m * a.k;
@@ -241,7 +398,7 @@ void widen_rows(const LinearArgs& a, float* to, std::int64_t begin, std::int64_t
         const auto* x32 = static_cast<const float*>(a.x) + from;
         const auto* x16 = static_cast<const std::uint16_t*>(a.x) + from;
         const auto at = [&](std::int64_t i) { return wide ? x32[i] : bf16_to_float(x16[i]); };
-        if (a.kind == WeightKind::int8) {
+        if (a.kind != WeightKind::int4) {
             for (std::int64_t i = 0; i < a.k; ++i) row[i] = at(i);
             continue;
         }
@@ -254,6 +411,11 @@ void widen_rows(const LinearArgs& a, float* to, std::int64_t begin, std::int64_t
     }
 }
 
+inline bool widens_rows(const LinearArgs& a) {
+    if (a.kind != WeightKind::dense) return true;
+    return a.dtype == DType::bf16 && a.m > 1 && !multiplies_pairs(a);
+}
+
 inline bool by_amx(const LinearArgs& a) {
     return ACCEL_LEVEL >= 4 && (a.dtype == DType::bf16 || a.kind != WeightKind::dense);
 }
@@ -264,7 +426,7 @@ std::int64_t accel::ACCEL_ISA::linear_scratch(const LinearArgs& a) {
 #if ACCEL_LEVEL >= 4
     if (by_amx(a)) return amx_scratch(a);
 #endif
-    return a.kind == WeightKind::dense ? 0 : a.m * a.k * std::int64_t(sizeof(float));
+    return widens_rows(a) ? a.m * a.k * std::int64_t(sizeof(float)) : 0;
 }
 
 void accel::ACCEL_ISA::linear_prepare(const LinearArgs& a, char* scratch, std::int64_t begin, std::int64_t end) {
@@ -280,11 +442,18 @@ void accel::ACCEL_ISA::linear_run(const LinearArgs& a, const char* scratch, std:
 #if ACCEL_LEVEL >= 4
     if (by_amx(a)) return amx_run(a, scratch, m0, m1, n0, n1);
 #endif
-    switch (a.kind) {
-        case WeightKind::int8: return run<DenseKernel, Int8>(a, scratch, a.k, m0, m1, n0, n1);
-        case WeightKind::int4: return run<Int4Kernel, Int4>(a, scratch, a.k, m0, m1, n0, n1);
-        case WeightKind::dense: break;
+    const auto* wide = reinterpret_cast<const float*>(scratch);
+    const bool one_tile = m1 - m0 <= kRows;
+    if (a.kind == WeightKind::int4) return run<Int4Kernel, Int4>(a, wide, a.k, m0, m1, n0, n1);
+    if (a.kind == WeightKind::int8) {
+        if (one_tile) return run<DenseKernel, Int8Weights>(a, wide, a.k, m0, m1, n0, n1);
+        return run_blocks<Int8Weights>(a, wide, m0, m1, n0, n1);
     }
     if (a.dtype == DType::f32) return run<DenseKernel, Dense<DType::f32>>(a, a.x, a.x_stride, m0, m1, n0, n1);
-    run<DenseKernel, DenseBf16>(a, a.x, a.x_stride, m0, m1, n0, n1);
+#if ACCEL_LEVEL == 3
+    if (multiplies_pairs(a)) return run<DenseKernel, Bf16Pairs>(a, a.x, a.x_stride, m0, m1, n0, n1);
+#endif
+    if (!widens_rows(a)) return run<DenseKernel, Dense<DType::bf16>>(a, a.x, a.x_stride, m0, m1, n0, n1);
+    if (one_tile) return run<DenseKernel, Bf16Weights>(a, wide, a.k, m0, m1, n0, n1);
+    run_blocks<Bf16Weights>(a, wide, m0, m1, n0, n1);
 }

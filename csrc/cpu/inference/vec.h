@@ -137,6 +137,28 @@ inline F32 absolute(F32 x) {
 
 inline F32 zero_f32() { return splat(0.0f); }
 
+// The sums over lanes of Count vectors, each with the bits of sum_lanes, in the first lanes; zeros in the others.
+template <int Count>
+inline F32 sum_lanes_of(const F32* x) {
+#if ACCEL_LEVEL >= 2
+    if constexpr (Count == 8) {
+        const auto four = [](const F32* v) {  // in element 0 of each quarter
+            const F32 ab = _mm512_shuffle_f32x4(v[0], v[1], 0x44) + _mm512_shuffle_f32x4(v[0], v[1], 0xee);
+            const F32 cd = _mm512_shuffle_f32x4(v[2], v[3], 0x44) + _mm512_shuffle_f32x4(v[2], v[3], 0xee);
+            const F32 z = _mm512_shuffle_f32x4(ab, cd, 0x88) + _mm512_shuffle_f32x4(ab, cd, 0xdd);
+            const F32 pairs = z + _mm512_permute_ps(z, 0x4e);
+            return pairs + _mm512_movehdup_ps(pairs);
+        };
+        const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 0, 0, 0, 0, 0, 0, 0);
+        return _mm512_maskz_permutex2var_ps(0xff, four(x), order, four(x + 4));
+    }
+#endif
+    float sums[kLanes] = {};
+    static_assert(Count <= kLanes);
+    for (int i = 0; i < Count; ++i) sums[i] = sum_lanes(x[i]);
+    return load_f32(sums);
+}
+
 // e^x for x <= 0 to a unit or two in the last place; 0 below -87, where the result would be subnormal; NaN stays.
 inline F32 exponential_below_zero(F32 x) {
     const F32 lowest = splat(-87.0f), bounded = maximum(lowest, x);

@@ -22,6 +22,7 @@ from ..errors import CompressConfigError, CompressStateError
 from ..traffic import Entry
 from . import exact
 from .bucket import Bucket
+from .common import CommonPart
 from .counts import StepCounts
 from .moves import blend
 from .policy import Compression
@@ -59,6 +60,7 @@ class CompressedOptimizer(SavedOptimizer):
         self._scratch: Tensor | None = None
         self._warned = False
         self._counts = StepCounts()
+        self._common = CommonPart()
 
     # -- what a subclass says ---------------------------------------------------------------------------------
 
@@ -139,14 +141,14 @@ class CompressedOptimizer(SavedOptimizer):
         """Scale the next step's gradients so that their norm is at most `max_norm`; every rank calls it.
 
         In warm-up, gradients are averaged now (`param.grad` is their mean then, unless state is sharded), and the norm
-        is that of the mean, as under data parallelism. Later the mean is known to nobody: the norm is then the root of
-        the mean over ranks of squared norms. It is no smaller than that of the mean, so the promise holds; and all
+        is that of the mean, as under data parallelism. Later the mean is known to nobody: its norm is then estimated
+        from the ranks' own norms and what exact steps have shown of their noise (Note [What ranks have in common]). All
         ranks use one factor, so that the mean keeps its direction (clipping each rank's gradient by its own norm, as
         `torch.nn.utils.clip_grad_norm_` does before a step, weighs ranks with large gradients less). Where a step of
-        0/1 Adam sends nothing, each rank clips by its own norm.
+        0/1 Adam sends nothing, each rank estimates from its own norm.
 
         Returns:
-            float32 scalar tensor: the norm before.
+            float32 scalar tensor: the norm before, or its estimate.
 
         Raises:
             CompressConfigError: `max_norm` is not positive.
@@ -192,7 +194,7 @@ class CompressedOptimizer(SavedOptimizer):
         if not verdict.finite:
             return round_
         if travel is not Travel.EXACT:
-            round_.norm = math.sqrt(verdict.mean_square)
+            round_.norm = self._common.norm(verdict.mean_square, wire.group.size())
             if travel is Travel.NOTHING:
                 # All move, by their momentum at least.
                 round_.verdict = Verdict(True, verdict.mean_square, None)
@@ -228,6 +230,7 @@ class CompressedOptimizer(SavedOptimizer):
         self._take_edits()
         counted = self._buckets, self.group, self.compression.reduce_dtype
         if round_.travel is Travel.EXACT:
+            self._common.observe(round_.norm**2, round_.verdict.mean_square, self.group.size())
             self._step_exact(round_)
         elif round_.travel is Travel.SIGNS:
             self._step_signs(round_)

@@ -104,11 +104,13 @@ class FreezingOptimizer(CompressedOptimizer):
         return {
             "kind": type(self).__name__,
             "num_steps": self.num_steps,
+            "common": self._common.state(),
             "phase": self.phase.value,
             "watch": self._watch.state(),
         }
 
     def _set_progress(self, progress: Mapping[str, Any]) -> None:
+        self._common.load(progress["common"])
         self.phase = Phase(progress["phase"])
         self._watch.load(progress["watch"])
 

@@ -32,8 +32,7 @@ class Round:
         grads: by the parameters' indices: this rank's, or after an exact round the means.
         parts: after an exact round whose buckets are sharded: the means of this rank's parts.
         scale: what gradients are still to be multiplied by.
-        norm: 2-norm of the mean gradient; where that does not travel, the root of the mean over ranks of squared
-            norms, which is no smaller. nan if not finite.
+        norm: 2-norm of the mean gradient; where that does not travel, an estimate (`common`). nan if not finite.
         seen: `fingerprint` of the gradients when it began.
     """
 

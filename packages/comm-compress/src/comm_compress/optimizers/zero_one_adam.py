@@ -196,6 +196,7 @@ class ZeroOneAdam(CompressedOptimizer):
         return {
             "kind": type(self).__name__,
             "num_steps": self.num_steps,
+            "common": self._common.state(),
             "variance": self.variance.value,
             "num_updates": self._num_updates,
             "next_update": self._next_update,
@@ -204,6 +205,7 @@ class ZeroOneAdam(CompressedOptimizer):
         }
 
     def _set_progress(self, progress: Mapping[str, Any]) -> None:
+        self._common.load(progress["common"])
         self.variance = Variance(progress["variance"])
         self._num_updates = progress["num_updates"]
         self._next_update = progress["next_update"]

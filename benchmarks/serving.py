@@ -3,13 +3,14 @@
     python3 tools/dev.py peers                       # once: llama.cpp, in an environment of its own
     python3 tools/dev.py bench serving
     python3 tools/dev.py bench serving --models 125m --requests 64
+    python3 tools/dev.py bench serving --gaps-alone --models 10m,125m
     python3 tools/dev.py bench serving --quick
 
 Models have random weights, in Llama's shape, bfloat16. Peers: `generate` with static batches (left-padded, each as long
 as its longest); transformers' continuous batching; llama.cpp with the same weights, two sequences or thirty-two in one
 `llama_decode`, in bfloat16 or float16, whichever is faster here. Every request is greedy and has a length of its own.
-One stream is held against the bytes of the weights over the bandwidth of reading them; a long prompt beside decodes
-against the same without it, also with whole prompts first.
+One stream is held against the bytes of the weights over the bandwidth of reading them. `--gaps-alone` holds a long
+prompt beside decodes against the same without it, also with whole prompts first; of 1b that takes more than an hour.
 """
 
 from __future__ import annotations
@@ -86,7 +87,9 @@ def measure(name: str, options: argparse.Namespace) -> Found:
         found: Found = mixed(name, model, peer, options) | alone(name, model, peer, options)
         if peer is not None:
             found |= peer.describe()
-    return found | beside(name, model, int(found["token_budget"]), options) | shared_prompts(model, options)
+    if options.quick:
+        found |= beside(name, model, int(found["token_budget"]), options)
+    return found | shared_prompts(model, options)
 
 
 def mixed(
@@ -207,14 +210,15 @@ def main(arguments: Sequence[str]) -> int:
         options.llama_cpp = False
     if options.llama_cpp:
         check(model_of("tiny"))
-    found = {name: measure(name, options) for name in options.models.split(",")}
-    text = page(found, options)
-    print(text)
-    if not options.quick:
-        options.out.mkdir(parents=True, exist_ok=True)
-        stem = options.out / ("serving_gaps" if options.gaps_alone else "serving")
-        stem.with_suffix(".md").write_text(text)
-        stem.with_suffix(".json").write_text(json.dumps(found, indent=1))
+    found: dict[str, Found] = {}
+    stem = options.out / ("serving_gaps" if options.gaps_alone else "serving")
+    for name in options.models.split(","):
+        found[name] = measure(name, options)
+        if not options.quick:  # what is there if a later model does not come to its end
+            options.out.mkdir(parents=True, exist_ok=True)
+            stem.with_suffix(".md").write_text(page(found, options))
+            stem.with_suffix(".json").write_text(json.dumps(found, indent=1))
+    print(page(found, options))
     return 0
 
 

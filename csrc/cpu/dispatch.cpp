@@ -54,12 +54,9 @@ const std::vector<Isa>& isas() {
         // These also ask the operating system whether it saves the wide registers.
         if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-#ifdef ACCEL_BF16
-            if (__builtin_cpu_supports("avx512bf16")) {
 #ifdef ACCEL_AMX
-                if (has_amx()) list.push_back({"amx", avx512::table(), amx::inference_table(), avx512::codec_table()});
-#endif
-                list.push_back({"avx512_bf16", avx512::table(), avx512_bf16::inference_table(), avx512::codec_table()});
+            if (__builtin_cpu_supports("avx512bf16") && has_amx()) {
+                list.push_back({"amx", avx512::table(), amx::inference_table(), avx512::codec_table()});
             }
 #endif
             list.push_back({"avx512", avx512::table(), avx512::inference_table(), avx512::codec_table()});

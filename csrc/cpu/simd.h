@@ -2,7 +2,7 @@
 //
 // F32 is a native vector of kLanes floats: + - * / are the compiler's own, and only what has no operator is a
 // function here. ACCEL_LEVEL (0 baseline, 1 AVX2 + F16C, 2 AVX-512 F/BW/DQ/VL; for
-// inference also 3 AVX512_BF16, 4 AMX) comes from CMakeLists.txt.
+// inference also 3 AMX) comes from CMakeLists.txt.
 //
 // Note [Same bits everywhere]
 // Products and sums are never fused (-ffp-contract=off), divisions and square roots are the correctly rounded

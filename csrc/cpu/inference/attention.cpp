@@ -233,8 +233,13 @@ void tile(const Work& w, std::int64_t first_key, std::int64_t stop_key) {
     find_factors(w, rows, factors);
     // Values before scores: what is packed here reaches the cache while something else is computed.
     if constexpr (!Few) pack_keys<Pairs, S>(w.a.k_cache, rows, w.a.head_dim, space.k);
-    pack_values<Pairs, S>(w.a.v_cache, rows, w.a.head_dim, space.width, space.v);
-#if ACCEL_LEVEL >= 4
+#if ACCEL_LEVEL >= 2
+    const bool values_in_place = !Pairs && w.num_rows <= kValueRows;
+#else
+    constexpr bool values_in_place = false;
+#endif
+    if (!values_in_place) pack_values<Pairs, S>(w.a.v_cache, rows, w.a.head_dim, space.width, space.v);
+#if ACCEL_LEVEL >= 3
     if constexpr (Few) {
         const auto* keys = static_cast<const std::uint16_t*>(w.a.k_cache);
         scores_in_place(keys, rows, w.a.head_dim, space.q, space.scores, w.num_rows);
@@ -246,6 +251,13 @@ void tile(const Work& w, std::int64_t first_key, std::int64_t stop_key) {
     product<Pairs>(space.q, space.key_words, space.k, kKeyTile, space.scores, kKeyTile, w.num_rows, kKeyTile,
                    space.key_words, false);
     soften_rows<Pairs>(w, first_key, factors);
+#if ACCEL_LEVEL >= 2
+    if (values_in_place) {
+        const auto* p = reinterpret_cast<const float*>(space.p);
+        add_values<S>(p, w.a.v_cache, rows, w.a.head_dim, space.width, space.acc, w.num_rows);
+        return;
+    }
+#endif
     constexpr std::int64_t kWords = kKeyTile / (Pairs ? 2 : 1);
     product<Pairs>(space.p, kWords, space.v, space.width, space.acc, space.width, w.num_rows, space.width, kWords,
                    true);
@@ -292,7 +304,7 @@ inline void write_all(const Work& w) {
 template <bool Pairs, Source Q, Source S, bool Few>
 void attend_rows(const Work& w) {
     pack_queries<Pairs, Q>(w);
-#if ACCEL_LEVEL >= 4
+#if ACCEL_LEVEL >= 3
     if constexpr (Few) transpose_few(w.space.q, w.space.key_words, w.num_rows, w.space.k);
 #endif
     std::fill_n(w.space.total_highest, w.num_rows, kNothing);
@@ -321,7 +333,7 @@ void attend_rows(const Work& w) {
 
 template <bool Pairs, Source Q, Source S>
 void attend(const Work& w) {
-#if ACCEL_LEVEL >= 4
+#if ACCEL_LEVEL >= 3
     if constexpr (Pairs) {
         if constexpr (S == Source::bf16) {
             if (w.num_rows <= kFewQueryRows && keys_in_place(w.a)) {

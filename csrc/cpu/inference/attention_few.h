@@ -10,10 +10,10 @@ namespace {
 
 // Whether a call's keys can be taken from where they are.
 inline bool keys_in_place(const AttentionArgs& a) {
-    return ACCEL_LEVEL >= 4 && a.k_scale == nullptr && a.head_dim % 32 == 0 && a.block_size % 16 == 0;
+    return ACCEL_LEVEL >= 3 && a.k_scale == nullptr && a.head_dim % 32 == 0 && a.block_size % 16 == 0;
 }
 
-#if ACCEL_LEVEL >= 4
+#if ACCEL_LEVEL >= 3
 constexpr std::int64_t kFewQueryRows = 16;
 
 inline std::int64_t few_columns(std::int64_t num_rows) { return num_rows <= 4 ? 4 : num_rows <= 8 ? 8 : 16; }

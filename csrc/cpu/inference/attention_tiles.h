@@ -1,7 +1,7 @@
 // What attention is made of: key and value tiles packed for products, and one product for scores and for values alike.
 //
 // C[M][N] = (C +) A[M][K] B[K][N], with A in rows, B in rows over N, C fp32. An element of A or B is one fp32 or, in
-// bf16 with instructions for it, a pair of neighbours in K as one 32-bit word. Keys are packed transposed (B: head
+// bf16 with AMX, a pair of neighbours in K as one 32-bit word. Keys are packed transposed (B: head
 // dimension by keys), values as they are (B: keys by head dimension). Note [Own row, own bits], vec.h: each element of C
 // adds its terms in the order of K, whatever M and N.
 #pragma once
@@ -9,7 +9,7 @@
 #if ACCEL_LEVEL >= 2
 #include "transpose.h"
 #endif
-#if ACCEL_LEVEL >= 4
+#if ACCEL_LEVEL >= 3
 #include "amx.h"
 #endif
 
@@ -29,7 +29,7 @@ struct Form {
 inline std::int64_t round_up(std::int64_t n, std::int64_t to) { return (n + to - 1) / to * to; }
 
 // Rows of M, columns in vectors; M x NV sums in registers.
-template <bool Pairs, int MR, int NV>
+template <int MR, int NV>
 inline void product_tile(const std::uint32_t* a, std::int64_t lda, const std::uint32_t* b, std::int64_t ldb, float* c,
                          std::int64_t ldc, std::int64_t k, bool accumulate) {
     F32 sum[MR][NV];
@@ -41,13 +41,7 @@ inline void product_tile(const std::uint32_t* a, std::int64_t lda, const std::ui
         for (int v = 0; v < NV; ++v) of_b[v] = load_f32(reinterpret_cast<const float*>(b + s * ldb) + v * kLanes);
         for (int i = 0; i < MR; ++i) {
             const F32 of_a = splat(bits_float(a[i * lda + s]));
-            for (int v = 0; v < NV; ++v) {
-#if ACCEL_LEVEL >= 3
-                if constexpr (Pairs) sum[i][v] = _mm512_dpbf16_ps(sum[i][v], (__m512bh)of_a, (__m512bh)of_b[v]);
-                else
-#endif
-                    sum[i][v] = fma(of_a, of_b[v], sum[i][v]);
-            }
+            for (int v = 0; v < NV; ++v) sum[i][v] = fma(of_a, of_b[v], sum[i][v]);
         }
     }
     for (int i = 0; i < MR; ++i) {
@@ -55,21 +49,21 @@ inline void product_tile(const std::uint32_t* a, std::int64_t lda, const std::ui
     }
 }
 
-template <bool Pairs, int NV>
+template <int NV>
 inline void product_columns(const std::uint32_t* a, std::int64_t lda, const std::uint32_t* b, std::int64_t ldb,
                             float* c, std::int64_t ldc, std::int64_t m, std::int64_t k, bool accumulate) {
     constexpr int kRows = ACCEL_LEVEL >= 2 ? 6 : 3;
     std::int64_t i = 0;
     for (; i + kRows <= m; i += kRows) {
-        product_tile<Pairs, kRows, NV>(a + i * lda, lda, b, ldb, c + i * ldc, ldc, k, accumulate);
+        product_tile<kRows, NV>(a + i * lda, lda, b, ldb, c + i * ldc, ldc, k, accumulate);
     }
     for (; i + 2 <= m; i += 2) {
-        product_tile<Pairs, 2, NV>(a + i * lda, lda, b, ldb, c + i * ldc, ldc, k, accumulate);
+        product_tile<2, NV>(a + i * lda, lda, b, ldb, c + i * ldc, ldc, k, accumulate);
     }
-    if (i < m) product_tile<Pairs, 1, NV>(a + i * lda, lda, b, ldb, c + i * ldc, ldc, k, accumulate);
+    if (i < m) product_tile<1, NV>(a + i * lda, lda, b, ldb, c + i * ldc, ldc, k, accumulate);
 }
 
-#if ACCEL_LEVEL >= 4
+#if ACCEL_LEVEL >= 3
 // Tiles: 0-3 sums, 4 A, 6 and 7 B.
 inline TileConfig product_tiles(std::int64_t num_rows) {
     TileConfig config;
@@ -137,14 +131,17 @@ inline void product_amx(const std::uint32_t* a, std::int64_t lda, const std::uin
 template <bool Pairs>
 inline void product(const std::uint32_t* a, std::int64_t lda, const std::uint32_t* b, std::int64_t ldb, float* c,
                     std::int64_t ldc, std::int64_t m, std::int64_t n, std::int64_t k, bool accumulate) {
-#if ACCEL_LEVEL >= 4
-    if (Pairs) return product_amx(a, lda, b, ldb, c, ldc, m, n, k, accumulate);
+#if ACCEL_LEVEL >= 3
+    if constexpr (Pairs) {
+        product_amx(a, lda, b, ldb, c, ldc, m, n, k, accumulate);
+        return;
+    }
 #endif
     std::int64_t j = 0;
     for (; j + 4 * kLanes <= n; j += 4 * kLanes) {
-        product_columns<Pairs, 4>(a, lda, b + j, ldb, c + j, ldc, m, k, accumulate);
+        product_columns<4>(a, lda, b + j, ldb, c + j, ldc, m, k, accumulate);
     }
-    for (; j < n; j += kLanes) product_columns<Pairs, 1>(a, lda, b + j, ldb, c + j, ldc, m, k, accumulate);
+    for (; j < n; j += kLanes) product_columns<1>(a, lda, b + j, ldb, c + j, ldc, m, k, accumulate);
 }
 
 // Rows of a cache (or of queries) as packed words: `count` elements from p on, at most 16 words.
@@ -287,5 +284,54 @@ inline void pack_values(const void* base, const TileRows& rows, std::int64_t dim
         for (std::int64_t d = dim; d < width; ++d) row[d] = 0.0f;
     }
 }
+
+#if ACCEL_LEVEL >= 2
+constexpr int kValueRows = 6;  // that add_values takes at most
+
+// `count` elements from `at` on, at most a vector.
+template <Source S>
+inline F32 load_values(const void* base, std::int64_t at, std::int64_t count) {
+    return _mm512_castsi512_ps(count >= kLanes ? load_words<false, S, true>(base, at, count)
+                                               : load_words<false, S, false>(base, at, count));
+}
+
+template <Source S, int MR, int NV>
+inline void add_value_columns(const float* p, const void* base, const TileRows& rows, std::int64_t dim, std::int64_t d,
+                              std::int64_t width, float* acc) {
+    F32 sum[MR][NV];
+    for (int i = 0; i < MR; ++i) {
+        for (int v = 0; v < NV; ++v) sum[i][v] = load_f32(acc + i * width + d + v * kLanes);
+    }
+    for (std::int64_t key = 0; key < kKeyTile; ++key) {
+        const std::int64_t at = rows.at[key];
+        F32 values[NV];
+        for (int v = 0; v < NV; ++v) {
+            const std::int64_t first = d + v * kLanes;
+            fetch(base, rows.next[key], dim * source_bytes(S), first * source_bytes(S));
+            values[v] = at < 0 ? zero_f32() : load_values<S>(base, at * dim + first, dim - first);
+        }
+        for (int i = 0; i < MR; ++i) {
+            const F32 of_p = splat(p[i * kKeyTile + key]);
+            for (int v = 0; v < NV; ++v) sum[i][v] = fma(of_p, values[v], sum[i][v]);
+        }
+    }
+    for (int i = 0; i < MR; ++i) {
+        for (int v = 0; v < NV; ++v) store_f32(acc + i * width + d + v * kLanes, sum[i][v]);
+    }
+}
+
+// acc[row][d] += the sum over a tile's keys of p[row][key] value[key][d]: what product makes of packed values, with
+// values read where they lie.
+template <Source S, int MR = kValueRows>
+inline void add_values(const float* p, const void* base, const TileRows& rows, std::int64_t dim, std::int64_t width,
+                       float* acc, std::int64_t num_rows) {
+    if constexpr (MR > 0) {
+        if (num_rows < MR) return add_values<S, MR - 1>(p, base, rows, dim, width, acc, num_rows);
+        std::int64_t d = 0;
+        for (; d + 4 * kLanes <= dim; d += 4 * kLanes) add_value_columns<S, MR, 4>(p, base, rows, dim, d, width, acc);
+        for (; d < dim; d += kLanes) add_value_columns<S, MR, 1>(p, base, rows, dim, d, width, acc);
+    }
+}
+#endif
 
 }  // namespace

@@ -14,7 +14,7 @@
 #include <type_traits>
 
 #include "vec.h"
-#if ACCEL_LEVEL >= 4
+#if ACCEL_LEVEL >= 3
 #include "linear_amx.h"
 #endif
 
@@ -35,72 +35,40 @@ constexpr int kBlockRows = 3;  // of a tile
 constexpr std::int64_t kBlockDepth = 768;
 constexpr std::int64_t kBlockStride = kBlockDepth + 16;  // so that columns do not meet in the same lines of the cache
 
-// How operands are read and multiplied. kWeightBytes: of an element where the weights lie, which may be wider as W.
+// How operands are read, as fp32.
 template <DType T>
-struct Dense {  // fp32, or bf16 widened
+struct Dense {
     using X = typename Memory<T>::Element;
     using W = X;
-    using Vector = F32;
-    static constexpr int kStep = kLanes, kWeightBytes = sizeof(W);
-    static Vector load_x(const X* p) { return Memory<T>::load(p); }
-    static Vector load_w(const W* p) { return Memory<T>::load(p); }
-    static F32 dot(F32 sum, Vector x, Vector w) { return fma(x, w, sum); }
+    static F32 load_x(const X* p) { return Memory<T>::load(p); }
+    static F32 load_w(const W* p) { return Memory<T>::load(p); }
 };
 
-struct WideActivations {
+struct Bf16Weights {
     using X = float;
-    using Vector = F32;
-    static constexpr int kStep = kLanes;
-    static Vector load_x(const X* p) { return load_f32(p); }
-    static F32 dot(F32 sum, Vector x, Vector w) { return fma(x, w, sum); }
-};
-
-struct Bf16Weights : WideActivations {
     using W = std::uint16_t;
-    static constexpr int kWeightBytes = sizeof(W);
-    static Vector load_w(const W* p) { return load_bf16(p); }
+    static F32 load_x(const X* p) { return load_f32(p); }
+    static F32 load_w(const W* p) { return load_bf16(p); }
 };
 
-struct Int8Weights : WideActivations {
+struct Int8Weights {
+    using X = float;
     using W = std::int8_t;
-    static constexpr int kWeightBytes = sizeof(W);
-    static Vector load_w(const W* p) { return load_i8(p); }
+    static F32 load_x(const X* p) { return load_f32(p); }
+    static F32 load_w(const W* p) { return load_i8(p); }
 };
-
-#if ACCEL_LEVEL == 3
-struct Bf16Pairs {
-    using X = std::uint16_t;
-    using W = X;
-    using Vector = __m512bh;
-    static constexpr int kStep = 32, kWeightBytes = sizeof(W);
-    static Vector load_x(const X* p) { return (__m512bh)_mm512_loadu_si512(p); }
-    static Vector load_w(const W* p) { return load_x(p); }
-    static F32 dot(F32 sum, Vector x, Vector w) { return _mm512_dpbf16_ps(sum, x, w); }
-};
-#endif
-
-// Intel's cores multiply and add half as many pairs of bf16 in a cycle as values of fp32.
-inline bool multiplies_pairs(const LinearArgs& a) {
-#if ACCEL_LEVEL == 3
-    static const bool is_intel = __builtin_cpu_is("intel");
-    return a.kind == WeightKind::dense && a.dtype == DType::bf16 && !is_intel;
-#else
-    return false;
-#endif
-}
 
 // Loaded once: compilers would rather read a vector again for each product that it is part of.
-template <class Vector>
-inline Vector in_register(Vector x) {
+inline F32 in_register(F32 x) {
 #if ACCEL_LEVEL >= 1 && defined(__GNUC__)
     asm("" : "+v"(x));
 #endif
     return x;
 }
 
-template <class P, class T>
-inline typename P::Vector load_tail(typename P::Vector (*load)(const T*), const T* p, std::int64_t count) {
-    T padded[P::kStep] = {};
+template <class T>
+inline F32 load_tail(F32 (*load)(const T*), const T* p, std::int64_t count) {
+    T padded[kLanes] = {};
     std::memcpy(padded, p, std::size_t(count) * sizeof(T));
     return load(padded);
 }
@@ -114,27 +82,27 @@ inline void dot_tile(const typename P::X* x, std::int64_t x_stride, const typena
         for (F32& s : row) s = zero_f32();
     }
     const auto step = [&](auto load_w, auto load_x) {
-        typename P::Vector weights[NR];
+        F32 weights[NR];
         for (int n = 0; n < NR; ++n) weights[n] = load_w(w + n * k);
         for (int m = 0; m < MR; ++m) {
-            const typename P::Vector v = in_register(load_x(x + m * x_stride));
-            for (int n = 0; n < NR; ++n) sum[m][n] = P::dot(sum[m][n], v, weights[n]);
+            const F32 v = in_register(load_x(x + m * x_stride));
+            for (int n = 0; n < NR; ++n) sum[m][n] = fma(v, weights[n], sum[m][n]);
         }
     };
-    constexpr int kBytes = NR * P::kStep * P::kWeightBytes;
+    constexpr int kBytes = NR * kLanes * int(sizeof(typename P::W));
     std::int64_t i = 0;
-    for (; i + P::kStep <= k; i += P::kStep) {
+    for (; i + kLanes <= k; i += kLanes) {
         if (ahead != nullptr) {
             for (int line = 0; line < kBytes; line += 64) {
-                __builtin_prefetch(ahead + i / P::kStep * kBytes + line, 0, 2);
+                __builtin_prefetch(ahead + i / kLanes * kBytes + line, 0, 2);
             }
         }
         step([&](const typename P::W* p) { return P::load_w(p + i); },
              [&](const typename P::X* p) { return P::load_x(p + i); });
     }
     if (i < k) {
-        step([&](const typename P::W* p) { return load_tail<P>(P::load_w, p + i, k - i); },
-             [&](const typename P::X* p) { return load_tail<P>(P::load_x, p + i, k - i); });
+        step([&](const typename P::W* p) { return load_tail(P::load_w, p + i, k - i); },
+             [&](const typename P::X* p) { return load_tail(P::load_x, p + i, k - i); });
     }
     for (int m = 0; m < MR; ++m) {
         for (int n = 0; n < NR; ++n) sums[m][n] = sum_lanes(sum[m][n]);
@@ -288,7 +256,7 @@ void widen_block(const LinearArgs& a, std::int64_t n, std::int64_t columns, std:
         const auto* from = static_cast<const typename Source::W*>(a.weight) + (n + j) * a.k;
         std::int64_t i = k0;
         for (; i + kLanes <= k1; i += kLanes) store_f32(to + i - k0, Source::load_w(from + i));
-        if (i < k1) store_f32(to + i - k0, load_tail<Source>(Source::load_w, from + i, k1 - i));
+        if (i < k1) store_f32(to + i - k0, load_tail(Source::load_w, from + i, k1 - i));
     }
 }
 
@@ -413,17 +381,17 @@ void widen_rows(const LinearArgs& a, float* to, std::int64_t begin, std::int64_t
 
 inline bool widens_rows(const LinearArgs& a) {
     if (a.kind != WeightKind::dense) return true;
-    return a.dtype == DType::bf16 && a.m > 1 && !multiplies_pairs(a);
+    return a.dtype == DType::bf16 && a.m > 1;
 }
 
 inline bool by_amx(const LinearArgs& a) {
-    return ACCEL_LEVEL >= 4 && (a.dtype == DType::bf16 || a.kind != WeightKind::dense);
+    return ACCEL_LEVEL >= 3 && (a.dtype == DType::bf16 || a.kind != WeightKind::dense);
 }
 
 }  // namespace
 
 std::int64_t accel::ACCEL_ISA::linear_scratch(const LinearArgs& a) {
-#if ACCEL_LEVEL >= 4
+#if ACCEL_LEVEL >= 3
     if (by_amx(a)) return amx_scratch(a);
 #endif
     return widens_rows(a) ? a.m * a.k * std::int64_t(sizeof(float)) : 0;
@@ -431,7 +399,7 @@ std::int64_t accel::ACCEL_ISA::linear_scratch(const LinearArgs& a) {
 
 void accel::ACCEL_ISA::linear_prepare(const LinearArgs& a, char* scratch, std::int64_t begin, std::int64_t end) {
     const std::int64_t m0 = begin * kLinearRows, m1 = std::min(end * kLinearRows, a.m);
-#if ACCEL_LEVEL >= 4
+#if ACCEL_LEVEL >= 3
     if (by_amx(a)) return amx_prepare(a, scratch, m0, m1);
 #endif
     widen_rows(a, reinterpret_cast<float*>(scratch), m0, m1);
@@ -439,7 +407,7 @@ void accel::ACCEL_ISA::linear_prepare(const LinearArgs& a, char* scratch, std::i
 
 void accel::ACCEL_ISA::linear_run(const LinearArgs& a, const char* scratch, std::int64_t m0, std::int64_t m1,
                                   std::int64_t n0, std::int64_t n1) {
-#if ACCEL_LEVEL >= 4
+#if ACCEL_LEVEL >= 3
     if (by_amx(a)) return amx_run(a, scratch, m0, m1, n0, n1);
 #endif
     const auto* wide = reinterpret_cast<const float*>(scratch);
@@ -450,9 +418,6 @@ void accel::ACCEL_ISA::linear_run(const LinearArgs& a, const char* scratch, std:
         return run_blocks<Int8Weights>(a, wide, m0, m1, n0, n1);
     }
     if (a.dtype == DType::f32) return run<DenseKernel, Dense<DType::f32>>(a, a.x, a.x_stride, m0, m1, n0, n1);
-#if ACCEL_LEVEL == 3
-    if (multiplies_pairs(a)) return run<DenseKernel, Bf16Pairs>(a, a.x, a.x_stride, m0, m1, n0, n1);
-#endif
     if (!widens_rows(a)) return run<DenseKernel, Dense<DType::bf16>>(a, a.x, a.x_stride, m0, m1, n0, n1);
     if (one_tile) return run<DenseKernel, Bf16Weights>(a, wide, a.k, m0, m1, n0, n1);
     run_blocks<Bf16Weights>(a, wide, m0, m1, n0, n1);

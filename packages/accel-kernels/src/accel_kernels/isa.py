@@ -28,8 +28,8 @@ def set_cpu_isa(name: str) -> Iterator[None]:
     """Make the C++ kernels use one instruction set within a ``with`` block, in this thread.
 
     Args:
-        name: one of ``available_cpu_isas()``: ``"amx"``, ``"avx512_bf16"`` (both for the inference ops; the others
-            then use AVX-512), ``"avx512"``, ``"avx2"``, ``"baseline"``.
+        name: one of ``available_cpu_isas()``: ``"amx"`` (for the inference ops; the others then use AVX-512),
+            ``"avx512"``, ``"avx2"``, ``"baseline"``.
 
     Raises:
         BackendUnavailableError: the extension is not built.

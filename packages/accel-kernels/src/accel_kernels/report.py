@@ -93,8 +93,8 @@ def _cpu(op: str) -> Choice:
         return Choice(backend="portable", why=f"{_portable(op)}; {reason}")
     threads = torch.get_num_threads() if native.cpu is not None and native.cpu.has_openmp() else 1
     isa = chosen_cpu_isa() or available_cpu_isas()[0]
-    if op not in INFERENCE_OPS and isa in ("amx", "avx512_bf16"):
-        isa = "avx512"  # all that the training ops know of these
+    if op not in INFERENCE_OPS and isa == "amx":
+        isa = "avx512"  # all that the training ops know of it
     return Choice(backend="cpu", why=f"C++ {isa}, {threads} thread{'s' if threads != 1 else ''}")
 
 

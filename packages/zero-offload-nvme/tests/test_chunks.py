@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from offload_models import PAIRS, copies_of, give_grads, make_params
 from torch import Tensor
+from zero_offload_nvme import rows, steppers
 from zero_offload_nvme.chunks import plan_chunks
 from zero_offload_nvme.device_steps import DeviceStepper
 
@@ -98,6 +99,29 @@ def test_chunk_by_chunk_gives_the_bits_of_one_call(case: str, dtype: torch.dtype
         run_as_a_device(one, params, stepper)
         other.step()
     assert copies.count["up"] > 40
+    for param, expected in zip(params, others, strict=True):
+        assert torch.equal(param, expected)
+        assert all(torch.equal(one.state[param][k], v) for k, v in other.state[expected].items())
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (2, 1, 0, 1)])
+def test_dtypes_side_by_side_in_one_chunk(monkeypatch: pytest.MonkeyPatch, order: tuple[int, ...]) -> None:
+    def as_on_a_device(param: Tensor, *rest: Any) -> rows.Row:
+        row = rows.make_row(param, *rest)
+        row.master = param.detach().float().clone() if row.master is None else row.master
+        return row
+
+    dtypes = [torch.float32, torch.bfloat16, torch.float16]
+    params = [make_params([(70, 3)], dtypes[number])[0] for number in order]
+    others = copies_of(params)
+    one, other = off.CPUAdamW(params), off.CPUAdamW(others)
+    stepper = DeviceStepper(one.rule, one.state, Recorded(), chunk_elements=512)
+    for step in range(3):
+        give_grads(params, others, seed=step)
+        with monkeypatch.context() as patched:
+            patched.setattr(steppers, "make_row", as_on_a_device)
+            run_as_a_device(one, params, stepper)
+        other.step()
     for param, expected in zip(params, others, strict=True):
         assert torch.equal(param, expected)
         assert all(torch.equal(one.state[param][k], v) for k, v in other.state[expected].items())

@@ -49,6 +49,21 @@ def _names(optimizer: torch.optim.Optimizer) -> list[set[str]]:
     return [set(state) for state in optimizer.state_dict()["state"].values()]
 
 
+@pytest.mark.parametrize("saved_by", [torch.optim.Adam, off.CPUAdam])
+def test_weight_decay_stays_decoupled(saved_by) -> None:
+    """`AdamW` that takes over the state of an Adam: torch's decays as AdamW, and so does ours."""
+    params = make_params()
+    first = saved_by(params, lr=1e-2, weight_decay=0.3)
+    train((first, params), steps=2)
+    here, there = copies_of(params), copies_of(params)
+    ours, theirs = off.CPUAdamW(here), torch.optim.AdamW(there, fused=True)
+    for each in (ours, theirs):
+        each.load_state_dict(copy.deepcopy(first.state_dict()))
+    train((ours, here), (theirs, there), steps=3)
+    for param, expected in zip(here, there, strict=True):
+        torch.testing.assert_close(param, expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("case", [*PAIRS, "lion"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_resuming_from_a_file_changes_no_bit(case: str, dtype: torch.dtype, tmp_path: Path) -> None:

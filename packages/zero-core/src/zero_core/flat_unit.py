@@ -7,6 +7,7 @@ between the buffers held here: `gather` fills `full`, `buckets` fills `grad_full
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from functools import cached_property
 
@@ -51,6 +52,9 @@ class FlatUnit:
         local: the range of `full` that `shard` covers.
         local_slots: the parts of the parameters inside `local`.
         resting: stage 3: the shard in the store of parameters; `shard` is its view then.
+        claimed_by: slot -> the optimizer that claimed it last; one that did before has nothing to do with it any more.
+        stored_states: optimizer states in the store of the optimizer, flat like the master, by name. They outlive the
+            optimizer that asked for them; where several step parameters of one unit, each has its slices of them.
         sparse: it is an embedding's weight, whose gradient is sparse by rows.
         num_edits: how often something else than the optimizer wrote its parameters.
         version: changes, on all ranks alike, whenever a rank's shard may have.
@@ -88,6 +92,8 @@ class FlatUnit:
         self.master: torch.Tensor | None = None
         self.stores = stores
         self.resting: Resting | None = None
+        self.claimed_by: dict[int, weakref.ref[object]] = {}
+        self.stored_states: dict[str, torch.Tensor] = {}
         self.approximate = False
         self.num_exact_uses = 0
         self.num_edits = 0

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -131,6 +133,7 @@ class ShardedOptimizer(Optimizer):
         self._dormant += taken.dormant
         for claim in taken.claims:
             self._claimed.setdefault(claim.unit.index, set()).add(claim.index)
+            claim.unit.claimed_by[claim.index] = weakref.ref(self)
         for unit, slots in taken.slots.items():
             self.slots[unit] = sorted([*self.slots.get(unit, []), *slots], key=lambda slot: slot.place.start)
         self._lanes = [lane for lane in state.reducer.lanes if lane.unit.index in self._claimed]
@@ -159,29 +162,35 @@ class ShardedOptimizer(Optimizer):
             CollectiveError: another rank died or did not come.
             OverflowError: a dynamic loss scale has reached its minimum and gradients still overflow.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self._wake()
-        self._sharded.reducer.finish()
-        self._num_steps += 1
-        self._sharded.wire.fate.num_steps += 1
-        used = self._agree_on_used()
-        self.overflow_report = self._find_overflow(before=self.overflow_report)
-        self.last_step_skipped = self.scaler is not None and self.overflow_report is not None
-        if not self.last_step_skipped:
-            for lane in self._lanes:
-                lane.unit.settle()
-                lane.unit.take_edits()
-            work = [self._unit_step(lane, used) for lane in self._lanes if lane.shard.value is not None]
-            for item in self._stepper.step(work, self._factor()):
-                self._publisher.publish(item.unit, cast=not self._stepper.casts)
-        self._publisher.finish()
-        self._norm = self._max_norm = None
-        if self.scaler is not None:
-            self.scaler.update(self.overflow_report)
-        return loss
+        with self._stepping():
+            loss = None
+            if closure is not None:
+                with torch.enable_grad():
+                    loss = closure()
+            self._wake()
+            self._sharded.reducer.finish()
+            self._num_steps += 1
+            self._sharded.wire.fate.num_steps += 1
+            used = self._agree_on_used()
+            self.overflow_report = self._find_overflow(before=self.overflow_report)
+            self.last_step_skipped = self.scaler is not None and self.overflow_report is not None
+            if not self.last_step_skipped:
+                for lane in self._lanes:
+                    lane.unit.settle()
+                    lane.unit.take_edits()
+                work = [self._unit_step(lane, used) for lane in self._lanes if lane.shard.value is not None]
+                for item in self._stepper.step(work, self._factor()):
+                    self._publisher.publish(item.unit, cast=not self._stepper.casts)
+            self._publisher.finish()
+            self._norm = self._max_norm = None
+            if self.scaler is not None:
+                self.scaler.update(self.overflow_report)
+            return loss
+
+    @contextmanager
+    def _stepping(self) -> Iterator[None]:
+        """Around every step, for classes with more to do: torch's hooks would run twice in a `step` of their own."""
+        yield
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Step more parameters of the model, such as those of a layer that was unfrozen; every rank calls it.
@@ -304,6 +313,15 @@ class ShardedOptimizer(Optimizer):
                 unit.master.copy_(saved[unit.name])
             self._publisher.publish(unit, cast=True)
         self._publisher.finish()
+
+    def room_for_state(self, slot: ShardSlot, key: str) -> torch.Tensor | None:
+        """Where state that a load brings and that no step has made yet is to lie; None: where the parameter does.
+
+        Args:
+            slot: of this rank.
+            key: name in `inner.state`.
+        """
+        return None
 
     def steps(self, unit: FlatUnit, index: int) -> bool:
         """Whether a parameter of the model is among those of this optimizer, on whichever rank its parts lie."""

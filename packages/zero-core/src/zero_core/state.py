@@ -129,7 +129,9 @@ def load_sharded_state(
             show(unit, state.wire).wait()
     for name, (holder, key) in fresh.items():
         assert optimizer is not None
-        optimizer.inner.state[holder.param][key] = holder.fit(tensors[name])
+        room = None if holder.slot is None else optimizer.room_for_state(holder.slot, key)
+        taken = holder.fit(tensors[name]) if room is None else room.copy_(tensors[name].reshape(-1))
+        optimizer.inner.state[holder.param][key] = taken
 
 
 def _copy_in(
@@ -173,13 +175,18 @@ class StateHolder:
     """A parameter of the torch optimizer on this rank, with its state.
 
     Attributes:
-        place: the part of one of the model's parameters that it is; None for a whole one.
+        slot: the part of one of the model's parameters that it is; None for a whole one.
     """
 
     name: str
     param: nn.Parameter
-    place: LocalSlot | None
+    slot: ShardSlot | None
     state: dict[str, Any]
+
+    @property
+    def place(self) -> LocalSlot | None:
+        """Where that part is."""
+        return None if self.slot is None else self.slot.place
 
     def is_number(self, key: str) -> bool:
         """Whether a state entry is a number, such as a step count; a scalar parameter's own moments are tensors."""
@@ -212,7 +219,7 @@ def state_holders(optimizer: ShardedOptimizer | None) -> Iterator[StateHolder]:
     state = optimizer.inner.state
     if optimizer.whole is None:
         for slot in _slots(optimizer):
-            yield StateHolder(slot.name, slot.master, slot.place, state.get(slot.master, {}))
+            yield StateHolder(slot.name, slot.master, slot, state.get(slot.master, {}))
     else:
         for owned in optimizer.whole:
             yield StateHolder(owned.name, owned.master, None, state.get(owned.master, {}))

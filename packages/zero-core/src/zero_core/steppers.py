@@ -215,13 +215,24 @@ def has_kernel(inner: Optimizer) -> bool:
         type(inner) in RULES
         and not hooked
         and not any(any(unusual) for unusual, _ in options)
-        and len({momentum for _, momentum in options}) == 1
+        and _num_momenta(options) == 1
     )
 
 
+def _num_momenta(options: Options) -> int:
+    """How many kinds of state groups have: with momentum, without, or both."""
+    return len({momentum for _, momentum in options})
+
+
 def check_options(inner: Optimizer, before: Options) -> None:
-    """Refuse groups that ask for something else than when the stepper was built."""
-    if asked_for(inner) != before:
+    """Refuse groups that ask for something else than when the stepper was built, and further ones without a kernel."""
+    options = asked_for(inner)
+    new = options[len(before) :]
+    if (
+        options[: len(before)] != before
+        or any(any(unusual) for unusual, _ in new)
+        or _num_momenta(options) > 1
+    ):
         raise ZeroStateError(
             "the optimizer's groups now ask for other options (amsgrad, maximize, differentiable, capturable, or "
             "momentum where there was none) than when ShardedOptimizer was built; build a new one"

@@ -10,7 +10,7 @@ The modules, in the order in which data flows:
 - `steppers` -> `host_steps`: parameters on the CPU, one call for all of them.
 - `steppers`, `chunks` (pure), `copies` -> `device_steps`: parameters on a device, chunk by chunk.
 - `topology` (pure) -> `binding`: a rank's cores.
-- `host_store`, `nvme_store`: where shards of zero-core rest.
+- `maps` -> `host_store`, `nvme_store`: where shards of zero-core rest.
 - `tiers`, `forecast` (pure), `free_bytes`, `speeds` -> `preflight`: what all that will take, before it does.
 - `blocks` (pure) -> `window` -> `store_stepper` -> `offloaded`: the step of an optimizer whose state rests there.
 - `shadow` -> `early` -> `speculation`, `last_backward`: the same, begun during backward; `tail` (pure): how much of it

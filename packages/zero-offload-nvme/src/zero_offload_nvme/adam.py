@@ -75,3 +75,8 @@ class CPUAdamW(CPUAdam):
         super().__init__(
             params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, decoupled_weight_decay=True
         )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See `CPUAdam.load_state_dict`; one of Adam is welcome, and weight decay stays decoupled, as in torch."""
+        groups = [{**group, "decoupled_weight_decay": True} for group in state_dict["param_groups"]]
+        super().load_state_dict({**state_dict, "param_groups": groups})

@@ -6,8 +6,12 @@ In: calls, in order. Out: a `Job` for each, to be waited for. What one raises is
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import torch
 
 from .errors import OffloadStateError
 
@@ -71,3 +75,26 @@ class Background:
         except BaseException as error:
             self._failure = error
             raise
+
+
+def queued_on(device: torch.device) -> Any:
+    """What marks the work that the current stream has been given so far; None on a CPU."""
+    if device.type == "cpu":
+        return None
+    event = torch.Event(device)
+    event.record()
+    return event
+
+
+@contextmanager
+def after(queued: Any, device: torch.device) -> Iterator[None]:
+    """In a thread: return when what `queued_on` marked is done, and work on a stream of one's own from then on.
+
+    The host waits, not just the stream: values in pinned memory are read by the CPU, which knows of no stream.
+    """
+    if queued is None:
+        yield
+        return
+    queued.synchronize()
+    with torch.Stream(device):
+        yield

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .maps import pinned_empty
+
 
 class Pending(Protocol):
     """Copies under way."""
@@ -70,7 +72,7 @@ class DeviceCopies:
 
     def buffer(self, num_bytes: int) -> Tensor:
         """See `Copies`."""
-        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+        return pinned_empty(num_bytes, torch.uint8)
 
     def _queue(self, stream: Any, pairs: list[tuple[Tensor, Tensor]]) -> Pending:
         with self._module.stream(stream):

@@ -69,16 +69,18 @@ class DeviceStepper(Stepper):
         size = 4 if any(row.param.dtype == torch.float32 for row in self._rows) else 2
         self._down = [self._copies.buffer(elements * size) for _ in plan[:2]]
         self._up = [self._copies.buffer(elements * 2 if halves else 0) for _ in plan[:2]]
-        self._chunks = [self._make_chunk(pieces, number % 2) for number, pieces in enumerate(plan)]
+        self._chunks = [self._make_chunk(pieces, number % 2, size) for number, pieces in enumerate(plan)]
 
-    def _make_chunk(self, pieces: list[Piece], side: int) -> _Chunk:
+    def _make_chunk(self, pieces: list[Piece], side: int, size: int) -> _Chunk:
+        """`size`: bytes that an element of the widest gradient takes; those of every piece have as many."""
         rows = [self._rows[piece.index] for piece in pieces]
         masters, grads, lows, sources = [], [], [], []
         for piece, row in zip(pieces, rows, strict=True):
             assert row.master is not None  # every row of a device has one
             masters.append(_elements(row.master)[piece.start : piece.stop])
-            grads.append(_view(self._down[side], piece, row.param.dtype))
-            low = None if row.param.dtype == torch.float32 else _view(self._up[side], piece, row.param.dtype)
+            dtype = row.param.dtype
+            grads.append(_view(self._down[side], piece, dtype, size))
+            low = None if dtype == torch.float32 else _view(self._up[side], piece, dtype, dtype.itemsize)
             lows.append(low)
             sources.append(masters[-1] if low is None else low)
         states = [
@@ -146,7 +148,7 @@ def _elements(tensor: Tensor) -> Tensor:
     return flat(tensor).detach().view(-1)
 
 
-def _view(buffer: Tensor, piece: Piece, dtype: torch.dtype) -> Tensor:
-    """A piece's place in a chunk's buffer of bytes."""
-    size = dtype.itemsize
-    return buffer[piece.offset * size : (piece.offset + piece.stop - piece.start) * size].view(dtype)
+def _view(buffer: Tensor, piece: Piece, dtype: torch.dtype, size: int) -> Tensor:
+    """A piece's place in a chunk's buffer, where every element has `size` bytes, as many elements of `dtype`."""
+    start = piece.offset * size
+    return buffer[start : start + (piece.stop - piece.start) * dtype.itemsize].view(dtype)

@@ -11,31 +11,42 @@ import errno
 import mmap
 import os
 import secrets
+import weakref
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import accel_kernels as ak
 import torch
 
 from .errors import OffloadDiskError, OffloadStateError
+from .maps import file_map
 
 PAGE = mmap.ALLOCATIONGRANULARITY
 
 
 @dataclass
 class Drive:
-    """One file, and how far it is used.
+    """One file, and how far it is used; what it takes of the drive is free again once nobody holds this.
 
     Attributes:
+        end: of the bytes that are set aside.
         free: ranges given back: size -> offsets.
     """
 
     directory: str
     file: ak.TransferFile
     descriptor: int
-    end: int
-    free: dict[int, list[int]]
+    end: int = 0
+    free: dict[int, list[int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._close_descriptor = weakref.finalize(self, os.close, self.descriptor)
+
+    def close(self) -> None:
+        """Let go of the file; maps stay what they are."""
+        self.file.close()
+        self._close_descriptor()
 
     @property
     def used(self) -> int:
@@ -79,8 +90,7 @@ class Place:
         """A map of the range."""
         if not self.numel:
             return torch.empty(0, dtype=self.dtype)
-        mapped = mmap.mmap(self.drive.descriptor, self.nbytes, offset=self.offset)
-        return torch.frombuffer(mapped, dtype=self.dtype)
+        return file_map(self.drive.descriptor, self.offset, self.numel, self.dtype)
 
 
 class DriveFiles:
@@ -161,8 +171,7 @@ class DriveFiles:
         """Let go of the files; views stay what they are."""
         self._places.clear()
         for drive in self._drives:
-            drive.file.close()
-            os.close(drive.descriptor)
+            drive.close()
         self._drives.clear()
 
     def _room_for(self, name: str, nbytes: int) -> tuple[Drive, int, bool]:
@@ -196,7 +205,7 @@ def _open(engine: ak.TransferEngine, directory: str) -> Drive:
         os.makedirs(directory, exist_ok=True)
         file = engine.open(path, nbytes=0)
         try:
-            descriptor = os.open(path, os.O_RDWR)
+            drive = Drive(directory, file, os.open(path, os.O_RDWR))
         finally:
             os.unlink(path)
     except OSError as error:
@@ -205,7 +214,7 @@ def _open(engine: ak.TransferEngine, directory: str) -> Drive:
             f"NvmeStore: {directory}: {os.strerror(error.errno or errno.EIO)}; choose a directory that this process "
             "may write to",
         ) from error
-    return Drive(directory, file, descriptor, 0, {})
+    return drive
 
 
 def _grow(drive: Drive, nbytes: int, name: str) -> None:

@@ -8,8 +8,7 @@ took the wrong things for granted, is for `speculation` and `last_backward` to s
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -18,7 +17,7 @@ from zero_core import ShardSlot
 from zero_core.flat_unit import FlatUnit
 from zero_core.hooks import Lane
 
-from .background import Background
+from .background import Background, after, queued_on
 from .shadow import Shadow
 from .store_stepper import FlatStep, StoreStepper, run
 from .window import Window
@@ -143,7 +142,7 @@ class EarlySteps:
         operands = shadow.operands(slots, self.stepper.reduced_grad(lane))
         start, stop = unit.local
         step = FlatStep(stop - start, operands, list(early.assumed.rates), factor, unit.has_separate_master)
-        self._queue.append(_Queued(early, step, _queued_on(unit.device)))
+        self._queue.append(_Queued(early, step, queued_on(unit.device)))
         window = self.stepper.window_for(unit)
         self._background.submit(lambda: self._run_queued(window))
         self._in_use = window
@@ -242,7 +241,7 @@ class EarlySteps:
             return
         last, device = some[-1].after, some[-1].early.lane.unit.device
         try:
-            with torch.no_grad(), _beside(last, device):
+            with torch.no_grad(), after(last, device):
                 through = run(
                     self.stepper.rule,
                     window,
@@ -255,24 +254,3 @@ class EarlySteps:
                 each.early.is_done = each.early.is_wanted
         except BaseException as error:  # told by `check`
             self._failure = error
-
-
-def _queued_on(device: torch.device) -> Any:
-    """What marks the work that the current stream has been given so far."""
-    if device.type == "cpu":
-        return None
-    event = torch.Event(device)
-    event.record()
-    return event
-
-
-@contextmanager
-def _beside(queued: Any, device: torch.device) -> Iterator[None]:
-    """A stream of its own for the thread, behind the work that was queued when the step began."""
-    if queued is None:
-        yield
-        return
-    stream = torch.Stream(device)
-    stream.wait_event(queued)
-    with stream:
-        yield

@@ -11,6 +11,7 @@ from collections import defaultdict
 import torch
 
 from .errors import OffloadMemoryError, OffloadStateError
+from .maps import pinned_empty
 
 
 class Done:
@@ -42,6 +43,10 @@ class _Event:
     def is_done(self) -> bool:
         return bool(self._event.query())
 
+    def comes_first(self) -> None:
+        """Before what the current stream is given from now on."""
+        self._event.wait()
+
 
 class HostStore:
     """Keeps flat tensors in host memory; a `zero_core.ShardStore`.
@@ -61,6 +66,7 @@ class HostStore:
         self.pin = torch.accelerator.is_available() if pin is None else pin
         self.used_bytes = 0
         self._tensors: dict[str, torch.Tensor] = {}
+        self._coming: dict[str, _Event] = {}  # the last `put` of a tensor, from a device
         self._free: defaultdict[int, list[torch.Tensor]] = defaultdict(list)
         self._closed = False
 
@@ -72,17 +78,24 @@ class HostStore:
         """See `zero_core.ShardStore.put`."""
         if name not in self._tensors and not start:
             self._make(name, values.numel(), values.dtype)
-        kept = self.view(name)
+        kept = self.at(name)
         if not 0 <= start <= kept.numel() - values.numel() or values.dtype != kept.dtype:
             raise OffloadStateError(
                 f"HostStore: {name!r} has {kept.numel()} elements of {kept.dtype}; got {values.numel()} of "
                 f"{values.dtype} for element {start} on"
             )
-        return copy_later(kept[start : start + values.numel()], values.detach())
+        copied = copy_later(kept[start : start + values.numel()], values.detach())
+        if isinstance(copied, _Event):
+            self._coming[name] = copied
+        return copied
 
     def fetch(self, name: str, out: torch.Tensor, start: int = 0) -> Done | _Event:
         """See `zero_core.ShardStore.fetch`."""
-        return copy_later(out, self.view(name)[start : start + out.numel()])
+        if out.is_cpu:
+            return copy_later(out, self.view(name)[start : start + out.numel()])
+        if name in self._coming:
+            self._coming[name].comes_first()
+        return copy_later(out, self.at(name)[start : start + out.numel()])
 
     def prefetch(self, name: str) -> None:
         """It is here."""
@@ -91,7 +104,14 @@ class HostStore:
         """It stays here."""
 
     def view(self, name: str) -> torch.Tensor:
-        """The tensor itself."""
+        """The tensor itself, once all that was put has arrived."""
+        tensor, coming = self.at(name), self._coming.pop(name, None)
+        if coming is not None:
+            coming.wait()
+        return tensor
+
+    def at(self, name: str) -> torch.Tensor:
+        """The tensor itself; what was put from a device may be on its way."""
         self._check_open(name)
         if name not in self._tensors:
             raise OffloadStateError(f"HostStore: nothing is kept under {name!r}")
@@ -99,8 +119,10 @@ class HostStore:
 
     def release(self, name: str) -> None:
         """Keep it no longer; its memory serves the next one of its size."""
-        tensor = self._tensors.pop(name, None)
+        tensor, coming = self._tensors.pop(name, None), self._coming.pop(name, None)
         if tensor is not None:
+            if coming is not None:
+                coming.wait()
             raw = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
             self.used_bytes -= raw.numel()
             self._free[raw.numel()].append(raw)
@@ -153,8 +175,9 @@ class HostStore:
         if self.limit_bytes is not None and self.used_bytes + spare + nbytes > self.limit_bytes:
             self._free.clear()  # memory of other sizes counts too
         try:
-            return torch.empty(nbytes, dtype=torch.uint8, pin_memory=self.pin)
-        except RuntimeError as error:
+            make = pinned_empty if self.pin else torch.empty
+            return make(nbytes, dtype=torch.uint8)
+        except (RuntimeError, OSError) as error:
             raise OffloadMemoryError(
                 f"HostStore: {name!r}: the system gives no {nbytes} bytes of host memory: {error}"
             ) from error

@@ -10,13 +10,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from threading import Event
 
 import torch
 from zero_core.late import LateArrivals
 
-from .background import Background, Job
+from .background import Background, Job, after, queued_on
 from .store_stepper import StoreStepper, run
 from .zenflow_unit import ZenUnit
 
@@ -24,14 +23,18 @@ from .zenflow_unit import ZenUnit
 class _Sums:
     """Gradients of one step that are to be added; whoever comes first adds them."""
 
-    def __init__(self, adding: Sequence[Callable[[], None]]) -> None:
+    def __init__(self, adding: Sequence[Callable[[], None]], device: torch.device) -> None:
         self._adding = deque(adding)
+        self._device = device
+        self._queued = queued_on(device)
         self.done = Event()
 
     def add(self) -> None:
         """In the thread alone."""
-        while self._adding:
-            self._adding.popleft()()
+        if self._adding:
+            with after(self._queued, self._device):
+                while self._adding:
+                    self._adding.popleft()()
         self.done.set()
 
 
@@ -41,15 +44,17 @@ class LateWork:
     Args:
         stepper: whose rule and window the late step uses.
         arrivals: has the parameters of a unit wait for their values where they are used.
+        device: of the units.
     """
 
-    def __init__(self, stepper: StoreStepper, arrivals: LateArrivals) -> None:
+    def __init__(self, stepper: StoreStepper, arrivals: LateArrivals, device: torch.device) -> None:
         self._stepper = stepper
         self._arrivals = arrivals
+        self._device = device
         self._background = Background("zenflow")
         self._arriving = Background("zenflow-arrivals")  # not behind a late step, which may take long
         self._adding: list[Callable[[], None]] = []
-        self._sums = _Sums([])
+        self._sums = _Sums([], device)
         self._sums.add()
         self._late: Job | None = None
         self._landing: Job | None = None
@@ -68,7 +73,13 @@ class LateWork:
 
     def arrive(self, zen: ZenUnit, *work: Callable[[], None]) -> None:
         """Have work that writes a unit's parameters done; whoever uses them first waits for it."""
-        self._landing = self._submit(partial(_each, work), zen, self._arriving)
+        stream = _current_stream(self._device)
+
+        def inside() -> None:
+            with torch.no_grad(), stream:
+                _each(work)
+
+        self._landing = self._arriving.submit(inside)
         self._arrivals.expect(zen.unit, self._landing)
 
     def add(self, adding: Callable[[], None]) -> None:
@@ -79,7 +90,7 @@ class LateWork:
         """Not before the step is over: the thread would take memory bandwidth from it."""
         if self._adding:
             self.wait_for_sums()
-            self._sums, self._adding = _Sums(self._adding), []
+            self._sums, self._adding = _Sums(self._adding, self._device), []
             self._submit(self._sums.add)
 
     def begin_late_step(self, zens: Sequence[ZenUnit]) -> None:
@@ -118,16 +129,15 @@ class LateWork:
         self.wait_for_sums()
         self.wait_for_late_step()
 
-    def _submit(
-        self, work: Callable[[], None], zen: ZenUnit | None = None, thread: Background | None = None
-    ) -> Job:
-        stream = nullcontext() if zen is None else _current_stream(zen.unit.device)
+    def _submit(self, work: Callable[[], None]) -> Job:
+        """Work that waits, for which what the device has been given so far comes first."""
+        queued = queued_on(self._device)
 
         def inside() -> None:
-            with torch.no_grad(), stream:
+            with torch.no_grad(), after(queued, self._device):
                 work()
 
-        return (thread or self._background).submit(inside)
+        return self._background.submit(inside)
 
 
 def _each(work: Sequence[Callable[[], None]]) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from zero_core import LossScaler, ShardedOptimizer, ZeroStateError, sharded
+from zero_core import LossScaler, ShardedOptimizer, ShardSlot, ZeroStateError, sharded
 from zero_core.flat_unit import FlatUnit
 from zero_core.hooks import Lane
 from zero_core.late import LateArrivals
@@ -45,6 +45,8 @@ class OffloadedOptimizer(ShardedOptimizer):
             "zenflow" or "speculative" without any optimizer state in a store, or with a store that has no `swap`.
         zero_core.ZeroConfigError: as `zero_core.ShardedOptimizer`.
 
+    `step` raises OSError for what a store could not do, then or in the thread since the last call. If it was the thread
+    of "speculative", parameters, states and counts are as they were, and it may be called again.
     Bytes per rank: `window_bytes`, whatever the size of the model; in the store 4 bytes an element of the shard for
     each state, and 4 for the master where that is separate. With "speculative" all of these twice, and the shard
     itself; with `last_backward` the shard alone twice. With "zenflow" besides, in host memory: 4 bytes an element
@@ -148,18 +150,14 @@ class OffloadedOptimizer(ShardedOptimizer):
         with self._exact.promised(units):
             yield
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """See `zero_core.ShardedOptimizer.step`.
-
-        Raises:
-            OSError: what a store could not do, now or in the thread since the last call. If it was the thread of
-                "speculative", parameters, states and counts are as they were, and this may be called again.
-        """
+    @contextmanager
+    def _stepping(self) -> Iterator[None]:
         if self._speculative is None:
-            return super().step(closure)
+            yield
+            return
         self._speculative.early.check()
         try:
-            return super().step(closure)
+            yield
         finally:  # a step that was skipped, or ended with an error
             self._speculative.early.drop_all()
 
@@ -181,10 +179,16 @@ class OffloadedOptimizer(ShardedOptimizer):
         wanted = {index for index, param in enumerate(unit.params) if param.requires_grad}
         if unit.stores.optimizer is None or not wanted <= claimed:
             return
+        if any(unit.claimed_by[index]() is not self for index in wanted):
+            return  # another optimizer has come after this one
         if self._speculative is not None:
             self._speculative.reduced(lane, self._unscale())
         elif self._exact is not None and wanted <= lane.bucket.used:
             self._exact.reduced(lane, self._unscale())
+
+    def room_for_state(self, slot: ShardSlot, key: str) -> torch.Tensor | None:
+        """See `zero_core.ShardedOptimizer.room_for_state`: in the store at once, and not in memory until a step."""
+        return self._in_thread.exact.room_for(self.unit_of(slot), slot, key)
 
     def settle(self) -> None:
         """See `zero_core.ShardedOptimizer.settle`; waits for the thread, and raises what it met."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .errors import OffloadConfigError, OffloadStateError
+from .maps import pinned_empty
 from .rules import Group, Rule
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -99,7 +100,8 @@ def _state_tensor(row: Row, key: str, name: str, initial: Any) -> Tensor:
         given = row.like(given.detach().to("cpu", torch.float32))
     # A device copies from the master while the host goes on.
     if key == MASTER and row.param.is_cuda and not given.is_pinned():
-        given = given.pin_memory()
+        pinned = pinned_empty(given.numel(), torch.float32).as_strided(shape, row.strides)
+        given = pinned.copy_(given)
     row.state[key] = given
     return given
 

@@ -6,6 +6,8 @@ and `commit`, which makes what was written there the unit's own. Next: `early` b
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +16,8 @@ import torch
 from zero_core import ShardSlot
 from zero_core.flat_unit import FlatUnit
 
-from .store_stepper import StoreStepper, in_store
+from .maps import host_zeros
+from .store_stepper import StoreStepper, in_store, reserve_view
 from .window import Operand, Place
 
 # Note [Two places]
@@ -25,40 +28,42 @@ from .window import Operand, Place
 
 @dataclass
 class Twin:
-    """A tensor in a store, and another of its size beside it.
+    """A tensor in a store, and another of its size beside it, which is given back when nobody holds this.
 
     Attributes:
         view, other: of the two; see `zero_core.ShardStore.view`.
+        other_name: no other twin's, of another optimizer of this model neither.
     """
 
     store: Any
     name: str
     view: torch.Tensor
     other: torch.Tensor
+    other_name: str
+
+    def __post_init__(self) -> None:
+        self.release = weakref.finalize(self, self.store.release, self.other_name)
+        self.release.atexit = False
 
     @staticmethod
     def of(store: Any, name: str, view: torch.Tensor) -> Twin:
         """Reserve the other one."""
-        store.reserve(_other(name), view.numel(), view.dtype)
-        return Twin(store, name, view, store.view(_other(name)))
+        other_name = f"{name}.next{next(_NUMBERS)}"
+        other = reserve_view(store, other_name, view.numel(), view.dtype)
+        return Twin(store, name, view, other, other_name)
 
     @property
     def target(self) -> torch.Tensor | Place:
         """The other one, for `Operand.to`."""
-        return _unversioned(in_store(self.store, _other(self.name), self.other).at)
+        return _unversioned(in_store(self.store, self.other_name, self.other).at)
 
     def swap(self) -> None:
         """Each has the other's name from now on."""
-        self.store.swap(self.name, _other(self.name))
+        self.store.swap(self.name, self.other_name)
         self.view, self.other = self.other, self.view
 
-    def release(self) -> None:
-        """Give the other one back."""
-        self.store.release(_other(self.name))
 
-
-def _other(name: str) -> str:
-    return f"{name}.next"
+_NUMBERS = itertools.count()
 
 
 def _unversioned(at: torch.Tensor | Place) -> torch.Tensor | Place:
@@ -97,7 +102,7 @@ class Shadow:
                 self._add("shard", unit.resting.store, unit.resting.name, unit.shard)
             else:
                 pin = unit.device.type != "cpu"
-                self._values = torch.zeros(unit.shard.numel(), dtype=unit.dtype, pin_memory=pin)
+                self._values = host_zeros(unit.shard.numel(), unit.dtype, pin=pin)
         except BaseException:
             self.release()
             raise

@@ -108,7 +108,6 @@ class StoreStepper:
         self.rule = RULES[type(inner)]
         self._options = asked_for(inner)
         self._resident = FusedStepper(inner)
-        self._states: dict[str, torch.Tensor] = {}
         self._fresh: set[str] = set()  # zero, and not yet handed out
         self._window: Window | None = None
 
@@ -155,6 +154,11 @@ class StoreStepper:
                 yield from up_to(stored[position])
         yield from up_to(None)
 
+    @property
+    def _names(self) -> tuple[str, ...]:
+        """Of the states."""
+        return self.rule.states(self.inner.param_groups[0])
+
     def check(self) -> None:
         """Before a step: the groups ask for what they asked for before."""
         check_options(self.inner, self._options)
@@ -163,7 +167,7 @@ class StoreStepper:
     def window_for(self, unit: FlatUnit) -> Window:
         """The one window, made for the most operands that a unit may have."""
         if self._window is None:
-            most = 3 + len(self.rule.states(self.inner.param_groups[0]))
+            most = 3 + len(self._names)
             elements = block_elements(self.window_bytes, most)
             self._window = Window(elements, pin=unit.device.type != "cpu")
         return self._window
@@ -206,8 +210,9 @@ class StoreStepper:
         """The same, of a gradient that may be on its way to where it rests; nobody waits for that."""
         unit = lane.unit
         grads: Any = unit.stores.grads
-        if grads is not None and not grads.in_memory:
-            return Operand(InStore(grads, unit.key("grad")), lane.shard.dtype, written=False)
+        if grads is not None:
+            at = grads.at(unit.key("grad")) if grads.in_memory else InStore(grads, unit.key("grad"))
+            return Operand(at, lane.shard.dtype, written=False)
         assert lane.shard.value is not None
         return self.grad(unit, lane.shard.value)
 
@@ -224,28 +229,34 @@ class StoreStepper:
     def kept(self, unit: FlatUnit) -> list[tuple[str, torch.Tensor]]:
         """The unit's states in the store as they are: name and view."""
         self.reserve(unit)
-        names = self.rule.states(self.inner.param_groups[0])
-        return [(name, self._states[unit.key(name)]) for name in names]
+        return [(name, unit.stored_states[name]) for name in self._names]
 
     def reserve(self, unit: FlatUnit) -> None:
         """Have room in the store for the unit's states."""
         store: Any = unit.stores.optimizer
         assert unit.master is not None
-        for name in self.rule.states(self.inner.param_groups[0]) if store is not None else ():
-            key = unit.key(name)
-            if key not in self._states:
-                store.reserve(key, unit.master.numel(), torch.float32)
-                self._states[key] = store.view(key)
+        for name in self._names if store is not None else ():
+            if name not in unit.stored_states:
+                key = unit.key(name)
+                unit.stored_states[name] = reserve_view(store, key, unit.master.numel(), torch.float32)
                 self._fresh.add(key)
 
     def is_placed(self, unit: FlatUnit) -> bool:
         """Whether the unit's states are in the store, and each has been handed out."""
-        keys = [unit.key(name) for name in self.rule.states(self.inner.param_groups[0])]
-        return all(key in self._states and key not in self._fresh for key in keys)
+        return all(name in unit.stored_states and unit.key(name) not in self._fresh for name in self._names)
+
+    def room_for(self, unit: FlatUnit, slot: ShardSlot, key: str) -> torch.Tensor | None:
+        """Where a state of one slot rests in the store; None: the unit's states rest in none, or this is no state."""
+        if unit.stores.optimizer is None or key not in self._names:
+            return None
+        for name, flat in self.placed(unit, [slot]):
+            if name == key:
+                return flat[slot.place.start : slot.place.stop]
+        raise AssertionError(key)
 
     def adopt(self, unit: FlatUnit, slots: Sequence[ShardSlot], name: str, flat: torch.Tensor) -> None:
         """Have a state of these slots lie in `flat` from now on, which the store keeps under the state's name."""
-        self._states[unit.key(name)] = flat
+        unit.stored_states[name] = flat
         for slot in slots:
             state = self.inner.state.get(slot.master, {})
             if name in state:
@@ -262,6 +273,16 @@ class StoreStepper:
         elif initial or not fresh:  # a fresh one is zero, and need not be touched
             view.fill_(initial)
         state[name] = view
+
+
+def reserve_view(store: Any, name: str, numel: int, dtype: torch.dtype) -> torch.Tensor:
+    """Have room in a store under a name, all zeros; a view of it. Where that fails nothing is kept."""
+    store.reserve(name, numel, dtype)
+    try:
+        return store.view(name)  # type: ignore[no-any-return]
+    except BaseException:
+        store.release(name)
+        raise
 
 
 def is_stored(unit: FlatUnit) -> bool:

@@ -16,6 +16,7 @@ from torch.optim import AdamW
 from zero_core import ShardSlot
 from zero_core.flat_unit import FlatUnit
 
+from .maps import host_zeros
 from .store_stepper import FlatStep, StoreStepper
 from .window import Operand
 from .zenflow import ZenFlow
@@ -175,7 +176,7 @@ class WaitingRows:
         return stop - start
 
     def _host(self, dtype: torch.dtype) -> torch.Tensor:
-        return torch.zeros(self._numel, dtype=dtype, pin_memory=self.unit.device.type != "cpu")
+        return host_zeros(self._numel, dtype, pin=self.unit.device.type != "cpu")
 
 
 def _add(total: torch.Tensor, grad: torch.Tensor, *, scale: float, is_first: bool) -> None:

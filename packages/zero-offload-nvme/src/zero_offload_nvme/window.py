@@ -18,6 +18,7 @@ from zero_core.collectives import is_done
 
 from .blocks import DEPTH, Block
 from .host_store import copy_later
+from .maps import pinned_empty
 
 
 class Place(Protocol):
@@ -96,7 +97,7 @@ class _Room:
     def buffer(self, number: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
         while len(self._buffers) <= number:
             made = (
-                torch.empty(self._block_bytes, dtype=torch.uint8, pin_memory=True)
+                pinned_empty(self._block_bytes, torch.uint8)
                 if self._pin
                 else ak.aligned_empty(self._block_bytes)
             )

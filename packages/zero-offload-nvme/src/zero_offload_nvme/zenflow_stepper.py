@@ -66,7 +66,7 @@ class ZenFlowStepper:
         self._wire = wire
         self._world_size = wire.group.size()
         self._units = ZenUnits(self.exact, policy, wire)
-        self._late = LateWork(self.exact, arrivals)
+        self._late = LateWork(self.exact, arrivals, wire.device)
         self._is_whole = False
 
     def step(self, work: Sequence[UnitStep], scale: torch.Tensor | float) -> Iterator[UnitStep]:

@@ -7,7 +7,6 @@ ranks, and a `RowPublisher` that fits. Next: `zenflow_stepper` steps them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import TypeAlias
 
 import torch
@@ -85,7 +84,9 @@ class ZenUnits:
                 if "zenflow_num_steps" in state:
                     self.progress = Progress.from_numbers([float(state[key]) for key in Progress.KEYS])
                     return True
-        self.progress = replace(self.progress, num_held=0, selection_age=None)
+        # Plain states, of a warm-up or after a flush: an Adam's own count says how many steps there have been.
+        states = [self._stepper.inner.state.get(slot.master, {}) for _, slots in parts for slot in slots]
+        self.progress = Progress(num_steps=max((int(state.get("step", 0)) for state in states), default=0))
         return True
 
     def knows_less_than(self, parts: Sequence[Part]) -> bool:

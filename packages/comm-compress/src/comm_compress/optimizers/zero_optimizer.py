@@ -127,13 +127,12 @@ class ZeroCompressedOptimizer(ShardedOptimizer):
         taken = [slot for slots in self.slots.values() for slot in slots]
         self.inner.call_parameters({id(slot.master): (slot.name, slot.place.slot.shape) for slot in taken})
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """See `zero_core.ShardedOptimizer.step`; an overflow on any rank skips it, with a scaler or without."""
-        loss = super().step(closure)
+    @contextmanager
+    def _stepping(self) -> Iterator[None]:
+        """An overflow on any rank skips the step, with a scaler or without."""
+        yield
         self.last_step_skipped = self.last_step_skipped or self.inner.last_step_skipped
         self._open = None
-        return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """See `zero_core.ShardedOptimizer.zero_grad`."""

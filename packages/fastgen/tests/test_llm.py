@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -99,3 +101,27 @@ def test_int8_cache_stays_near(folder, dtype):
     small = LLM(folder, config).generate("a longer text, of some length", params, progress=False)[0]
     pairs = zip(plain.prompt_logprobs[1:], small.prompt_logprobs[1:], strict=True)
     assert max(abs(a.logprob - b.logprob) for a, b in pairs) < 0.6
+
+
+def test_more_prompts_than_the_queue_holds(folder):
+    schedule = replace(CONFIG.schedule, max_waiting=3)
+    llm = LLM(folder, replace(CONFIG, schedule=schedule))
+    params = SamplingParams(max_tokens=3, temperature=0.0)
+    texts = [f"prompt number {number}" for number in range(20)]
+    found = llm.generate(texts, params, progress=False)
+    assert [each.text for each in found] == [
+        each.text for each in LLM(folder, CONFIG).generate(texts, params, progress=False)
+    ]
+    with pytest.raises(RequestError):
+        llm.generate([*texts, [99999]], params, progress=False)
+    assert not llm.engine.has_work
+
+
+def test_settings_that_do_not_fit_are_refused_at_once(folder, monkeypatch):
+    with pytest.raises(ConfigError, match="float16"):
+        LLM(folder, replace(CONFIG, cache=replace(CONFIG.cache, dtype=torch.float16)))
+    with pytest.raises(ConfigError, match="max_model_len"):
+        EngineConfig(max_model_len=0)
+    monkeypatch.setattr("fastgen.llm.TensorParallel", lambda group: SimpleNamespace(size=2))
+    with pytest.raises(ConfigError, match=r"gap_s.*ranks\.lead"):
+        LLM(folder, replace(CONFIG, schedule=replace(CONFIG.schedule, gap_s=0.1)))

@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import msgpack
+import numpy as np
+import pytest
+from fastgen.errors import RequestError
 from fastgen.output import Output
-from fastgen.ranks.calls import Abort, Add, Digest, Embed, LoadAdapter, Step, packed, unpacked
+from fastgen.ranks.calls import Abort, Add, Digest, Embed, LoadAdapter, Step, checked, packed, unpacked
 from fastgen.request import FinishReason, SamplingParams
 
 
@@ -61,3 +64,12 @@ def test_digests_tell_tokens_ends_and_errors_apart() -> None:
     refused = Digest()
     refused.refused(ValueError())
     assert refused.value not in (0, digest(output))
+
+
+def test_what_cannot_be_told_is_refused_before_it_is_done() -> None:
+    with pytest.raises(RequestError, match="to tell the other ranks"):
+        checked(Add("a", [np.int64(3)], SamplingParams()))
+    with pytest.raises(RequestError, match="to tell the other ranks"):
+        checked(Add("a", [3], SamplingParams(seed=2**64)))
+    call = Add("a", [3], SamplingParams(seed=2**64 - 1))
+    assert checked(call) is call

@@ -7,6 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from fastgen.errors import ConfigError
 from fastgen.request import SamplingParams
 from fastgen.sampler import Row, choose, logprobs_of, uniform
 from hypothesis import given, settings
@@ -139,3 +140,14 @@ def test_uniform_numbers_are_uniform():
     counts, _ = np.histogram(numbers, bins=20, range=(0, 1))
     assert abs(counts - 500).max() < 5 * 500**0.5
     assert uniform(7, 1, 2) == uniform(7, 1, 2) != uniform(7, 2, 1)
+
+
+@pytest.mark.parametrize("temperature", [1e-45, 1e-30, 1e-10])
+def test_temperatures_near_zero_take_the_most_likely(temperature):
+    assert drawn(LOGITS * 1000, 50, temperature=temperature) == {0: 50}
+
+
+@pytest.mark.parametrize("wrong", [{"stop": "END"}, {"stop": ("a", "")}, {"stop_token_ids": 2}])
+def test_ends_are_tuples(wrong):
+    with pytest.raises(ConfigError, match="a tuple of"):
+        SamplingParams(**wrong)

@@ -334,3 +334,38 @@ def test_those_who_wait_cost_nothing() -> None:
 def test_cost_grows_no_faster_than_the_sequences() -> None:
     few, many = (min(measure_step_us(count) for _ in range(3)) for count in (64, 448))
     assert many / few < 2.0 * 448 / 64
+
+
+def test_shared_blocks_of_worse_ones_are_no_room() -> None:
+    """Blocks that a better one holds, too, are not free when the worse one has gone: it would go in vain."""
+    scheduler = make_scheduler(num_blocks=14)
+    engine = FakeEngine(scheduler)
+    text = list(range(16))
+    scheduler.add(make_request("best", text, max_tokens=8))
+    for _ in range(3):
+        engine.step()
+    scheduler.add(make_request("worst", text, max_tokens=8, priority=9))
+    engine.step()
+    scheduler.add(make_request("large", 4 * 9, max_tokens=4, priority=5))
+    plans = [engine.step() for _ in range(2)]
+    assert not any(plan.preempted for plan in plans)
+    engine.run()
+
+
+def test_what_is_found_again_after_a_preemption_is_not_counted() -> None:
+    scheduler = make_scheduler(num_blocks=16)
+    engine = FakeEngine(scheduler)
+    text = list(range(100, 140))
+    scheduler.add(make_request("before", text[:8], max_tokens=1))
+    engine.run()
+    request = make_request("b", text, max_tokens=4, priority=6)
+    scheduler.add(request)
+    while request.sequences[0].num_computed < 20:
+        engine.step()
+    assert request.num_cached_tokens == 8
+    scheduler.add(make_request("urgent", 40, max_tokens=4))
+    plan = engine.step()
+    assert [each.request.id for each in plan.preempted] == ["b"]
+    engine.run()
+    assert request.num_cached_tokens == 8
+    assert scheduler.stats().prefix_hit_tokens_total == 8

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import json
+
 import pytest
-from engine_lab import TOKENIZER, engine_of, run
+import torch
+from engine_lab import TOKENIZER, engine_of, run, tiny_llama
 from fastgen import SamplingParams
 from fastgen.text import TextStream
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import LlamaForCausalLM
 
 
 def streamed(text: str, stops: tuple[str, ...] = ()) -> tuple[list[str], bool]:
@@ -93,7 +98,6 @@ SCHEMA = """{"type": "object", "additionalProperties": false, "required": ["a", 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_structured_output_has_the_structure(temperature):
-    import json
     import re
 
     settings_ = {"temperature": temperature, "seed": 1, "max_tokens": 200}
@@ -110,3 +114,37 @@ def test_structured_output_has_the_structure(temperature):
         assert value["b"] in ("x", "y")
         assert mine[-1].finish_reason.value == "stop"
     assert re.fullmatch("[a-c]{3}-[0-9]{2}", "".join(each.text for each in outputs["regex"]))
+
+
+def test_a_tokenizer_may_have_more_tokens_than_the_model():
+    """Added tokens, such as one for padding, that the model's table was never made larger for."""
+    config = copy.deepcopy(tiny_llama().config)
+    config.vocab_size = 256
+    torch.manual_seed(0)
+    engine = engine_of(model=LlamaForCausalLM(config).eval())
+    assert len(TOKENIZER) > 256 + 1
+    params = SamplingParams(json_schema=SCHEMA, temperature=0.0, max_tokens=200)
+    outputs = run(engine, {"json": (list(b"hello"), params)})["json"]
+    assert json.loads("".join(each.text for each in outputs)).keys() == {"a", "b"}
+
+
+def test_no_end_by_text_before_min_tokens():
+    plain = run(engine_of(), {"a": (list(b"hello"), SamplingParams(temperature=0.0, max_tokens=40))})["a"]
+    text = "".join(each.text for each in plain)
+    stop = text[3:5]
+    for least in (0, 20):
+        params = SamplingParams(temperature=0.0, max_tokens=40, min_tokens=least, stop=(stop,))
+        outputs = run(engine_of(), {"a": (list(b"hello"), params)})["a"]
+        ids = [token for each in outputs for token in each.new_token_ids]
+        assert len(ids) >= least
+        found = "".join(each.text for each in outputs)
+        assert text.startswith(found)
+        assert len(found) > text.find(stop) if least else len(found) == text.find(stop)
+
+
+def test_a_text_that_began_a_stop_is_not_held_for_ever():
+    stream = TextStream(TOKENIZER, ["xyz"])
+    assert stream.push(TOKENIZER.encode("x")[0]) == ""
+    assert stream.push(TOKENIZER.encode("y")[0], may_stop=False) == "xy"
+    assert stream.push(TOKENIZER.encode("z")[0]) == "z"
+    assert not stream.stopped

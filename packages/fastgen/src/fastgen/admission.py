@@ -13,6 +13,7 @@ away after it, and its blocks in host memory are read before they are written ag
 from __future__ import annotations
 
 import sys
+from collections import Counter
 
 from .block_tables import BlockTables
 from .groups import Group, Order
@@ -120,7 +121,7 @@ class Admission:
 
     def _count_hits(self, sequence: Sequence, num_tokens: int) -> None:
         """Tokens of a prompt were found; when it is computed again they count no more."""
-        if sequence.num_output_tokens == 0:
+        if sequence.num_output_tokens == 0 and not sequence.request.preempted:
             sequence.request.num_cached_tokens += num_tokens
             self.num_hit_tokens += num_tokens
 
@@ -134,8 +135,11 @@ class Admission:
         if worse:
             behind = [each for each in running if each.key > group.key]
             slots = forward.num_slots - sum(each.num_slots for each in behind)
-            blocks = sum(len(sequence.block_table) for each in behind for sequence in each.live)
-            if slots + group.num_slots > self.max_sequences or cost > tables.device.num_available + blocks:
+            live = forward.num_live - sum(len(each.live) for each in behind)
+            missing = cost + live - tables.device.num_available
+            if slots + group.num_slots > self.max_sequences or (
+                missing > 0 and missing > self._freed(behind)
+            ):
                 return False
         while True:
             # A block for each that runs, so that their next tokens do not send this group away again.
@@ -148,6 +152,11 @@ class Admission:
                 return False
             self._preempt(forward)
             cost = self._cost(group)
+
+    def _freed(self, groups: list[Group]) -> int:
+        """Blocks that nobody holds any more when these groups have none."""
+        held = Counter(block for group in groups for one in group.live for block in one.block_table)
+        return sum(count == self._tables.device.holders(block) for block, count in held.items())
 
     def _cost(self, group: Group) -> int:
         """Available blocks that a group needs to begin."""
@@ -167,6 +176,7 @@ class Admission:
     def _preempt(self, forward: Forward) -> None:
         """The worst that runs loses its blocks: to host memory where there is room, else to be computed again."""
         group = self._order.stop_worst()
+        group.request.preempted = True
         forward.num_slots -= group.num_slots
         forward.num_live -= len(group.live)
         if forward.set_aside:

@@ -83,6 +83,8 @@ class SchedulePolicy:
             raise ConfigError(f"SchedulePolicy(gap_s=...): expected seconds above 0, got {self.gap_s!r}")
         if self.max_sequences < 1:
             raise ConfigError(f"SchedulePolicy(max_sequences=...): expected >= 1, got {self.max_sequences!r}")
+        if self.max_waiting < 1:
+            raise ConfigError(f"SchedulePolicy(max_waiting=...): expected >= 1, got {self.max_waiting!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,3 +135,7 @@ class EngineConfig:
     batch_invariant: bool = False
     device: torch.device | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_model_len is not None and self.max_model_len < 1:
+            raise ConfigError(f"EngineConfig(max_model_len=...): expected >= 1, got {self.max_model_len!r}")

@@ -65,7 +65,7 @@ class Engine:
         self.model_name = model_name
         self.max_model_len = scheduler.max_model_len
         self._vocab_size = vocab_size
-        self._eos_ids = frozenset(eos_ids)
+        self._eos_ids = frozenset(token for token in eos_ids if token < vocab_size)
         self._grammars = GrammarFactory(tokenizer, vocab_size, eos_ids)
         self._adapters = adapters
         self._seeds = torch.Generator().manual_seed(seed)

@@ -42,6 +42,7 @@ class GrammarFactory:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int, eos_ids: tuple[int, ...]) -> None:
         self._tokenizer: Any = tokenizer
         self._vocab_size = vocab_size
+        self._num_tokens = max(vocab_size, len(tokenizer))
         self._eos_ids = eos_ids
         self._known: llguidance.LLTokenizer | None = None
         self._kept: OrderedDict[tuple[str | None, str | None], Grammar] = OrderedDict()
@@ -80,27 +81,35 @@ class GrammarFactory:
             raise RequestError(f"{name}: {str(error).strip().splitlines()[0]}") from error
         if matcher.is_error():
             raise RequestError(f"{name}: {matcher.get_error().strip().splitlines()[0]}")
-        return Grammar(matcher, self._vocab_size)
+        return Grammar(matcher, self._vocab_size, self._num_tokens)
 
     def _shared(self) -> llguidance.LLTokenizer:
         with self._lock:
             if self._known is None:
-                size = max(self._vocab_size, len(self._tokenizer))
                 eos = list(self._eos_ids) or None
-                self._known = llguidance.hf.from_tokenizer(self._tokenizer, n_vocab=size, eos_token=eos)
+                self._known = llguidance.hf.from_tokenizer(
+                    self._tokenizer, n_vocab=self._num_tokens, eos_token=eos
+                )
             return self._known
 
 
 class Grammar:
-    """Where one sequence is in its grammar."""
+    """Where one sequence is in its grammar.
 
-    def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int) -> None:
+    Args:
+        matcher: of the tokenizer's tokens.
+        vocab_size: tokens of the model.
+        num_tokens: that the matcher knows; a tokenizer may have more than the model.
+    """
+
+    def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int, num_tokens: int) -> None:
         self._matcher = matcher
         self._vocab_size = vocab_size
+        self._num_tokens = num_tokens
 
     def allowed(self) -> npt.NDArray[np.bool_]:
         """`[vocab]`: what may come next."""
-        words = -(-self._vocab_size // 32)
+        words = -(-self._num_tokens // 32)
         mask = np.zeros((1, words), dtype=np.int32)
         llguidance.numpy.fill_next_token_bitmask(self._matcher, mask)
         bits = np.unpackbits(mask.view(np.uint8), bitorder="little")[: self._vocab_size]
@@ -113,4 +122,4 @@ class Grammar:
 
     def fork(self) -> Grammar:
         """Another that goes on from here."""
-        return Grammar(self._matcher.deep_copy(), self._vocab_size)
+        return Grammar(self._matcher.deep_copy(), self._vocab_size, self._num_tokens)

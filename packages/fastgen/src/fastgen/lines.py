@@ -47,9 +47,10 @@ class Line:
         if logprobs is not None:
             self.new_logprobs.append(logprobs)
         complete = self.grammar is not None and self.grammar.advance(token_id)
-        if sequence.num_output_tokens >= params.min_tokens and self.ends(token_id):
+        may_stop = sequence.num_output_tokens >= params.min_tokens
+        if may_stop and self.ends(token_id):
             return FinishReason.STOP
-        self.new_text += self.text.push(token_id)
+        self.new_text += self.text.push(token_id, may_stop=may_stop)
         if self.text.stopped or complete:
             return FinishReason.STOP
         return FinishReason.LENGTH if sequence.num_tokens >= self.longest else None

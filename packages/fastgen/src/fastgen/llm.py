@@ -5,11 +5,13 @@ In: a local model directory or a transformers module, and an `EngineConfig`. Out
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -18,7 +20,7 @@ from tqdm.auto import tqdm
 from .adapters import Adapters
 from .config import EngineConfig
 from .engine import Engine
-from .errors import ConfigError, ModelError
+from .errors import ConfigError, ModelError, OverloadedError
 from .kv_cache import KVCache, build_cache
 from .output import Output, TokenLogprobs
 from .parallel import TensorParallel
@@ -82,6 +84,9 @@ class LLM:
         tokenizer: where it is not the directory's; needed beside a module.
         group: ranks that share each layer (tensor parallelism); every one of them makes the same calls.
 
+    Raises:
+        ModelError, CacheError, ConfigError: as `build_engine`; `gap_s` with several ranks, whose clocks differ.
+
     Example:
         >>> llm = LLM("path/to/model")  # doctest: +SKIP
         >>> llm.generate(["Once upon a time"], SamplingParams(max_tokens=32))[0].text  # doctest: +SKIP
@@ -95,6 +100,11 @@ class LLM:
         tokenizer: PreTrainedTokenizerBase | None = None,
         group: dist.ProcessGroup | DeviceMesh | None = None,
     ) -> None:
+        if config is not None and config.schedule.gap_s is not None and TensorParallel(group).size > 1:
+            raise ConfigError(
+                "SchedulePolicy(gap_s=...): expected None with ranks that step by themselves: each would go by its own "
+                "clock; use fastgen.ranks.lead, whose rank 0 decides for all"
+            )
         self.engine = build_engine(model, config, tokenizer=tokenizer, group=group)
         self.tokenizer = self.engine.tokenizer
         self._num_requests = 0
@@ -123,14 +133,11 @@ class LLM:
         if len(each) != len(batch):
             raise ConfigError(f"params: expected one for each of {len(batch)} prompts, got {len(each)}")
         ids = [self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in batch]
-        jobs: dict[str, tuple[list[int], int]] = {}
+        numbered = enumerate(zip(ids, each, strict=True), self._num_requests)
+        jobs = {f"generate-{number}": job for number, job in numbered}
+        self._num_requests += len(jobs)
         try:
-            for prompt_ids, own in zip(ids, each, strict=True):
-                name = f"generate-{self._num_requests}"
-                self._num_requests += 1
-                self.engine.add(name, prompt_ids, own, adapter=adapter)
-                jobs[name] = (prompt_ids, own.n)
-            return self._run(jobs, progress)
+            return self._run(jobs, adapter, progress)
         except BaseException:
             for name in jobs:
                 self.engine.abort(name)
@@ -140,13 +147,17 @@ class LLM:
         """Load a LoRA adapter (PEFT's format) that `generate` may choose by name."""
         self.engine.load_adapter(name, str(directory))
 
-    def _run(self, jobs: dict[str, tuple[list[int], int]], progress: bool) -> list[Generation]:
-        """Step until all of these (prompt ids and `n`, by name) have ended."""
+    def _run(
+        self, jobs: dict[str, tuple[list[int], SamplingParams]], adapter: str | None, progress: bool
+    ) -> list[Generation]:
+        """Step until all of these (by name) have ended."""
         told: dict[str, list[Output]] = {name: [] for name in jobs}
-        going = {name: count for name, (_, count) in jobs.items()}
+        going = {name: params.n for name, (_, params) in jobs.items()}
+        to_add = deque(jobs)
         with tqdm(total=len(jobs), unit="prompt", disable=not progress) as bar:
             generated = 0
             while going:
+                self._add_some(to_add, jobs, adapter)
                 for output in self.engine.step():
                     if output.request_id not in told:
                         continue
@@ -160,6 +171,18 @@ class LLM:
                 seconds = bar.format_dict["elapsed"]
                 bar.set_postfix_str(f"{generated / seconds:.0f} tokens/s" if seconds else "", refresh=False)
         return [_gathered(outputs, jobs[name][0]) for name, outputs in told.items()]
+
+    def _add_some(
+        self, names: deque[str], jobs: dict[str, tuple[list[int], SamplingParams]], adapter: str | None
+    ) -> None:
+        """Queue the next ones, as long as the queue has room."""
+        while names:
+            prompt_ids, params = jobs[names[0]]
+            try:
+                self.engine.add(names[0], prompt_ids, params, adapter=adapter)
+            except OverloadedError:
+                return
+            names.popleft()
 
 
 def build_engine(
@@ -182,6 +205,10 @@ def build_engine(
     parallel = TensorParallel(group)
     text_config = loaded.hf_config.get_text_config()
     most = config.schedule.token_budget or _MOST_BUDGET
+    if config.cache.dtype not in (None, torch.int8, loaded.dtype):
+        raise ConfigError(
+            f"CachePolicy(dtype=...): expected torch.int8, the model's {loaded.dtype} or None, got {config.cache.dtype}"
+        )
     speculation = config.speculation
     num_logits = config.schedule.max_sequences * (1 + (speculation.num_drafts if speculation else 0))
     small = _draft_model(config, loaded)

@@ -20,7 +20,7 @@ class SamplingParams:
 
     Attributes:
         max_tokens: at most so many new tokens.
-        min_tokens: no end before so many.
+        min_tokens: no end before so many, by token or text; a complete `json_schema` or `regex` ends all the same.
         temperature: 0 takes the most likely token.
         top_k: only the k most likely; 0 for all.
         top_p: only the most likely that together have this probability.
@@ -88,7 +88,12 @@ class SamplingParams:
                 "between 0 and 100",
             ),
             ("regex", self.regex is None or self.json_schema is None, "None where json_schema is given"),
-            ("stop", all(self.stop), "no empty text"),
+            (
+                "stop",
+                not isinstance(self.stop, str) and all(self.stop),
+                "a tuple of texts that are not empty",
+            ),
+            ("stop_token_ids", isinstance(self.stop_token_ids, (tuple, list)), "a tuple of token ids"),
         ]
         for name, valid, expected in checks:
             if not valid:
@@ -179,6 +184,7 @@ class Request:
         adapter: name of the LoRA adapter, or None.
         cache_salt: cached blocks are shared only among requests with the same; None is one of them.
         num_cached_tokens: tokens of the prompt that the prefix cache had when the request was begun.
+        preempted: it has lost its blocks; what is found of the prompt from then on counts no more.
         sequences: one at first; those of `n`, `best_of` and beams are forked when the prompt has been computed.
     """
 
@@ -190,6 +196,7 @@ class Request:
     adapter: str | None = None
     cache_salt: str | None = None
     num_cached_tokens: int = 0
+    preempted: bool = False
     sequences: list[Sequence] = field(default_factory=list)
 
     def __post_init__(self) -> None:

@@ -138,8 +138,9 @@ def _penalise(logits_V: Tensor, row: Row) -> None:
 def _draw(logits_RV: Tensor, rows: Sequence[Row]) -> list[int]:
     device = logits_RV.device
 
-    temperatures = torch.tensor([row.params.temperature for row in rows], device=device)
-    logits_RV = logits_RV / temperatures.unsqueeze(1)
+    temperatures = torch.tensor([max(row.params.temperature, 1e-20) for row in rows], device=device)
+    # Their differences to the greatest: however low the temperature, that one stays finite.
+    logits_RV = (logits_RV - logits_RV.amax(1, keepdim=True)) / temperatures.unsqueeze(1)
     logits_RV = _filtered(logits_RV, [row.params for row in rows])
     # In float64: the sum over a large vocabulary would lose the rare tokens.
     cumulative_RV = logits_RV.double().softmax(-1).cumsum(-1)

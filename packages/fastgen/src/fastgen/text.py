@@ -40,8 +40,13 @@ class TextStream:
         self._held = ""
         self.stopped = False
 
-    def push(self, token_id: int) -> str:
-        """Add a token; what can be shown now."""
+    def push(self, token_id: int, *, may_stop: bool = True) -> str:
+        """Add a token; what can be shown now.
+
+        Args:
+            token_id: the next one.
+            may_stop: look for stops in its text; what came before one that may not is not looked at again.
+        """
         self._ids.append(token_id)
         now = self._decode(self._ids[self._begin :])
         stop = len(self._ids)
@@ -55,7 +60,7 @@ class TextStream:
         first, self._shown, self._before = self._shown, stop, now
         if stop - self._begin > _MOST_ALONG:
             self._begin, self._before = first, self._decode(self._ids[first:stop])
-        return self._through_stops(new)
+        return self._through_stops(new) if may_stop else self._release() + new
 
     def finish(self) -> str:
         """The rest, when the sequence has ended for another reason than a stop."""
@@ -67,8 +72,7 @@ class TextStream:
         self._before = ""
         if self.stopped:
             return rest
-        held, self._held = self._held, ""
-        return rest + held
+        return rest + self._release()
 
     def fork(self) -> TextStream:
         """Another that goes on from here."""
@@ -88,6 +92,11 @@ class TextStream:
 
     def _decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True)) if ids else ""
+
+    def _release(self) -> str:
+        """What was held back, since it may have begun a stop."""
+        held, self._held = self._held, ""
+        return held
 
     def _through_stops(self, text: str) -> str:
         if not self._stops:

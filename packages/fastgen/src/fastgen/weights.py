@@ -117,6 +117,9 @@ def _load_generic(
         model = _pretrained(Path(model), policy)
     length = getattr(hf_config.get_text_config(), "max_position_embeddings", None)
     max_len = config.max_model_len or length or _UNSTATED_LEN
+    tables = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
+    if length is not None and max_len > length and length in tables:
+        raise ConfigError(f"max_model_len: expected at most {length}, the model's positions, got {max_len}")
     decoder = GenericDecoder(model, policy, max_len)
     linears: list[tuple[Linear, tuple[Source, ...]]] = [
         (linear, (Source(f"{name}.weight", linear.shard.rows, linear.shard.num_rows),))

@@ -66,7 +66,8 @@ class Embedding(nn.Module):
         (mine,) = self.wanted["weight"].rows
         local_T = ids_T - mine.start
         held_T = (local_T >= 0) & (local_T < len(mine))
-        x_TE = F.embedding(local_T * held_T, F.pad(self.weight, (0, 0, 0, 0 if len(mine) else 1)))
+        rows = self.weight if len(mine) else self.weight.new_zeros(1, self.weight.shape[1])
+        x_TE = F.embedding(local_T * held_T, rows)
         return self.parallel.all_reduce(x_TE * held_T.unsqueeze(1))
 
 

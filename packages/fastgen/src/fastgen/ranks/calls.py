@@ -9,10 +9,11 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgpack
 
+from ..errors import RequestError
 from ..output import Output
 from ..request import SamplingParams
 
@@ -84,6 +85,7 @@ class Embed:
         return engine.embed(self.prompt_ids)
 
 
+C = TypeVar("C", Add, Embed)
 Call = Add | Abort | Step | LoadAdapter | Embed
 _KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in (Add, Abort, Step, LoadAdapter, Embed)}
 
@@ -91,6 +93,21 @@ _KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in (Add, Abort, Ste
 def packed(calls: Sequence[Call], digest: int) -> bytes:
     """A message."""
     return bytes(msgpack.packb([digest, [_row(call) for call in calls]]))
+
+
+def checked(call: C) -> C:
+    """A call that the other ranks can be told.
+
+    Raises:
+        RequestError: it holds something else than plain numbers of 64 bits and texts.
+    """
+    try:
+        packed([call], 0)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise RequestError(
+            f"expected Python's own integers and texts, of 64 bits, to tell the other ranks, got another: {error}"
+        ) from error
+    return call
 
 
 def unpacked(message: bytes) -> tuple[list[Call], int]:

@@ -55,7 +55,7 @@ def _engine(place: Place, model: str, config: EngineConfig) -> Engine:
 
     assert config.device is not None
     if config.device.type == "cpu":
-        share_cores(place.ranks)
+        share_cores(place.processes)
     return build_engine(model, config, group=place.join(config.device))
 
 

@@ -25,7 +25,7 @@ from ..llm import build_engine
 from ..output import Output, Stats
 from ..request import SamplingParams
 from . import processes
-from .calls import Abort, Add, Call, Digest, Embed, LoadAdapter, Step, packed
+from .calls import Abort, Add, Call, Digest, Embed, LoadAdapter, Step, checked, packed
 from .follower import HERE, READY, follow
 from .places import Place, share_cores, shares
 
@@ -129,7 +129,7 @@ class Leader:
         adapter: str | None = None,
     ) -> None:
         """See `Engine.add`."""
-        call = Add(request_id, prompt_ids, params, priority, adapter)
+        call = checked(Add(request_id, list(prompt_ids), params, priority, adapter))
         with self._same_everywhere(call):
             call.make(self._engine)
 
@@ -147,7 +147,7 @@ class Leader:
 
     def embed(self, prompt_ids: list[int]) -> list[float]:
         """See `Engine.embed`."""
-        call = Embed(prompt_ids)
+        call = checked(Embed(list(prompt_ids)))
         with self._same_everywhere(call, at_once=True):
             return call.make(self._engine)
 
@@ -263,7 +263,10 @@ def lead(
     followers: list[Follower] = []
     with tempfile.TemporaryDirectory(prefix="fastgen-") as folder, contextlib.ExitStack() as undo:
         undo.callback(_end, followers)
-        places = [Place(rank=rank, ranks=ranks, store=f"{folder}/store") for rank in range(ranks)]
+        here = processes_here or ranks
+        places = [
+            Place(rank=rank, ranks=ranks, store=f"{folder}/store", processes=here) for rank in range(ranks)
+        ]
         for place, own in zip(places[1:], configs[1:], strict=True):
             started = processes.start(follow, place, str(model), own, name=f"fastgen-rank-{place.rank}")
             followers.append(Follower(place.rank, *started))
@@ -272,7 +275,7 @@ def lead(
         device = configs[0].device
         assert device is not None
         if device.type == "cpu":
-            share_cores(processes_here or ranks)
+            share_cores(here)
         group = places[0].join(device)
         undo.callback(dist.destroy_process_group)
         engine = _build(model, configs[0], group, followers)

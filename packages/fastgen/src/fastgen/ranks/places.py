@@ -24,11 +24,13 @@ class Place:
         rank: 0 to `ranks` - 1.
         ranks: that share the model.
         store: a file through which they meet; no other group may have used it.
+        processes: of this machine that run engines.
     """
 
     rank: int
     ranks: int
     store: str
+    processes: int
 
     def join(self, device: torch.device) -> dist.ProcessGroup:
         """Meet the other ranks; returns their group."""
@@ -41,6 +43,8 @@ class Place:
             world_size=self.ranks,
             timeout=_TIMEOUT,
         )
+        if device.type == "cuda":  # NCCL meets at its first collective, when the file may be gone
+            dist.all_reduce(torch.zeros(1, device=device))
         group = dist.group.WORLD
         assert group is not None
         return group

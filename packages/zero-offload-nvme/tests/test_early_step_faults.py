@@ -114,7 +114,7 @@ def full(rank: int, folder: str) -> None:
         model, opt = build(zero.Stores(optimizer=store), 2, world=1, overlap="speculative")
         before = copy.deepcopy(zero.full_state_dict(model))
         backward(model, 0)
-        with pytest.raises((OffloadDiskError, OffloadMemoryError), match=r"\.next' needs"):
+        with pytest.raises((OffloadDiskError, OffloadMemoryError), match=r"\.next\d+' needs"):
             opt.step()
         assert_same(zero.full_state_dict(model), before)
         assert not opt.inner.state

@@ -227,7 +227,8 @@ class PaperZeroOneAdam(Simulation):
         if exact:  # T_v; all ranks have the same m and x here
             g = torch.stack(grads).mean(0)
             self.j += 1
-            self.v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+            decayed = g if o.decoupled else g + o.weight_decay * self.x
+            self.v.mul_(beta2).addcmul_(decayed, decayed, value=1 - beta2)
             self.d = self.roots(self.j) + o.eps
             self.momenta([g], [self.ms[0]], [self.x])
             self.x = self.x * shrink - rate * self.ms[0] / self.d

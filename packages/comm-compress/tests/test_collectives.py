@@ -203,3 +203,19 @@ def check_loco(rank: int, world: int, node_size: int) -> None:
 @pytest.mark.parametrize(("world", "node_size"), [(2, 1), (2, 2), (4, 2)])
 def test_loco_equals_its_recursion(world: int, node_size: int) -> None:
     run_ranks(check_loco, world, world, node_size)
+
+
+def rounded_apart(rank: int) -> None:
+    """Ranks that have the same round on their own: the mean may lie between two steps of the format."""
+    made = cc.QuantizedCollectives(grads="int8", stochastic=True, min_bytes=0)(dist.group.WORLD)
+    full = torch.full((4096,), 38.5 / 127)
+    full[::256] = 1.0  # of each block: its scale
+    out = torch.empty(2048)
+    made.reduce_scatter(full, out, tag=1).wait()
+    steps = (out * 127).view(-1, 256)[:, 1:]
+    between = (steps - steps.floor() - 0.5).abs() < 0.1
+    assert 0.4 < float(between.float().mean()) < 0.6
+
+
+def test_ranks_round_independently() -> None:
+    run_ranks(rounded_apart, 2)

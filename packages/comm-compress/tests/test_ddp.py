@@ -202,3 +202,24 @@ def test_survivors_end_with_a_name(kind: str) -> None:
     assert "rank 0 of 2" in message
     assert "rank 1" in message
     assert seconds < 16
+
+
+def two_towers(rank: int) -> None:
+    """Hooks of two models on one group never take each other's messages, and say so where kinds differ."""
+    hooks = [cc.ddp_hook(kind) for kind in ("1bit", "1bit", "int8", "int8")]
+    salts = [hook.averaging.ways.salt for hook in hooks]
+    assert len(set(salts)) == 4
+    told: list[object] = [None, None]
+    dist.all_gather_object(told, salts)
+    assert told[0] == told[1]
+    towers = [DistributedDataParallel(build()) for _ in range(2)]
+    for tower, hook in zip(towers, hooks, strict=False):
+        tower.register_comm_hook(None, hook)
+    for step in range(3):
+        sum(loss_of(tower, batch(rank, step + number)) for number, tower in enumerate(towers)).backward()
+    with pytest.raises(cc.CompressConfigError, match="on rank 0: int8"):
+        cc.ddp_hook("1bit" if rank else "int8", timeout_s=5.0)
+
+
+def test_two_models_on_one_group() -> None:
+    run_ranks(two_towers, 2)

@@ -144,3 +144,25 @@ def test_refusals() -> None:
             strict=True,
         ):
             assert expected in message
+
+
+def feedback_and_auto(rank: int) -> tuple[int, str]:
+    """Residuals of as many messages as there are, found again at each step; and a decision, once."""
+    model, group = sharded(2, None, None)
+    made = cc.compress_fsdp(model, cc.QuantizedCollectives(min_bytes=0, loco=cc.LoCoPolicy()), group)
+    found = losses(model, rank)
+    feedback = made.collectives.reductions.feedback
+    assert feedback is not None
+    num_owed = len(feedback.state_dict()["owed"])
+    assert all(torch.isfinite(torch.tensor(found)))
+    model, group = sharded(2, None, None)
+    made = cc.compress_fsdp(model, cc.QuantizedCollectives(min_bytes=0, policy="auto"), group)
+    for _ in range(4):
+        losses(model, rank)
+    return num_owed, str(cc.traffic(made))
+
+
+def test_loco_and_auto_know_messages_again() -> None:
+    for num_owed, table in run_ranks(feedback_and_auto, 2):
+        assert num_owed == 3  # two blocks and the rest
+        assert table.count("a pass pays") == 2

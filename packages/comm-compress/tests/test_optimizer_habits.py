@@ -465,3 +465,93 @@ def test_without_a_process_group() -> None:
     param.grad = torch.ones(3)
     with pytest.raises(cc.CompressConfigError, match=r"expected group=, or torch\.distributed initialised"):
         cc.OneBitAdam([param]).step()
+
+
+def clipped_twice(rank: int) -> None:
+    """A look at the norm before clipping by it: the same step, and the same to be said of the ranks' noise."""
+    found = []
+    for looks in (False, True):
+        model = Net()
+        optimizer = cc.OneBitAdam(model.parameters(), lr=1e-2, freeze_step=5, compression=SMALL)
+        norms = []
+        for step in range(1, 9):
+            loss_of(model, rank, step).backward()
+            if looks:
+                norms.append(float(optimizer.clip_grad_norm(float("inf"))))
+            norms.append(float(optimizer.clip_grad_norm(0.5)))
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append((values(model), optimizer.progress()["common"], norms[-1]))
+    assert same(found[0][0], found[1][0])
+    assert found[0][1:] == found[1][1:]
+    assert found[0][1][0] < 0.95 * found[0][1][1]  # ranks have noise, and that was seen
+
+
+def test_looking_at_the_norm_changes_nothing() -> None:
+    run_ranks(clipped_twice, 2)
+
+
+def scaled_on_one(rank: int) -> None:
+    """A rank whose loss scale has come down to 1, beside one whose has not: they speak of the same dtype."""
+    model = Net(torch.float16)
+    optimizer = cc.OneBitAdam(model.parameters(), compression=cc.Compression(timeout_s=10.0))
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(1.0 + rank), torch.tensor(0.0)
+    (loss_of(model, rank, 1) * (1 + rank)).backward()
+    optimizer.step()
+    assert optimizer.num_steps == 1
+
+
+def test_loss_scales_of_one_and_of_two() -> None:
+    run_ranks(scaled_on_one, 2)
+
+
+def told_otherwise(rank: int) -> None:
+    for kind, mine, theirs in (
+        ("OneBitAdam", {"freeze_step": 5}, {"freeze_step": 6}),
+        ("OneBitLamb", {"lr": 1e-2}, {"lr": 2e-2}),
+        ("ZeroOneAdam", {"var_freeze_step": 6}, {"var_freeze_step": 7}),
+        ("OneBitAdam", {"compression": SMALL}, {"compression": cc.Compression(bucket_bytes=1200)}),
+    ):
+        model = Net()
+        optimizer = BUILD[kind](model.parameters(), **(theirs if rank else mine))
+        loss_of(model, rank, 1).backward()
+        with pytest.raises(cc.CompressConfigError, match="the same settings on every rank, got on rank 0"):
+            optimizer.step()
+
+
+def test_ranks_that_were_told_different_things_say_so_before_anything_travels() -> None:
+    run_ranks(told_otherwise, 2)
+
+
+def at_rest(rank: int) -> None:
+    """A rate of 0 for a while: what momenta have gathered, and what is owed, is there when it rises again."""
+    model = Net()
+    optimizer = BUILD["ZeroOneAdam"](model.parameters(), compression=SMALL)
+
+    def step(number: int) -> None:
+        loss_of(model, rank, number).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for number in range(1, 13):
+        step(number)
+    optimizer.synchronize()
+    before = values(model)
+    owed = [bucket.flat["worker_error"].clone() for bucket in optimizer._buckets]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    for number in range(13, 25):
+        step(number)
+    optimizer.synchronize()
+    assert same(values(model), before)
+    for bucket, error in zip(optimizer._buckets, owed, strict=True):
+        assert torch.equal(bucket.flat["worker_error"], error)
+        momentum = bucket.flat["exp_avg"]
+        assert float(momentum.norm()) > 0
+        told = [torch.empty_like(momentum) for _ in range(2)]
+        torch.distributed.all_gather(told, momentum)
+        assert torch.equal(told[0], told[1])
+
+
+def test_momenta_survive_a_rate_of_zero() -> None:
+    run_ranks(at_rest, 2)

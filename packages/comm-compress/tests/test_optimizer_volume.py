@@ -17,7 +17,7 @@ from zero_core.testing import run_ranks
 
 SIZES = [30_001, 14_000, 7, 26_003]  # buckets of 120 000 bytes: 30 001 | 14 000 + 7 | 26 003
 BUCKETS = [30_001, 14_007, 26_003]
-AGREEMENT = 24
+AGREEMENT = 32
 STEPS = 30
 INTERVALS = {"var_freeze_step": 8, "var_update_scaler": 2, "local_step_scaler": 6, "local_step_clipper": 4}
 

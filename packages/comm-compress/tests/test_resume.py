@@ -212,3 +212,71 @@ def refuse(rank: int) -> None:
 
 def test_states_of_others_are_refused() -> None:
     run_ranks(refuse, 2)
+
+
+# -- with other parameters, or other options --------------------------------------------------------------------
+
+
+def unfrozen_later(rank: int, kind: str) -> None:
+    """The order in which parameters came to need gradients is not that of the run which goes on."""
+
+    def pair() -> torch.nn.Module:
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.Tanh(), torch.nn.Linear(6, 6))
+
+    def train(model: torch.nn.Module, optimizer: Any, steps: range) -> None:
+        for step in steps:
+            x = torch.randn(4, 6, generator=torch.Generator().manual_seed(10 * step + rank))
+            (model(x) - x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    model = pair()
+    model[0].requires_grad_(False)
+    optimizer = BUILD[kind](model.parameters(), **({} if kind == "ZeroOneAdam" else {"freeze_step": 6}))
+    train(model, optimizer, range(2))
+    if kind != "ZeroOneAdam":
+        model[0].requires_grad_(True)
+    train(model, optimizer, range(2, 4))
+    parameters, state = through_a_file((model.state_dict(), optimizer.state_dict()))
+    other = pair()
+    if kind == "ZeroOneAdam":
+        other[0].requires_grad_(False)
+    other.load_state_dict(parameters)
+    resumed = BUILD[kind](other.parameters(), **({} if kind == "ZeroOneAdam" else {"freeze_step": 6}))
+    resumed.load_state_dict(state)
+    for each, named in ((model, optimizer), (other, resumed)):
+        train(each, named, range(4, 6))
+    mine, theirs = dict(model.named_parameters()), dict(other.named_parameters())
+    # Buckets are dealt out otherwise, so that sums may round otherwise: exact steps do not.
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    larger = BUILD[kind](torch.nn.Sequential(*pair(), torch.nn.Linear(6, 6)).parameters())
+    with pytest.raises(cc.CompressStateError, match="expected '"):
+        larger.load_state_dict(state)
+
+
+@pytest.mark.parametrize("kind", list(BUILD))
+def test_parameters_are_known_by_name(kind: str) -> None:
+    run_ranks(unfrozen_later, 2, kind)
+
+
+def another_clipper(rank: int) -> None:
+    """0/1 Adam that stepped alone goes on as one that never does, and the other way round."""
+    for before, after in ((3, 1), (1, 3)):
+        model, optimizer = make("ZeroOneAdam", local_step_clipper=before)
+        steps(model, optimizer, rank, 1, 14)
+        assert (optimizer.steps_since_sync > 0) == (before > 1)
+        saved = through_a_file((values(model), optimizer.state_dict()))
+        other, resumed = make("ZeroOneAdam", local_step_clipper=after)
+        other.load_state_dict(saved[0])
+        resumed.load_state_dict(saved[1])
+        assert same(values(other), values(model))
+        steps(other, resumed, rank, 15, 24)
+        resumed.synchronize()
+        told = [torch.empty_like(other.first.weight) for _ in range(2)]
+        torch.distributed.all_gather(told, other.first.weight.detach().contiguous())
+        assert torch.equal(told[0], told[1])
+
+
+def test_another_local_step_clipper() -> None:
+    run_ranks(another_clipper, 2)

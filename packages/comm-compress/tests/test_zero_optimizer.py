@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import comm_compress as cc
@@ -182,3 +183,28 @@ def edit(rank: int) -> None:
 
 def test_edits_of_parameters() -> None:
     run_ranks(edit, 2)
+
+
+def plain_resume(rank: int) -> None:
+    """Parameters first, then the optimizer's state, of a step between synchronizations."""
+    model, optimizer = on_zero("ZeroOneAdam")
+    for step in range(1, 15):
+        loss_of(model, rank, step).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert optimizer.inner.steps_since_sync > 0
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    other, resumed = on_zero("ZeroOneAdam")
+    other.load_state_dict(saved[0])
+    resumed.load_state_dict(saved[1])
+    assert same(values(other), values(model))
+    for each, opt in ((model, optimizer), (other, resumed)):
+        for step in range(15, 20):
+            loss_of(each, rank, step).backward()
+            opt.step()
+            opt.zero_grad()
+    assert same(values(other), values(model))
+
+
+def test_parameters_loaded_before_the_state_belong_to_it() -> None:
+    run_ranks(plain_resume, 2)

@@ -6,10 +6,13 @@ In: this rank's settings. Out: nothing, or the same error on every rank, which n
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import zero_core as zero
 
 from .errors import CompressConfigError
 from .hops import Hop
@@ -51,3 +54,25 @@ def agree(hop: Hop, what: str, settings: Mapping[str, Any]) -> None:
                 f"{what}: ranks were given different settings: rank {rank} of {hop.size} has {shown or told}; "
                 "give all ranks the same"
             )
+
+
+def take_name(wire: zero.Wire, what: str, settings: str) -> None:
+    """Give a wire's messages a name of their own (`Wire.salt`), once all ranks say the same; every rank calls it.
+
+    Args:
+        wire: the ranks.
+        what: for the message.
+        settings: this rank's, as text of any length.
+
+    Raises:
+        CompressConfigError: a rank was given others than the first one; on every rank.
+    """
+    told = wire.broadcast_text(f"name and settings of {what}", f"{secrets.token_hex(4)} {settings}")
+    wire.salt, _, first = told.partition(" ")
+    differs = torch.tensor([first != settings], dtype=torch.uint8, device=wire.device)
+    wire.all_reduce(f"agreement on {what}", differs, dist.ReduceOp.MAX).wait()
+    if bool(differs):
+        own = f"on rank {wire.group.rank()}: {settings}" if first != settings else "on another rank others"
+        raise CompressConfigError(
+            f"{what}: expected the same settings on every rank, got on rank 0: {first}; {own}"
+        )

@@ -69,7 +69,11 @@ class GradientReduction:
         if self.grid.num_ranks == 1:
             out.copy_(full)
             return Done()
-        seed = hash((tag, self.entry.calls, self.grid.num_ranks)) if self.stochastic else None
+        own = (
+            self.inside.rank,
+            self.across.rank,
+        )  # ranks err independently, or their mean would err as one of them
+        seed = hash((tag, self.entry.calls, self.grid.num_ranks, *own)) if self.stochastic else None
         job = _Job(self, full, out, form, tag, seed)
         steps: list[Callable[[], zero.Handle]] = []
         if self.grid.node_size > 1:

@@ -21,6 +21,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_
 from torch.distributed.device_mesh import DeviceMesh
 
 from .. import wire
+from ..agreement import take_name
 from ..allreduce_1bit import OneBitState, start_allreduce_1bit
 from ..error_feedback import LoCo, LoCoPolicy
 from ..errors import CompressConfigError
@@ -75,6 +76,10 @@ def ddp_hook(
         CompressConfigError: a kind that is not known, an option that does not belong to it, a node size that does not
             divide the group, ranks that were given other settings.
 
+    Residuals ("1bit", `loco`) are those of gradients as they come, under a `GradScaler` still scaled, and know of no
+    step that it skips: what was owed before an overflow is lost, and after it counts by the old scale. Where that
+    matters train in bf16, or take `OneBitAdam`, which knows of both.
+
     Bytes per rank, n elements: "int8", "int4": a padded copy of a bucket that N does not divide; with `loco` 4 n, and
     4 n / N. "1bit": 4 n and 4 n / N.
     Source: ZeRO++ (Wang et al., 2023), section 3.3; 1-bit Adam (Tang et al., 2021), figure 3; LoCo (Xie et al., 2024).
@@ -97,7 +102,8 @@ def ddp_hook(
             shared_memory=shared_memory,
         )
         grid_of(group, node_size, mesh)
-        return _hook(kind, group, timeout_s, _Blocks(GroupCollectives(settings, group)))
+        salt = _salt(kind, group, timeout_s)  # first: it finds ranks that make another kind
+        return _hook(kind, group, timeout_s, _Blocks(GroupCollectives(settings, group), salt))
     given = {"node_size": node_size, "mesh": mesh, "loco": loco}
     wrong = [name for name, value in given.items() if value is not None]
     if wrong or policy != "always":
@@ -105,7 +111,7 @@ def ddp_hook(
             f"ddp_hook({kind!r}): {', '.join(wrong or ['policy'])}: an option of 'int8' and 'int4' alone; leave it out"
         )
     if kind == "1bit":
-        return _hook(kind, group, timeout_s, _Signs(group, timeout_s))
+        return _hook(kind, group, timeout_s, _Signs(group, timeout_s, _salt(kind, group, timeout_s)))
     grid = Grid(group.size(), 1)
     if kind in ("fp16", "bf16"):
         torchs = default_hooks.fp16_compress_hook if kind == "fp16" else default_hooks.bf16_compress_hook
@@ -140,14 +146,15 @@ class Hook(Protocol):
 class _Blocks:
     """A quantized reduce-scatter, and a quantized gather of what came of it."""
 
-    def __init__(self, collectives: GroupCollectives) -> None:
+    def __init__(self, collectives: GroupCollectives, salt: str) -> None:
         self.collectives = collectives
+        self.salt = salt
         loco = collectives.settings.loco
         self.feedback = None if loco is None else LoCo(loco)
 
     def run(self, buffer: torch.Tensor, name: str) -> None:
         """Replace `buffer` by the mean over ranks."""
-        made, tag = self.collectives, zlib.crc32(name.encode()) & 0x7FFFFFFF
+        made, tag = self.collectives, zlib.crc32(f"{name}{self.salt}".encode()) & 0x7FFFFFFF
         size, rank = made.grid.num_ranks, made.every.rank
         part = wire.slice_numel(buffer.numel(), size)
         padded = buffer
@@ -179,9 +186,10 @@ class _Blocks:
 class _Signs:
     """`allreduce_1bit`, with residuals for each bucket."""
 
-    def __init__(self, group: dist.ProcessGroup, timeout_s: float) -> None:
+    def __init__(self, group: dist.ProcessGroup, timeout_s: float, salt: str) -> None:
         self.group = group
         self.timeout_s = timeout_s
+        self.salt = salt
         self.entry = Entry("all_reduce_1bit")
         self._wire: zero.Wire | None = None
         self._states: dict[str, OneBitState] = {}
@@ -192,6 +200,7 @@ class _Signs:
         if self._wire is None:
             plain = zero.PlainCollectives(self.group, self.timeout_s)
             self._wire = zero.Wire(self.group, plain, buffer.device, self.timeout_s)
+            self._wire.salt = self.salt
         if name not in self._states:
             self._states[name] = OneBitState.zeros(numel, size, rank, buffer.device, name)
         self.entry.begin(wire.plain_all_reduce(Grid(size, 1), numel, buffer.element_size()))
@@ -265,3 +274,15 @@ class _OwnHook:
 def _hook(kind: str, group: dist.ProcessGroup, timeout_s: float, ways: _Blocks | _Signs) -> Hook:
     plain = zero.PlainCollectives(group, timeout_s)
     return _OwnHook(kind, _Averaging(ways, zero.Wire(group, plain, torch.device("cpu"), timeout_s)))
+
+
+def _salt(kind: str, group: dist.ProcessGroup, timeout_s: float) -> str:
+    """A name of this hook alone, the same on every rank, so that no other hook's bytes are taken for its own.
+
+    Raises:
+        CompressConfigError: ranks make hooks of different kinds; on every rank.
+    """
+    device = next((each for each in group._device_types if each.type == "cpu"), group._device_types[0])
+    ranks = zero.Wire(group, zero.PlainCollectives(group, timeout_s), device, timeout_s)
+    take_name(ranks, "ddp_hook", kind)
+    return ranks.salt

@@ -58,24 +58,28 @@ def compress_fsdp(
             "compress_fsdp: no module of the model was sharded by fully_shard; call that first"
         )
     made = FsdpCompression(collectives(group))
-    for module in modules:
-        module.set_custom_all_gather(made.gather)
-        module.set_custom_reduce_scatter(made.reduce)
+    for number, module in enumerate(modules):
+        module.set_custom_all_gather(made.gather(number))
+        module.set_custom_reduce_scatter(made.reduce(number))
     return made
 
 
 class FsdpCompression:
-    """What `compress_fsdp` has put in.
-
-    Attributes:
-        gather, reduce: FSDP2's `AllGather` and `ReduceScatter`.
-    """
+    """What `compress_fsdp` has put in: for each module an `AllGather` and a `ReduceScatter` of FSDP2's."""
 
     def __init__(self, collectives: GroupCollectives) -> None:
         api = importlib.import_module("torch.distributed.fsdp._fully_shard._fsdp_api")
         self.collectives = collectives
-        self.gather = type("QuantizedAllGather", (_Gather, api.AllGather), {})(collectives)
-        self.reduce = type("QuantizedReduceScatter", (_Reduce, api.ReduceScatter), {})(collectives)
+        self._gather = type("QuantizedAllGather", (_Gather, api.AllGather), {})
+        self._reduce = type("QuantizedReduceScatter", (_Reduce, api.ReduceScatter), {})
+
+    def gather(self, module: int) -> Any:
+        """For the module of this number."""
+        return self._gather(self.collectives, module)
+
+    def reduce(self, module: int) -> Any:
+        """For the module of this number."""
+        return self._reduce(self.collectives, module)
 
     def entries(self) -> Iterator[Entry]:
         """See `comm_compress.traffic`."""
@@ -83,11 +87,14 @@ class FsdpCompression:
 
 
 class _Comm:
-    """What both have; FSDP2 calls them in one order on all ranks."""
+    """What both have, for one module; FSDP2 calls them in one order on all ranks, and one is over before the next.
 
-    def __init__(self, collectives: GroupCollectives) -> None:
+    So messages may have the same tag at every call: by it residuals are found again, and passes told apart.
+    """
+
+    def __init__(self, collectives: GroupCollectives, module: int) -> None:
         self.collectives = collectives
-        self._num_calls = 0
+        self._module = module
 
     def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """As FSDP2 does by default."""
@@ -99,8 +106,7 @@ class _Comm:
                 f"compress_fsdp: FSDP2 works over ranks {dist.get_process_group_ranks(group)}, and group= has ranks "
                 f"{dist.get_process_group_ranks(self.collectives.group)}; pass the group that the mesh has"
             )
-        self._num_calls += 1
-        return zlib.crc32(f"{type(self).__name__} {self._num_calls} {numel}".encode()) & 0x7FFFFFFF
+        return zlib.crc32(f"{type(self).__name__} {self._module} {numel}".encode()) & 0x7FFFFFFF
 
 
 class _Gather(_Comm):

@@ -39,7 +39,7 @@ class CompressedOptimizer(SavedOptimizer):
 
     Attributes:
         last_step_skipped: the last `step` found a gradient that is not finite on some rank, and changed nothing on any.
-        agrees_always: ranks agree on gradients where a step sends nothing, too (24 bytes), and skip together.
+        agrees_always: ranks agree on gradients where a step sends nothing, too (32 bytes), and skip together.
     """
 
     # GradScaler: hand over scale and overflow instead of leaving `step` out on one rank alone.
@@ -156,9 +156,11 @@ class CompressedOptimizer(SavedOptimizer):
         if not max_norm > 0:
             raise CompressConfigError(f"clip_grad_norm: expected max_norm > 0, got {max_norm!r}")
         with torch.no_grad():
-            round_ = self._begin(self._gradients())
+            grads, round_ = self._gradients(), self._round
+            if round_ is None or round_.seen != fingerprint(grads):
+                round_ = self._begin(grads)
             if math.isfinite(round_.norm):
-                round_.scale *= min(1.0, max_norm / (round_.norm + 1e-6))
+                round_.scale = min(round_.scale, 1.0, max_norm / (round_.norm + 1e-6))
             self._round = round_
         return torch.tensor(round_.norm, dtype=torch.float32)
 
@@ -200,14 +202,17 @@ class CompressedOptimizer(SavedOptimizer):
                 round_.verdict = Verdict(True, verdict.mean_square, None)
             return round_
         dtype, round_.scale, parts = self.compression.reduce_dtype, 1.0, self._steps_parts()
-        self._counts.exact(self._buckets, self.group, dtype, scale=scale, parts=parts)
+        scaled = verdict.scaled
+        self._counts.exact(self._buckets, self.group, dtype, scaled=scaled, parts=parts)
         if parts:
-            round_.parts = exact.average_to_parts(self._buckets, grads, wire, dtype=dtype, scale=scale)
+            round_.parts = exact.average_to_parts(
+                self._buckets, grads, wire, dtype=dtype, scale=scale, scaled=scaled
+            )
             squares = grad_norm_scale(round_.parts, out=_zeros(2, wire.device))
             wire.all_reduce("norm of mean gradients", squares, dist.ReduceOp.SUM).wait()
         else:
             used = verdict.used
-            exact.average(self._buckets, grads, wire, dtype=dtype, scale=scale, used=used)
+            exact.average(self._buckets, grads, wire, dtype=dtype, scale=scale, scaled=scaled, used=used)
             moving = [grad.reshape(-1) for grad in grads if grad is not None]
             squares = grad_norm_scale(moving, out=_zeros(2, wire.device))
         square, bad = squares.tolist()

@@ -6,7 +6,6 @@ way to the other ranks. Next: `saved` saves and loads them, `base` steps them.
 
 from __future__ import annotations
 
-import secrets
 from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -17,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from zero_core import PlainCollectives, Wire
 
+from ..agreement import take_name
 from ..allreduce_1bit import OneBitState
 from ..errors import CompressConfigError, CompressStateError
 from .bucket import Bucket
@@ -120,16 +120,28 @@ class BucketedOptimizer(Optimizer):
         return self._group
 
     def _wire(self) -> Wire:
-        """The way to the other ranks; the first call is collective."""
+        """The way to the other ranks; the first call is collective.
+
+        Raises:
+            CompressConfigError: a rank was given other settings: ranks would wait for each other, or step apart.
+        """
         if self._joined is None:
             self._plan()
             device = self._params[0].device if self._params else torch.device("cpu")
             timeout_s = self.compression.timeout_s
             wire = Wire(self.group, PlainCollectives(self.group, timeout_s), device, timeout_s)
-            wire.salt = wire.broadcast_text("name of the optimizer", secrets.token_hex(4))
+            groups = [
+                {key: value for key, value in group.items() if key not in ("params", "param_names")}
+                for group in self.param_groups
+            ]
+            take_name(wire, type(self).__name__, f"{self.settings()} {self.compression} {groups}")
             self._joined = wire
         self._joined.fate.num_steps = self.num_steps
         return self._joined
+
+    def settings(self) -> Any:
+        """What a subclass was given besides `defaults` and `compression`; the same on every rank."""
+        return None
 
     def _plan(self) -> None:
         """Give every parameter that needs gradients a place; again when more of them do."""

@@ -34,7 +34,9 @@ class CommonPart:
         if num_ranks == 1 or not mean_square > 0:
             return
         alone = 1 / num_ranks
-        share = min(max((square / mean_square - alone) / (1 - alone), 0.0), 1.0)
+        share = max((square / mean_square - alone) / (1 - alone), 0.0)
+        if share > 1 - 1e-6:  # all ranks have the same: gradients that somebody has averaged tell nothing
+            return
         self._sum = _DECAY * self._sum + (1 - _DECAY) * share
         self._weight = _DECAY * self._weight + (1 - _DECAY)
 

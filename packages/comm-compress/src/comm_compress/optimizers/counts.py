@@ -1,6 +1,6 @@
 """What the steps of an optimizer have put on the wire, beside what uncompressed ones would have.
 
-In: steps, as they are taken. Out: the lines of `comm_compress.traffic`. Agreements (24 bytes a step) are not in them.
+In: steps, as they are taken. Out: the lines of `comm_compress.traffic`. Agreements (32 bytes a step) are not in them.
 """
 
 from __future__ import annotations
@@ -41,17 +41,19 @@ class StepCounts:
         group: dist.ProcessGroup,
         dtype: torch.dtype | None,
         *,
-        scale: float,
+        scaled: bool,
         parts: bool,
     ) -> None:
         """A step that averages gradients, to `parts` where parameters are gathered afterwards; see `exact`."""
-        plain = self._plain(buckets, group, dtype, scale)
+        plain = self._plain(buckets, group, dtype, scaled=scaled)
         self._exact.begin(plain)
         if not parts:
             self._exact.sent += plain
             return
         for bucket in buckets:
-            grads = sent_exact(bucket.plan.numel, group.size(), wire_dtype(bucket, dtype, scale).itemsize)
+            grads = sent_exact(
+                bucket.plan.numel, group.size(), wire_dtype(bucket, dtype, scaled=scaled).itemsize
+            )
             values = sent_exact(bucket.plan.numel, group.size(), bucket.dtype.itemsize)
             self._exact.sent += Sent(across=grads.scatter + values.gather)
 
@@ -82,7 +84,8 @@ class StepCounts:
         buckets: Sequence[Bucket],
         group: dist.ProcessGroup,
         dtype: torch.dtype | None,
-        scale: float = 1.0,
+        *,
+        scaled: bool = False,
     ) -> Sent:
-        sizes = [(bucket.plan.numel, wire_dtype(bucket, dtype, scale).itemsize) for bucket in buckets]
+        sizes = [(bucket.plan.numel, wire_dtype(bucket, dtype, scaled=scaled).itemsize) for bucket in buckets]
         return Sent(across=sum(sent_exact(numel, group.size(), itemsize).total for numel, itemsize in sizes))

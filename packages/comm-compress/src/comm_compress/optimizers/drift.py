@@ -36,19 +36,25 @@ def drift_on(bucket: Bucket, groups: Sequence[Group], used: Collection[int] | No
             decays[slot.position] *= kept
 
 
-def land(bucket: Bucket, mean: Tensor, used: Collection[int] | None, scratch: Tensor) -> None:
-    """The mean drift has come: into the values that all have in common, and into momenta, of what moves."""
+def land(bucket: Bucket, mean: Tensor, used: Collection[int] | None, scratch: Tensor) -> list[Tensor]:
+    """The mean drift has come: into the values that all have in common, and into momenta, of what moves.
+
+    Returns:
+        The momenta of which that says nothing, since nothing moves at a rate of 0: they are still this rank's own.
+    """
+    still: list[Tensor] = []
     torch.div(mean, bucket.flat["denominator"], out=scratch)
     for slot in bucket.moving(used):
         cut, mass = slice(slot.start, slot.stop), bucket.numbers["mass"][slot.position]
         momentum = bucket.flat["exp_avg"][cut]
-        if mass == 0:  # at a rate of 0 nothing moves, what is owed neither
-            momentum.zero_()
+        if mass == 0:
+            still.append(momentum)
             continue
         torch.div(mean[cut], mass, out=momentum)
         param = bucket.params[slot.position]
         values = param if bucket.master is None else bucket.view(bucket.master, slot)
         values.mul_(bucket.numbers["decay"][slot.position]).sub_(bucket.view(scratch, slot))
+    return still
 
 
 def forget(bucket: Bucket) -> None:

@@ -45,6 +45,7 @@ def average(
     *,
     dtype: torch.dtype | None,
     scale: float,
+    scaled: bool,
     used: Collection[int] | None,
 ) -> None:
     """Replace gradients by their mean over ranks, in place, as under data parallelism; every rank calls it.
@@ -55,6 +56,7 @@ def average(
         wire: the ranks.
         dtype: on the wire; None: the parameters'.
         scale: this rank's own factor, applied before.
+        scaled: some rank has a factor.
         used: what moves.
 
     Sends per rank: `wire_1bit.sent_exact` of each bucket.
@@ -65,7 +67,7 @@ def average(
 
     def send(flight: _Flight) -> None:
         bucket = flight.bucket
-        flight.flat = _collect(bucket, grads, dtype, world, scale)
+        flight.flat = _collect(bucket, grads, wire_dtype(bucket, dtype, scaled=scaled), world, scale)
         if world > 1:
             own = flight.flat.view(world, -1)[rank]
             flight.pending = wire.reduce(f"gradients of {bucket.plan.name}", flight.flat, own)
@@ -92,6 +94,7 @@ def average_to_parts(
     *,
     dtype: torch.dtype | None,
     scale: float,
+    scaled: bool,
 ) -> list[Tensor]:
     """The mean over ranks of this rank's part of each bucket, [padded / N], fp32; every rank calls it.
 
@@ -101,7 +104,9 @@ def average_to_parts(
     means: list[Tensor] = []
 
     def send(flight: _Flight) -> None:
-        flat = flight.flat = _collect(flight.bucket, grads, dtype, world, scale)
+        flat = flight.flat = _collect(
+            flight.bucket, grads, wire_dtype(flight.bucket, dtype, scaled=scaled), world, scale
+        )
         if world == 1:
             means.append(flat.float())
             return
@@ -158,17 +163,20 @@ def gather_mean(rows: Sequence[Tensor], numel: int, name: str, wire: Wire) -> Te
     return flat[:numel]
 
 
-def wire_dtype(bucket: Bucket, dtype: torch.dtype | None, scale: float) -> torch.dtype:
-    """Gradients' on the wire, where `dtype` is what was asked for; float16 ones that are still scaled widen."""
-    if dtype is None and scale != 1.0 and bucket.dtype == torch.float16:
+def wire_dtype(bucket: Bucket, dtype: torch.dtype | None, *, scaled: bool) -> torch.dtype:
+    """Gradients' on the wire, where `dtype` is what was asked for; float16 ones that are still scaled somewhere widen.
+
+    `scaled` is every rank's (`Verdict`): a rank's own factor may be 1 where another's is not.
+    """
+    if dtype is None and scaled and bucket.dtype == torch.float16:
         return torch.float32
     return dtype or bucket.dtype
 
 
 def _collect(
-    bucket: Bucket, grads: Sequence[Tensor | None], dtype: torch.dtype | None, world: int, scale: float
+    bucket: Bucket, grads: Sequence[Tensor | None], wire: torch.dtype, world: int, scale: float
 ) -> Tensor:
-    numel, wire = padded(bucket.plan.numel, world), wire_dtype(bucket, dtype, scale)
+    numel = padded(bucket.plan.numel, world)
     if scale == 1.0:
         return bucket.gather(grads, wire, numel)
     # Unscaled in fp32, and narrowed only then: the scale kept small gradients from being lost.

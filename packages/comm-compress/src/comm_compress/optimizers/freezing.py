@@ -99,6 +99,10 @@ class FreezingOptimizer(CompressedOptimizer):
         """See `CompressedOptimizer.travel`."""
         return Travel.EXACT if self.phase is Phase.WARMUP else Travel.SIGNS
 
+    def settings(self) -> Any:
+        """See `BucketedOptimizer.settings`."""
+        return self.rule, self.shard
+
     def progress(self) -> dict[str, Any]:
         """See `BucketedOptimizer.progress`."""
         return {

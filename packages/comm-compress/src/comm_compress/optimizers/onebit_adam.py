@@ -66,7 +66,7 @@ class OneBitAdam(FreezingOptimizer):
     | warm-up, shard | 4/N | 4/N | 4/N | |
     | compressed | 4 | 4 (the divisor) | 4 if low | worker 4, server 4/N |
 
-    Sent a step and rank: `wire_1bit.sent_exact`, then `wire_1bit.sent_1bit` (of each bucket), and 24 bytes to agree.
+    Sent a step and rank: `wire_1bit.sent_exact`, then `wire_1bit.sent_1bit` (of each bucket), and 32 bytes to agree.
     Source: Tang et al., 1-bit Adam, arXiv:2102.02888, algorithm 1.
     """
 

@@ -30,8 +30,8 @@ class SavedOptimizer(BucketedOptimizer):
     def state_dict(self) -> dict[str, Any]:
         """This rank's state, which is for this rank alone: see `merge_states` for any other number of ranks.
 
-        As torch's: "state" by the parameters' indices, "param_groups"; and "compression": rank, world, how tensors are
-        held, and how far training has come. Tensors are live memory.
+        As torch's: "state" by the parameters' indices, "param_groups"; and "compression": rank, world, the parameters'
+        names, how tensors are held, and how far training has come. Tensors are live memory.
         """
         self._plan()
         self._take_edits()
@@ -39,10 +39,11 @@ class SavedOptimizer(BucketedOptimizer):
         keys = self._keyed(self.progress())
         world, rank = self.group.size(), self.group.rank()
         held = {key: how.value for _, each in keys for key, how in each.items()}
+        where = {"rank": rank, "world": world, "names": list(self.names), "held": held}
         return {
             "state": state.to_plain(keys, world, rank),
             "param_groups": groups,
-            "compression": {"rank": rank, "world": world, "held": held, "progress": self.progress()},
+            "compression": {**where, "progress": self.progress()},
         }
 
     @torch.no_grad()
@@ -70,14 +71,15 @@ class SavedOptimizer(BucketedOptimizer):
                 f"load_state_dict: expected the state of rank {own[0]} of {own[1]}, got that of rank {given['rank']} "
                 f"of {given['world']}; save each rank's, and load merge_states([...]) on another number of ranks"
             )
+        # Indices are those of parameters in the order in which they came to need gradients, which may be another here.
+        by_name = {given["names"][index]: values for index, values in state_dict["state"].items()}
         found = [
-            (place, state.find_plain(place, state_dict["state"]))
+            (place, state.find_plain(place, by_name))
             for bucket, keys in self._keyed(given["progress"])
             for place in state.places(bucket, keys, own[1], own[0])
         ]
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
-        numbers = dict(state_dict["state"].items())
-        self._take_over(given["progress"], {self.names[index]: values for index, values in numbers.items()})
+        self._take_over(given["progress"], by_name)
         for place, values in found:
             place.local().copy_(values)
         self._loaded()

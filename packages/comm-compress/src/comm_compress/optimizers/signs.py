@@ -16,6 +16,7 @@ from ..allreduce_1bit import OneBitReduction, OneBitState, start_allreduce_1bit
 from ..traffic import Stopwatch
 from .bucket import Bucket
 from .kinds import Held
+from .layout import Slot
 from .pipeline import pipeline
 
 
@@ -82,19 +83,30 @@ def average_by_signs(
 def _kept(
     bucket: Bucket, state: OneBitState, wire: Wire, used: Collection[int] | None
 ) -> list[tuple[Tensor, Tensor]]:
-    """Copies of what belongs to parameters that do not move, with the places they came from.
+    """What belongs to parameters that do not move.
 
     They travel with their bucket, and so are reduced like the others: what that does to them is undone.
     """
-    resting = bucket.resting(used)
-    if not resting:
-        return []
-    tensors = [(flat, 0) for key, flat in bucket.flat.items() if key != "server_error"]
+    others = [(bucket.flat[key], 0) for key in bucket.flat.keys() - {"server_error", "worker_error"}]
+    return kept([*others, *residuals(bucket, state, wire)], bucket.resting(used))
+
+
+def residuals(bucket: Bucket, state: OneBitState, wire: Wire) -> list[tuple[Tensor, int]]:
+    """What is owed for a bucket, with the bucket's element at which each tensor begins."""
     start = Held.CHUNK.span(bucket.plan.numel, wire.group.size(), wire.group.rank())[0]
-    tensors.append((state.server_error, start))
+    return [(state.worker_error, 0), (state.server_error, start)]
+
+
+def kept(tensors: Sequence[tuple[Tensor, int]], slots: Sequence[Slot]) -> list[tuple[Tensor, Tensor]]:
+    """Copies of what belongs to some parameters, with the places they came from.
+
+    Args:
+        tensors: and the bucket's element at which each begins.
+        slots: of the bucket.
+    """
     places = [
         flat[max(slot.start - offset, 0) : max(slot.stop - offset, 0)]
         for flat, offset in tensors
-        for slot in resting
+        for slot in slots
     ]
     return [(place, place.clone()) for place in places if place.numel()]

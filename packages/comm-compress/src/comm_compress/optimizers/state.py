@@ -108,14 +108,14 @@ def to_plain(buckets: Sequence[tuple[Bucket, Keys]], world: int, rank: int) -> d
     return state
 
 
-def find_plain(place: Place, state: Mapping[int, Mapping[str, Any]]) -> Tensor:
-    """The values of a place in a plain state.
+def find_plain(place: Place, by_name: Mapping[str, Mapping[str, Any]]) -> Tensor:
+    """The values of a place in a plain state, whose parameters are given by their names.
 
     Raises:
         CompressStateError: they are not there, or of another parameter.
     """
     slot = place.bucket.plan.slots[place.position]
-    given = state.get(slot.index, {})
+    given = by_name.get(slot.name, {})
     values = given.get(place.key)
     if values is None:
         raise CompressStateError(

@@ -23,12 +23,19 @@ def add_squares(
     scale: float,
     used: Collection[int] | None,
 ) -> None:
-    """V = beta2 v + (1 - beta2) (scale gradient)^2, of what moves: all of that has a gradient here."""
+    """V = beta2 v + (1 - beta2) (scale gradient + weight decay, unless that is decoupled)^2, of what moves.
+
+    All of that has a gradient here, and values that are the same on all ranks.
+    """
     for slot in bucket.moving(used):
-        grad = grads[slot.index]
+        grad, group = grads[slot.index], groups[slot.group]
         assert grad is not None
-        beta2 = groups[slot.group]["betas"][1]
+        beta2 = group["betas"][1]
         scaled = grad.float() if scale == 1.0 else grad.float().mul_(scale)
+        if group["weight_decay"] and not group["decoupled_weight_decay"]:
+            param = bucket.params[slot.position]
+            values = param.detach() if bucket.master is None else bucket.view(bucket.master, slot)
+            scaled = scaled.add(values, alpha=group["weight_decay"])
         bucket.view(bucket.flat["exp_avg_sq"], slot).mul_(beta2).addcmul_(scaled, scaled, value=1 - beta2)
 
 

@@ -26,11 +26,13 @@ class Verdict:
         finite: no rank has an infinity or NaN.
         mean_square: the mean over ranks of the squared 2-norm of what each holds.
         used: the parameters that some rank has a gradient of, by index; None: all.
+        scaled: some rank's gradients are still to be multiplied by a factor of its own.
     """
 
     finite: bool
     mean_square: float
     used: frozenset[int] | None
+    scaled: bool = False
 
 
 def agree(
@@ -50,17 +52,17 @@ def agree(
         overflow: this rank knows of an overflow already.
         touched: parameters that count as used for an earlier gradient's sake.
 
-    Sends 24 bytes to each rank, and a byte a parameter more where a rank lacks gradients.
+    Sends 32 bytes to each rank, and a byte a parameter more where a rank lacks gradients.
     """
     local = judge(wire.device, grads, scale, overflow=overflow)
     missing = local.used is not None
     told = torch.tensor(
-        [float(not local.finite), float(missing), local.mean_square],
+        [float(not local.finite), float(missing), local.mean_square, float(scale != 1.0)],
         dtype=torch.float64,
         device=wire.device,
     )
     wire.all_reduce("verdict on gradients", told, dist.ReduceOp.SUM).wait()
-    bad, lacking, square = told.tolist()
+    bad, lacking, square, scaled = told.tolist()
     used = None
     if lacking:
         mine = [grad is not None or index in touched for index, grad in enumerate(grads)]
@@ -68,7 +70,7 @@ def agree(
         wire.all_reduce("agreement on used parameters", flags, dist.ReduceOp.MAX).wait()
         found = flags.tolist()
         used = None if all(found) else frozenset(i for i, flag in enumerate(found) if flag)
-    return Verdict(bad == 0, square / wire.group.size(), used)
+    return Verdict(bad == 0, square / wire.group.size(), used, scaled > 0)
 
 
 def judge(

@@ -25,6 +25,7 @@ from .options import adam_defaults
 from .policy import Compression
 from .rounds import Round, Travel
 from .scales import layer_scales
+from .signs import kept, residuals
 from .variances import add_squares, settle_roots
 from .verdict import agree
 
@@ -80,7 +81,7 @@ class ZeroOneAdam(CompressedOptimizer):
     | frozen | 4 | | 4 | 4 where ranks step alone | 4 if low or ranks step alone | worker 4, server 4/N |
 
     Only the server's residual is sharded: every rank steps everything at every step.
-    Sent: `wire_1bit.sent_exact` at updates of the variance, `wire_1bit.sent_1bit` at synchronizations, 24 bytes at
+    Sent: `wire_1bit.sent_exact` at updates of the variance, `wire_1bit.sent_1bit` at synchronizations, 32 bytes at
     both.
     Source: Lu et al., 0/1 Adam, arXiv:2202.06009, algorithm 1 and section 6.
     """
@@ -124,12 +125,14 @@ class ZeroOneAdam(CompressedOptimizer):
             local_step_clipper=local_step_clipper,
         )
         self.variance = Variance.UPDATED
+        self._keeps_common = local_step_clipper > 1
         self._num_updates = 0
         self._next_update = 1
         self._num_syncs = 0
         self._since_sync = 0
         self._alone: set[int] = set()
         self._flushing = False
+        self._owed: dict[str, list[tuple[Tensor, Tensor]]] = {}
         super().__init__(params, defaults, group, compression)
 
     @property
@@ -183,13 +186,17 @@ class ZeroOneAdam(CompressedOptimizer):
         kept |= {"worker_error": Held.OWN, "server_error": Held.CHUNK}
         if Variance(progress["variance"]) is Variance.UPDATED:
             kept["exp_avg_sq"] = Held.WHOLE
-        elif self.intervals.local_step_clipper > 1:
+        elif progress["keeps_common"]:
             low = True  # what ranks have in common, beside what they show
         if low:
             kept["master"] = Held.WHOLE
         if apart:
             kept["drift"] = Held.OWN
         return kept
+
+    def settings(self) -> Any:
+        """See `BucketedOptimizer.settings`."""
+        return self.intervals
 
     def progress(self) -> dict[str, Any]:
         """See `BucketedOptimizer.progress`."""
@@ -202,6 +209,7 @@ class ZeroOneAdam(CompressedOptimizer):
             "next_update": self._next_update,
             "num_syncs": self._num_syncs,
             "since_sync": self._since_sync,
+            "keeps_common": self._keeps_common,
         }
 
     def _set_progress(self, progress: Mapping[str, Any]) -> None:
@@ -211,9 +219,14 @@ class ZeroOneAdam(CompressedOptimizer):
         self._next_update = progress["next_update"]
         self._num_syncs = progress["num_syncs"]
         self._since_sync = progress["since_sync"]
+        self._keeps_common = bool(progress["keeps_common"])
         self._alone = set(range(len(self._params))) if self._since_sync else set()
 
     def _loaded(self) -> None:
+        if not self._keeps_common and self.intervals.local_step_clipper > 1:
+            self._keeps_common = True  # it was saved by one whose ranks never step alone
+            for bucket in self._buckets:
+                self._allocate(bucket, self.progress())
         self._show_own()
         super()._loaded()
 
@@ -278,16 +291,25 @@ class ZeroOneAdam(CompressedOptimizer):
 
     def _before_signs(self, bucket: Bucket, round_: Round) -> Tensor:
         moved = bucket.flat["drift"] if self._since_sync else torch.zeros_like(bucket.flat["exp_avg"])
+        used, name = round_.verdict.used, bucket.plan.name
         if not self._flushing:
             self._momentum(bucket, round_, bucket.flat["exp_avg"])
-            drift_on(bucket, self.param_groups, round_.verdict.used, moved)
+            drift_on(bucket, self.param_groups, used, moved)
+        still = [slot for slot in bucket.moving(used) if not bucket.numbers["mass"][slot.position]]
+        self._owed[name] = kept(residuals(bucket, self._signs[name], self._wire()), still)
         bucket.scale(moved)
         return moved
 
     def _after_signs(self, bucket: Bucket, mean: Tensor, round_: Round) -> None:
         used = round_.verdict.used
         bucket.unscale(mean)
-        land(bucket, mean, used, self._borrow(bucket))
+        for place, values in self._owed.pop(bucket.plan.name):
+            place.copy_(values)
+        for momentum in land(bucket, mean, used, self._borrow(bucket)):  # all ranks find the same
+            self._wire().all_reduce(
+                f"momentum at rest of {bucket.plan.name}", momentum, dist.ReduceOp.SUM
+            ).wait()
+            momentum.div_(self.group.size())
         bucket.publish(bucket.plan.slots if self._since_sync else bucket.moving(used))
         if not self._flushing:
             bucket.count(used)

@@ -168,9 +168,23 @@ class ZeroCompressedOptimizer(ShardedOptimizer):
 
     def load_compressed(self, scalars: Mapping[str, Any], room: Mapping[str, Shard]) -> None:
         """See `SavedOptimizer.load_sharded_state`; call it once parameters and masters are loaded."""
-        self.inner.load_sharded_state(scalars, room)
+        with self._values_belong():
+            self.inner.load_sharded_state(scalars, room)
+            self._publish()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See `zero_core.ShardedOptimizer.load_state_dict`; parameters may have been loaded before."""
+        with self._values_belong():
+            super().load_state_dict(state_dict)
+
+    @contextmanager
+    def _values_belong(self) -> Iterator[None]:
+        """Around a load: what has been written to parameters so far belongs to the state that comes."""
+        with torch.no_grad():
+            for unit in self._sharded.units:
+                unit.take_edits()
+        yield
         self._num_edits = sum(unit.num_edits for unit in self._sharded.units)
-        self._publish()
 
     def _publish(self) -> None:
         for unit in self._sharded.units:

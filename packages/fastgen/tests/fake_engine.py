@@ -103,6 +103,9 @@ class FakeEngine:
     def has_work(self) -> bool:
         return bool(self.requests)
 
+    def room(self, num_prompt_tokens: int, num_sequences: int) -> int:
+        return max(0, self.max_model_len - num_prompt_tokens)
+
     def prepare(self, params: SamplingParams) -> None:
         self.prepared.append((params.json_schema, threading.current_thread().name))
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
+from functools import lru_cache
 
 import llguidance
 import pytest
 import torch
 from engine_lab import engine_of, expected, prompts, run, tiny_llama, tokens
-from fastgen import EngineConfig, RequestError, SamplingParams, Speculation, build_engine
+from fastgen import ConfigError, EngineConfig, RequestError, SamplingParams, Speculation, build_engine
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 COUNT = 24
 GREEDY = SamplingParams(max_tokens=COUNT, temperature=0.0, ignore_eos=True)
@@ -195,9 +199,10 @@ def test_what_cannot_be_served_is_refused_with_the_reason():
         ([], GREEDY, {}, "at least one token"),
         ([99999], GREEDY, {}, "token ids below"),
         ([1] * 600, GREEDY, {}, "shorter than"),
-        ([1] * 60, SamplingParams(max_tokens=40), {}, "fits the KV cache"),
+        ([1] * 40, SamplingParams(max_tokens=20, n=2), {}, "fits the KV cache"),
         ([1], GREEDY, {"adapter": "poet"}, "'poet'"),
         ([1], SamplingParams(logit_bias={5: 1.0, 99999: 1.0}), {}, "logit_bias: expected token ids below"),
+        ([1], SamplingParams(min_tokens=1, stop_token_ids=(5, 99999)), {}, "stop_token_ids: expected token"),
         ([1], SamplingParams(beam_width=2, stop=("x",)), {}, "beam_width"),
         ([1], SamplingParams(json_schema='{"type": "nonsense"}'), {}, "json_schema"),
         ([1], SamplingParams(regex="("), {}, "regex"),
@@ -241,3 +246,61 @@ def test_the_budget_is_measured_where_none_is_given():
 
     engine = build_engine(tiny_llama(), EngineConfig(max_model_len=64), tokenizer=tiny_tokenizer())
     assert 16 <= engine.scheduler.policy.token_budget <= 2048
+
+
+def test_embeddings_in_chunks_are_those_of_one_forward():
+    ids = prompts(1, longest=60)[0] + [7] * 70
+    whole, chunked = (engine_of(budget=budget).embed(ids) for budget in (256, 16))
+    torch.testing.assert_close(torch.tensor(chunked), torch.tensor(whole), rtol=1e-4, atol=1e-5)
+
+
+def test_no_sequence_is_longer_than_the_cache(caplog):
+    engine = engine_of(blocks=10)
+    assert engine.max_model_len == 80
+    assert "of 80" in caplog.text
+    assert engine.room(30, 1) == 50
+    outputs = run(engine, {"a": ([1] * 30, replace(GREEDY, max_tokens=engine.room(30, 1)))})
+    assert len(tokens(outputs["a"])) >= 1
+
+
+TOKEN = st.one_of(st.integers(0, 262), st.integers(0, 2**31 - 1))
+EXTREMES = st.fixed_dictionaries(
+    {
+        "max_tokens": st.integers(1, 6),
+        "temperature": st.sampled_from([0.0, 1e-40, 1e-6, 1.0, 100.0]),
+        "top_k": st.sampled_from([0, 1, 2**31 - 1]),
+        "top_p": st.sampled_from([1e-30, 1e-3, 1.0]),
+        "min_p": st.sampled_from([0.0, 1e-30, 1.0]),
+        "repetition_penalty": st.sampled_from([1e-30, 1.0, 100.0]),
+        "presence_penalty": st.sampled_from([-2.0, 0.0, 2.0]),
+        "frequency_penalty": st.sampled_from([-2.0, 0.0, 2.0]),
+        "logit_bias": st.none() | st.dictionaries(TOKEN, st.sampled_from([-100.0, 100.0]), max_size=4),
+        "stop_token_ids": st.lists(TOKEN, max_size=3).map(tuple),
+        "min_tokens": st.integers(0, 6),
+        "ignore_eos": st.booleans(),
+        "n": st.integers(1, 3),
+        "beam_width": st.sampled_from([0, 0, 1, 4, 64]),
+        "length_penalty": st.sampled_from([-10.0, 1.0, 10.0]),
+        "logprobs": st.sampled_from([None, 0, 20, 100]),
+        "prompt_logprobs": st.sampled_from([None, 0, 20]),
+        "seed": st.sampled_from([None, 0, 2**63 - 1, -(2**63)]),
+    }
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(several=st.lists(EXTREMES, min_size=1, max_size=4))
+def test_no_request_ends_an_engine(several):
+    engine = hardy_engine()
+    for number, given_ in enumerate(several):
+        with suppress(RequestError, ConfigError):
+            engine.add(str(number), [5, 6, 7], SamplingParams(**given_))
+    while engine.has_work:
+        engine.step()
+    found = run(engine, {"after": ([1, 2, 3], replace(GREEDY, max_tokens=4))})
+    assert len(tokens(found["after"])) == 4
+
+
+@lru_cache
+def hardy_engine():
+    return engine_of()

@@ -10,6 +10,8 @@ from fastgen.errors import ConfigError, FastgenError, OverloadedError, RequestEr
 from fastgen.request import FinishReason, Status
 from fastgen.scheduler import Scheduler
 from fastgen.step_plan import StepPlan
+from hypothesis import given
+from hypothesis import strategies as st
 from scheduler_lab import FakeEngine, make_request, make_scheduler
 
 
@@ -369,3 +371,23 @@ def test_what_is_found_again_after_a_preemption_is_not_counted() -> None:
     engine.run()
     assert request.num_cached_tokens == 8
     assert scheduler.stats().prefix_hit_tokens_total == 8
+
+
+@given(
+    prompt=st.integers(0, 140),
+    sequences=st.integers(1, 20),
+    num_blocks=st.integers(1, 60),
+    block_size=st.integers(1, 8),
+)
+def test_room_is_what_is_taken(prompt: int, sequences: int, num_blocks: int, block_size: int) -> None:
+    def takes(max_tokens: int) -> bool:
+        scheduler = make_scheduler(num_blocks, block_size, max_model_len=128)
+        try:
+            scheduler.add(make_request("a", prompt, max_tokens=max_tokens, n=sequences))
+        except RequestError:
+            return False
+        return True
+
+    room = make_scheduler(num_blocks, block_size, max_model_len=128).room(prompt, sequences)
+    assert room == 0 or takes(room)
+    assert not takes(room + 1) or prompt + room >= 128

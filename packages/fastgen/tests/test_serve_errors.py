@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import socket
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,13 +13,15 @@ import pytest
 from fake_engine import FakeEngine
 from fastgen.errors import ConfigError
 from fastgen.serve import Limits, ServerConfig
+from fastgen.serve.chat_answers import ChatAnswers
 from fastgen.serve.guard import without_port
 from server_lab import Reply, Served, serving, wait_until
 
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[Served]:
-    with serving(prompt_tokens=200, max_tokens=300, sequences=8, body_bytes=50_000) as served:
+    limits = {"sequences": 8, "inputs": 8, "logprobs": 1000, "body_bytes": 50_000}
+    with serving(prompt_tokens=200, max_tokens=300, **limits) as served:
         yield served
 
 
@@ -67,6 +70,14 @@ REFUSED: list[tuple[str, dict[str, Any], int, str]] = [
         400,
         "false beside it",
     ),
+    (
+        "chat/completions",
+        {"messages": [{"role": "user", "content": "x", "mood": "bad"}]},
+        400,
+        "messages.0.mood: is not a field of this request",
+    ),
+    ("completions", {"prompt": "x", "max_tokens": 60, "n": 4, "logprobs": 4}, 400, "at most 1000 log-prob"),
+    ("completions", {"prompt": "x", "length_penalty": 11}, 400, "length_penalty"),
     ("embeddings", {"input": ["x"] * 9}, 400, "at most 8 texts"),
     ("embeddings", {"input": "x" * 201}, 400, "1 to 200 tokens"),
 ]
@@ -295,3 +306,38 @@ def test_limits_that_are_none(wrong: dict[str, Any]) -> None:
         Limits(**wrong)
     with pytest.raises(ConfigError, match="api_keys"):
         ServerConfig(api_keys=("",))
+
+
+MANY = 1_000_000
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("chat/completions", {"messages": [0] * MANY}),
+        ("completions", {"prompt": [1] * MANY + ["a"]}),
+        ("completions", {"prompt": "x", **{f"k{number}": 1 for number in range(MANY // 4)}}),
+        ("completions", {"prompt": "x", "metadata": {f"k{number}": 1 for number in range(MANY // 4)}}),
+    ],
+)
+def test_a_million_faults_are_told_as_one(path: str, body: dict[str, Any]) -> None:
+    raw = json.dumps(body).encode()
+    with serving() as served:
+        begun = time.monotonic()
+        reply = served.ask("POST", f"/v1/{path}", raw)
+        assert time.monotonic() - begun < 5.0
+        assert reply.status == 400
+        assert len(reply.body) < 2000
+        assert served.complete(max_tokens=1).status == 200
+
+
+def test_what_cannot_be_written_ends_a_stream_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: ChatAnswers, pieces: object) -> None:
+        raise TypeError("nobody expected this")
+
+    monkeypatch.setattr(ChatAnswers, "chunks", broken)
+    with serving() as served:
+        body = served.chat(stream=True).body.decode()
+        (event,) = [line for line in body.split("\n\n") if line]
+        assert json.loads(event.removeprefix("data: "))["error"]["code"] == "internal_error"
+        wait_until(served.is_idle)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from fake_engine import FakeEngine
+from fastgen.output import Stats
+from fastgen.serve.metrics import Metrics
 from prometheus_client.parser import text_string_to_metric_families
 from server_lab import serving, wait_until
 
@@ -53,3 +55,22 @@ def test_prometheus_can_read_it() -> None:
         assert families["fastgen_time_to_first_token_seconds"].type == "histogram"
         assert families["fastgen_preempted"].type == "counter"
         assert all(family.documentation for name, family in families.items() if not name.endswith("_created"))
+
+
+def test_requests_that_end_early_are_counted() -> None:
+    with serving(FakeEngine(step_s=0.02)) as served:
+        body = {"prompt": "x", "max_tokens": 1000, "ignore_eos": True, "n": 3}
+        connection = served.send("/v1/completions", body)
+        wait_until(lambda: served.metric("fastgen_running") > 0)
+        connection.close()
+        wait_until(served.is_idle)
+        wait_until(lambda: served.metric('fastgen_sequences_total{reason="abort"}') == 3)
+        assert served.metric("fastgen_request_seconds_count") == 3
+
+
+def test_steps_without_news_count() -> None:
+    """A long prompt, chunk by chunk: each is a forward."""
+    metrics = Metrics(Stats)
+    for _ in range(5):
+        metrics.stepped([], Stats(batch_tokens=32), 0.0)
+    assert b"fastgen_step_tokens_sum 160.0" in metrics.exposition()

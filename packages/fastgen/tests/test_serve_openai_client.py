@@ -199,3 +199,29 @@ def test_errors_have_their_classes(client: openai.OpenAI, served: Served) -> Non
         pytest.raises(openai.AuthenticationError),
     ):
         stranger.models.list()
+
+
+def test_what_was_told_may_be_sent_back_as_it_was(client: openai.OpenAI) -> None:
+    """Fields that the client adds, or that chunks have, are no reason to refuse a conversation."""
+    made = client.chat.completions.create(model="tiny", messages=HELLO, tools=TOOLS).choices[0].message
+    with client.chat.completions.stream(model="tiny", messages=HELLO, tools=TOOLS) as stream:
+        streamed = stream.get_final_completion().choices[0].message
+    for message in (made.model_dump(), streamed.model_dump(), streamed.to_dict()):
+        calls = message["tool_calls"]
+        told = [*HELLO, message, {"role": "tool", "tool_call_id": calls[0]["id"], "content": "rain"}]
+        client.chat.completions.create(model="tiny", messages=told, tools=TOOLS, tool_choice="none")
+    chunks = client.chat.completions.create(
+        model="tiny",
+        messages=HELLO,
+        stream=True,
+        stream_options={"include_usage": True, "include_obfuscation": False},
+    )
+    assert [*chunks][-1].usage is not None
+
+
+def test_an_answer_of_a_shape_beside_tools(client: openai.OpenAI, served: Served) -> None:
+    shape = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object"}}}
+    client.chat.completions.create(model="tiny", messages=HELLO, tools=TOOLS, response_format=shape)
+    schema = json.loads(served.engine.seen[-1]["params"].json_schema)
+    assert schema["anyOf"][0] == {"type": "object"}
+    assert schema["anyOf"][1]["properties"]["name"] == {"const": "weather"}

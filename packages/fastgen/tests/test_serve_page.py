@@ -164,6 +164,14 @@ def test_errors_are_told(browser: Any, served: Served) -> None:
     say(browser, "Hello")
     wait_until(lambda: "max_tokens: expected at most" in text(browser, ".turn.failed"))
     browser.get_log("browser")  # the browser reports the 400
+    # What was not answered has not been said, and is in the box again.
+    set_value(browser, "max_tokens", "5")
+    box = browser.find_element("id", "text")
+    assert box.get_attribute("value") == "Hello"
+    box.send_keys("\n")
+    wait_until(lambda: "cut at the most tokens" in browser.find_elements("css selector", ".foot")[-1].text)
+    told = served.engine.tokenizer.decode(served.engine.seen[-1]["prompt_ids"])
+    assert told.count("<|user|>") == 1
     set_value(browser, "max_tokens", "512")
 
 

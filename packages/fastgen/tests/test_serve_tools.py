@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
+from fake_engine import tiny_tokenizer
+from fastgen.grammar import GrammarFactory
+from fastgen.request import SamplingParams
 from fastgen.serve.schemas import FunctionSpec
 from fastgen.serve.tools import ToolReader, call_schema
 from hypothesis import given
@@ -59,3 +62,59 @@ def test_the_schema_of_a_call() -> None:
     assert one["properties"]["name"] == {"const": "a"}
     assert one["properties"]["arguments"]["required"] == ["x"]
     assert [each["properties"]["name"]["const"] for each in two["anyOf"]] == ["a", "b"]
+
+
+@pytest.mark.parametrize("name", ['["weather"]', '{"a": 1}', "1", "null"])
+def test_names_that_are_no_text_are_no_calls(name: str) -> None:
+    text = f'{{"name": {name}, "arguments": {{}}}}'
+    reader = ToolReader(["weather"])
+    assert reader.add(text) + reader.finish()[0] == text
+
+
+def test_half_a_character_in_arguments() -> None:
+    reader = ToolReader(["weather"])
+    reader.add('{"name": "weather", "arguments": {"town": "\\ud800"}}')
+    (call,) = reader.finish()[1]
+    assert json.loads(call.arguments.encode().decode())["town"] == "\ud800"
+
+
+def fits(schema: str, text: str) -> bool:
+    """As the engine's own grammars have it."""
+    tokenizer = tiny_tokenizer()
+    factory = GrammarFactory(tokenizer, len(tokenizer), [tokenizer.eos_token_id])
+    grammar = factory.make(SamplingParams(json_schema=schema))
+    assert grammar is not None
+    is_complete = False
+    for token in tokenizer.encode(text, add_special_tokens=False):
+        if not grammar.allowed()[token]:
+            return False
+        is_complete = grammar.advance(token)
+    return is_complete
+
+
+ORDER = {
+    "type": "object",
+    "properties": {"item": {"$ref": "#/$defs/Item"}, "then": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}},
+    "required": ["item"],
+    "additionalProperties": False,
+    "$defs": {"Item": {"enum": ["tea", "$ref"]}},
+}
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_schemas_that_refer_to_themselves(others: int) -> None:
+    functions = [FunctionSpec(name="order", parameters=ORDER), FunctionSpec(name="look")][: 1 + others]
+    schema = call_schema(functions)
+    good = '{"name":"order","arguments":{"item":"tea","then":{"item":"$ref"}}}'
+    assert fits(schema, good)
+    assert not fits(schema, good.replace("tea", "pea"))
+    assert not fits(schema, good.replace('{"item":"$ref"}', '{"thing":1}'))
+
+
+def test_an_answer_or_a_call() -> None:
+    answer = {"type": "object", "properties": {"total": {"$ref": "#/$defs/N"}}, "required": ["total"],
+              "additionalProperties": False, "$defs": {"N": {"type": "integer"}}}  # fmt: skip
+    schema = call_schema([FunctionSpec(name="order", parameters=ORDER)], answer)
+    assert fits(schema, '{"total":3}')
+    assert fits(schema, '{"name":"order","arguments":{"item":"tea"}}')
+    assert not fits(schema, '{"total":"3"}')

@@ -6,6 +6,7 @@ A step is: guess, schedule, run, choose, commit. No threads and no HTTP; `llm` a
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from collections.abc import Sequence as Items
 from itertools import accumulate
 from typing import TYPE_CHECKING
@@ -124,7 +125,12 @@ class Engine:
         self._jobs[request_id] = Job(request, seed, beams)
 
     def _check(self, prompt_ids: list[int], params: SamplingParams, adapter: str | None) -> None:
-        for name, token_ids in (("prompt", prompt_ids), ("logit_bias", params.logit_bias or ())):
+        given: list[tuple[str, Iterable[int]]] = [
+            ("prompt", prompt_ids),
+            ("logit_bias", params.logit_bias or ()),
+            ("stop_token_ids", params.stop_token_ids),
+        ]
+        for name, token_ids in given:
             wrong = next((token for token in token_ids if not 0 <= token < self._vocab_size), None)
             if wrong is not None:
                 raise RequestError(f"{name}: expected token ids below {self._vocab_size}, got {wrong}")
@@ -137,6 +143,10 @@ class Engine:
         known = () if self._adapters is None else self._adapters.names
         if adapter is not None and adapter not in known:
             raise RequestError(f"adapter: expected one of {sorted(known)}, got {adapter!r}; load it first")
+
+    def room(self, num_prompt_tokens: int, num_sequences: int) -> int:
+        """See `Scheduler.room`; in any thread."""
+        return self.scheduler.room(num_prompt_tokens, num_sequences)
 
     def abort(self, request_id: str) -> None:
         """End a request and free what it holds; unknown ids are no error."""
@@ -167,7 +177,7 @@ class Engine:
         self._check(prompt_ids, SamplingParams(), None)
         if not 0 < len(prompt_ids) <= self.max_model_len:
             raise RequestError(f"input: expected 1 to {self.max_model_len} tokens, got {len(prompt_ids)}")
-        found: list[float] = self.runner.embed(prompt_ids).tolist()
+        found: list[float] = self.runner.embed(prompt_ids, self.scheduler.policy.token_budget or 1).tolist()
         return found
 
     def stats(self) -> Stats:

@@ -5,6 +5,7 @@ In: a local model directory or a transformers module, and an `EngineConfig`. Out
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -34,6 +35,7 @@ from .weights import LoadedModel, load_model
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+logger = logging.getLogger(__name__)
 _MOST_BUDGET = 2048
 _MEASURED_LEN = 512
 
@@ -222,6 +224,7 @@ def build_engine(
         beside=small_layout,
         parallel=parallel,
     )
+    max_model_len = _held_len(loaded.max_model_len, cache)
     guesser: Guesser | None = None
     if speculation is not None and small is not None and small_layout is not None:
         own = KVCache(small_layout, cache.num_blocks, cache.block_size, small.device, cache.num_host_blocks)
@@ -230,10 +233,10 @@ def build_engine(
         guesser = PromptLookup(speculation.ngram, speculation.num_drafts)
     replays: Replays | None = None
     if config.replay and loaded.decoder.replayable:
-        replays = Replays(loaded.decoder, cache, loaded.device, loaded.max_model_len)
+        replays = Replays(loaded.decoder, cache, loaded.device, max_model_len)
     runner = Runner(loaded.decoder, cache, loaded.device, guesser, replays)
     if config.schedule.token_budget is None:
-        longest = min(loaded.max_model_len, _MEASURED_LEN)
+        longest = min(max_model_len, _MEASURED_LEN)
         measured = runner.saturation_tokens(_MOST_BUDGET, longest, parallel.least)
         budget = max(measured, min(config.schedule.max_sequences + 1, _MOST_BUDGET))
         config = replace(config, schedule=replace(config.schedule, token_budget=budget))
@@ -241,7 +244,7 @@ def build_engine(
         config.schedule,
         cache.num_blocks,
         cache.block_size,
-        max_model_len=loaded.max_model_len,
+        max_model_len=max_model_len,
         prefix=config.cache.prefix,
         num_host_blocks=cache.num_host_blocks,
     )
@@ -255,6 +258,20 @@ def build_engine(
         seed=config.seed,
         adapters=Adapters(loaded),
     )
+
+
+def _held_len(max_model_len: int, cache: KVCache) -> int:
+    """Tokens of the longest sequence that the cache can hold."""
+    held = cache.num_blocks * cache.block_size
+    if held < max_model_len:
+        logger.warning(
+            "expected a KV cache for the model's %d tokens, got one of %d: longer sequences are not served; give the "
+            "cache more memory, or set max_model_len=%d",
+            max_model_len,
+            held,
+            held,
+        )
+    return min(held, max_model_len)
 
 
 def _draft_model(config: EngineConfig, loaded: LoadedModel) -> LoadedModel | None:

@@ -32,7 +32,7 @@ class SamplingParams:
         n: sequences returned.
         best_of: sequences made, of which the `n` most likely are returned; None: `n`.
         beam_width: beams of a beam search, of which the best `n` are returned; 0 samples.
-        length_penalty: of beam search: scores are divided by length to this power.
+        length_penalty: of beam search: scores are divided by length to this power, -10 to 10.
         stop: text at which a sequence ends; it is not part of the output.
         stop_token_ids: tokens at which a sequence ends.
         ignore_eos: go on past the end-of-sequence token.
@@ -80,6 +80,7 @@ class SamplingParams:
             ("logit_bias", all(map(math.isfinite, (self.logit_bias or {}).values())), "finite numbers"),
             ("n", self.n >= 1, ">= 1"),
             ("best_of", self.best_of is None or self.best_of >= self.n, ">= n"),
+            ("length_penalty", -10.0 <= self.length_penalty <= 10.0, "between -10 and 10"),
             ("beam_width", self.beam_width == 0 or self.beam_width >= self.n, "0, or >= n"),
             ("logprobs", self.logprobs is None or 0 <= self.logprobs <= 100, "between 0 and 100"),
             (

@@ -59,12 +59,20 @@ class Runner:
         logits_LV = self.replays.run(batch) if self.replays else self.decoder(batch, self.cache)
         return logits_LV, batch
 
-    def embed(self, prompt_ids: list[int]) -> Tensor:
-        """The last token's hidden state, `[width]` float32, of unit length; in a cache of its own."""
+    def embed(self, prompt_ids: list[int], most: int) -> Tensor:
+        """The last token's hidden state, `[width]` float32, of unit length; in a cache of its own.
+
+        Args:
+            prompt_ids: one or more.
+            most: tokens of a forward, for which there is memory.
+        """
         blocks = -(-len(prompt_ids) // self.cache.block_size)
         own = KVCache(self.cache.layout, blocks, self.cache.block_size, self.device)
-        batch = ragged_batch(_whole(prompt_ids, list(range(blocks))), own.block_size, self.device)
-        hidden_E = self.decoder.hidden(batch, own)[-1].float()
+        sequence = _alone(prompt_ids, list(range(blocks)))
+        for start in range(0, len(prompt_ids), most):
+            plan = StepPlan([Scheduled(sequence, start, min(most, len(prompt_ids) - start))])
+            hidden_TE = self.decoder.hidden(ragged_batch(plan, own.block_size, self.device), own)
+        hidden_E = hidden_TE[-1].float()
         unit_E: Tensor = hidden_E / hidden_E.norm().clamp_min(1e-12)
         return unit_E
 
@@ -84,13 +92,11 @@ class Runner:
         best, best_rate, count = 16, 0.0, 16
         blocks = -(-longest // self.cache.block_size)
         while count <= most and -(-count // longest) * blocks <= self.cache.num_blocks:
-            parts = [
-                _whole(
-                    [0] * min(longest, count - begin), list(range(number * blocks, (number + 1) * blocks))
-                ).scheduled
+            sequences = [
+                _alone([0] * min(longest, count - begin), list(range(number * blocks, (number + 1) * blocks)))
                 for number, begin in enumerate(range(0, count, longest))
             ]
-            plan = StepPlan([each for part in parts for each in part])
+            plan = StepPlan([Scheduled(each, 0, each.num_tokens) for each in sequences])
             seconds = agree(min(self._seconds(plan) for _ in range(2)))
             if count / seconds < _LEAST_GAIN * best_rate:
                 break
@@ -109,8 +115,7 @@ class Runner:
         return time.perf_counter() - begun
 
 
-def _whole(prompt_ids: list[int], block_table: list[int]) -> StepPlan:
-    """A prompt in one forward."""
+def _alone(prompt_ids: list[int], block_table: list[int]) -> Sequence:
+    """A prompt that no scheduler knows."""
     request = Request("", prompt_ids, SamplingParams(max_tokens=1))
-    sequence = Sequence(request, 0, list(prompt_ids), len(prompt_ids), block_table=block_table)
-    return StepPlan([Scheduled(sequence, 0, len(prompt_ids))])
+    return Sequence(request, 0, list(prompt_ids), len(prompt_ids), block_table=block_table)

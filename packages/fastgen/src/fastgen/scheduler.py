@@ -118,6 +118,18 @@ class Scheduler:
         group = self._groups[request.id] = Group(request, key, list(request.sequences))
         self._order.wait(group)
 
+    def room(self, num_prompt_tokens: int, num_sequences: int) -> int:
+        """Tokens that each of so many sequences may add to such a prompt; 0: `add` would refuse any such request.
+
+        The same at any time, and in any thread.
+        """
+        if num_prompt_tokens == 0 or num_sequences > self.max_sequences:
+            return 0
+        shared = num_prompt_tokens // self.tables.block_size
+        blocks = shared + (self.tables.device.num_blocks - shared) // num_sequences
+        longest = min(blocks * self.tables.block_size, self.max_model_len)
+        return max(0, longest - num_prompt_tokens)
+
     def abort(self, request_id: str) -> bool:
         """End a request, wherever it is, and free its blocks. False if there is none of this id (any more)."""
         group = self._groups.get(request_id)

@@ -115,6 +115,10 @@ class Leader:
         """See `Engine.prepare`; the other ranks do it when the request comes."""
         self._engine.prepare(params)
 
+    def room(self, num_prompt_tokens: int, num_sequences: int) -> int:
+        """See `Engine.room`; the same on every rank."""
+        return self._engine.room(num_prompt_tokens, num_sequences)
+
     def stats(self) -> Stats:
         """What it is busy with."""
         return self._engine.stats()

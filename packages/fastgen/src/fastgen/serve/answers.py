@@ -80,6 +80,11 @@ class Told:
         return {"usage": None} if self.at_end else {}
 
 
+def has_logprobs(pieces: Sequence[Piece]) -> bool:
+    """Whether log-probabilities are among them, which may be many: no work for the event loop."""
+    return any(piece.output.logprobs or piece.output.prompt_logprobs for piece in pieces)
+
+
 def finish(output: Output) -> Finish | None:
     """Why the sequence has ended, if it has."""
     return None if output.finish_reason is None else FINISH[output.finish_reason]

@@ -5,7 +5,7 @@ Nothing that a request says opens a file or an address.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -185,12 +185,26 @@ def add_errors(app: FastAPI) -> None:
 def malformed_body(error: RequestValidationError) -> ApiError:
     """The first fields at fault, with what was expected of them."""
     faults: dict[str, list[str]] = {}
-    for fault in error.errors():
-        where = [str(part) for part in fault["loc"][1:]]
+    # An unknown field first: where there are alternatives, the others' faults say nothing.
+    for fault in sorted(error.errors(), key=lambda fault: fault["type"] != "extra_forbidden"):
+        where = _place(error.body, fault["loc"][1:])
         unknown = fault["type"] == "extra_forbidden"
         message = "is not a field of this request" if unknown else str(fault["msg"])[:200]
-        # An alternative of a union adds its name to the place: the first part is the field.
-        faults.setdefault(where[0] if where else "body", []).append(message)
+        field = ".".join(where if unknown else where[:1])
+        faults.setdefault(field or "body", []).append(message)
     field = next(iter(faults), "body")
     messages = list(dict.fromkeys(faults.get(field, ["expected JSON"])))[:4]
     return ApiError(400, f"{field}: {' / '.join(messages)}", code="invalid_value", param=field[:200])
+
+
+def _place(body: Any, location: Sequence[int | str]) -> list[str]:
+    """Where in a body a fault is; alternatives, which add their names to its location, are left out."""
+    found: list[str] = []
+    for part in location:
+        try:
+            body = body[part]
+        except (KeyError, IndexError, TypeError):
+            if found or not isinstance(body, dict):
+                continue
+        found.append(str(part))
+    return found

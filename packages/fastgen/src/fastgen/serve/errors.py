@@ -76,6 +76,11 @@ def overloaded(
     return ApiError(status, message, code=code, headers={"Retry-After": str(retry_after_s)})
 
 
+def internal() -> ApiError:
+    """Something that nobody expected (500): whoever catches it logs it."""
+    return ApiError(500, "the server failed at this request; its log says more", code="internal_error")
+
+
 def bad(param: str, message: str) -> ApiError:
     """A field that asks for what cannot be (400)."""
     return ApiError(400, f"{param}: {message}", param=param)

@@ -15,7 +15,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .errors import ApiError
+from .errors import ApiError, internal
 from .limits import ServerConfig
 
 logger = logging.getLogger(__name__)
@@ -74,10 +74,7 @@ class Guard:
             if started:
                 raise
             logger.exception("%s %s failed", scope["method"], scope["path"])
-            error = ApiError(
-                500, "the server failed at this request; its log says more", code="internal_error"
-            )
-            await error.response()(scope, receive, send_with_headers)
+            await internal().response()(scope, receive, send_with_headers)
 
 
 class Hosts:

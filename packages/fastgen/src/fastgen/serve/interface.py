@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Engine(Protocol):
-    """What a server needs of an engine. But for `prepare`, one thread drives it."""
+    """What a server needs of an engine. But for `prepare` and `room`, one thread drives it."""
 
     model_name: str
     max_model_len: int
@@ -33,6 +33,9 @@ class Engine(Protocol):
 
     def prepare(self, params: SamplingParams) -> None:
         """What `add` would take long for, in another thread than the others; `RequestError` as there."""
+
+    def room(self, num_prompt_tokens: int, num_sequences: int) -> int:
+        """Tokens that each of so many sequences may add to such a prompt, in any thread; 0: `add` refuses it."""
 
     def add(
         self,
@@ -78,8 +81,8 @@ class Watch(Protocol):
     def stepped(self, outputs: Sequence[Output], stats: Stats, at_s: float) -> None:
         """A step has ended."""
 
-    def ended(self, request_id: str) -> None:
-        """Nobody asks for a request any more."""
+    def ended(self, request_id: str, num_unfinished: int, at_s: float) -> None:
+        """Nobody asks for a request any more; so many of its sequences have not ended."""
 
 
 class EngineError(FastgenError, RuntimeError):

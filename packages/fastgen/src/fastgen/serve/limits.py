@@ -21,6 +21,8 @@ class Limits:
         prompt_tokens: of one prompt; None: as many as the model takes; more: 400.
         max_tokens: that a request may ask for; None: as many as the model takes; more: 400.
         sequences: of one request, prompts times `n` (or `best_of`); more: 400.
+        logprobs: log-probabilities of one request, sequences times tokens times (top + 1); more: 400.
+        inputs: texts of one request for embeddings; more: 400.
         concurrent: requests at once; more: 429.
         queued: prompts without a first token yet; more: 503.
         request_timeout_s: from the request's arrival to its last token; later: 504.
@@ -33,6 +35,8 @@ class Limits:
     prompt_tokens: int | None = None
     max_tokens: int | None = None
     sequences: int = 128
+    logprobs: int = 2_000_000
+    inputs: int = 2048
     concurrent: int = 512
     queued: int = 1024
     request_timeout_s: float = 600.0
@@ -41,7 +45,8 @@ class Limits:
     drain_timeout_s: float = 30.0
 
     def __post_init__(self) -> None:
-        for name in ("body_bytes", "prompt_tokens", "max_tokens", "sequences", "concurrent", "queued"):
+        counts = ("body_bytes", "prompt_tokens", "max_tokens", "sequences", "logprobs", "inputs")
+        for name in (*counts, "concurrent", "queued"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"Limits({name}=...): expected >= 1, got {value!r}")

@@ -48,7 +48,7 @@ class EngineLoop:
         self._streams: dict[str, Stream] = {}
         self._unstarted: set[str] = set()
         self._lock = threading.Lock()
-        self._outbox: list[tuple[list[Output], Stats, float]] = []
+        self._outbox: list[tuple[list[Output] | None, Stats, float]] = []
         self.stats = Stats()
         self.failure: EngineError | None = None
         self.failed = asyncio.Event()
@@ -108,6 +108,10 @@ class EngineLoop:
                 self._watch.begun(name, time.perf_counter() if arrived_s is None else arrived_s)
         try:
             await self._call(lambda: self._add(names, jobs))
+        except Exception:
+            stream.refused()
+            stream.close()
+            raise
         except BaseException:
             # Also where the caller is cancelled: the thread may have added them, or be about to.
             stream.close()
@@ -137,7 +141,7 @@ class EngineLoop:
             self._streams.pop(request_id, None)
             self._unstarted.discard(request_id)
             if self._watch is not None:
-                self._watch.ended(request_id)
+                self._watch.ended(request_id, stream.num_unfinished(request_id), time.perf_counter())
 
     async def _call(self, function: Callable[[], T]) -> T:
         """Run `function` in the engine's thread, between two steps."""
@@ -156,12 +160,12 @@ class EngineLoop:
             outbox, self._outbox = self._outbox, []
         for outputs, stats, at_s in outbox:
             self.stats = stats
-            for output in outputs:
+            for output in outputs or ():
                 self._unstarted.discard(output.request_id)
                 stream = self._streams.get(output.request_id)
                 if stream is not None:  # nobody waits for one that was aborted while the step ran
                     stream.push(output)
-            if self._watch is not None:
+            if self._watch is not None and outputs is not None:
                 self._watch.stepped(outputs, stats, at_s)
 
     def _fail(self, error: BaseException) -> None:
@@ -200,7 +204,7 @@ class EngineLoop:
                 return False
             command()
         if num_commands and not self._engine.has_work:
-            self._publish([])  # an abort may have been the last thing for long
+            self._publish(None)  # an abort may have been the last thing for long
         return True
 
     def _add(self, names: Sequence[str], jobs: Sequence[Job]) -> None:
@@ -222,8 +226,8 @@ class EngineLoop:
         else:
             self._tell(_set_result, answer, result)
 
-    def _publish(self, outputs: list[Output]) -> None:
-        """Pass a step's outputs on; steps that end before the event loop looks go in one call."""
+    def _publish(self, outputs: list[Output] | None) -> None:
+        """Pass a step's outputs on (None: there was no step); steps that end meanwhile go in one call."""
         with self._lock:
             self._outbox.append((outputs, self._engine.stats(), time.perf_counter()))
             first = len(self._outbox) == 1

@@ -16,6 +16,7 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
 from ..output import Output, Stats
+from ..request import FinishReason
 
 SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 120.0, 300.0, 600.0)
 GAP_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.5, 1.0, 2.0, 5.0)
@@ -81,16 +82,19 @@ class Metrics:
 
     def stepped(self, outputs: Sequence[Output], stats: Stats, at_s: float) -> None:
         """A step has ended at `at_s` with these outputs."""
-        if outputs:
-            self._batch.observe(stats.batch_tokens)
+        self._batch.observe(stats.batch_tokens)
         for output in outputs:
             times = self._times.get(output.request_id)
             if times is not None:
                 self._time(times, output, at_s)
 
-    def ended(self, request_id: str) -> None:
-        """Nobody asks for a request any more."""
-        self._times.pop(request_id, None)
+    def ended(self, request_id: str, num_unfinished: int, at_s: float) -> None:
+        """Nobody asks for a request any more; so many of its sequences are aborted."""
+        times = self._times.pop(request_id, None)
+        if times is not None and num_unfinished:
+            self._finished.labels(FinishReason.ABORT.value).inc(num_unfinished)
+            for _ in range(num_unfinished):
+                self._whole.observe(at_s - times.begun_s)
 
     def answered(self, route: str, status: int) -> None:
         """An answer was sent."""

@@ -8,9 +8,11 @@ In: the models of `schemas`. Out: an `Asked`, whose jobs `loop` queues. Tokenizi
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
+
+from pydantic import JsonValue
 
 from ..request import SamplingParams
 from .errors import ApiError, bad
@@ -23,7 +25,7 @@ from .schemas import (
     ResponseFormat,
     Sampling,
 )
-from .templates import ChatTemplate, demanded_call
+from .templates import ChatTemplate, output_schema
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -67,6 +69,7 @@ class Prompts:
     Args:
         tokenizer: the model's.
         max_model_len: most tokens of prompt and output.
+        room: see `Engine.room`.
         served_name: the model's name in the API.
         adapters: names of adapters, each a model in the API.
         limits: see `Limits`.
@@ -76,6 +79,7 @@ class Prompts:
         self,
         tokenizer: PreTrainedTokenizerBase,
         max_model_len: int,
+        room: Callable[[int, int], int],
         *,
         served_name: str,
         adapters: Sequence[str] = (),
@@ -83,6 +87,7 @@ class Prompts:
     ) -> None:
         self._tokenizer = tokenizer
         self._max_model_len = max_model_len
+        self._room = room
         self._served_name = served_name
         self._adapters = frozenset(adapters)
         self._limits = limits
@@ -92,7 +97,8 @@ class Prompts:
         """Read a request for completions."""
         if request.max_tokens == 0 and not request.echo:
             raise bad("max_tokens", "expected >= 1 (or echo, to score a prompt), got 0")
-        params = self._params(request, _stops(request), _shape(request.response_format))
+        shape = _shape(request.response_format)
+        params = self._params(request, _stops(request), None if shape is None else json.dumps(shape))
         params = replace(
             params,
             best_of=request.best_of,
@@ -100,21 +106,16 @@ class Prompts:
             prompt_logprobs=request.logprobs if request.echo else None,
         )
         wanted = None if request.max_tokens is None else max(1, request.max_tokens)
-        jobs = [
-            self._job(request, ids, params, wanted, DEFAULT_MAX_TOKENS)
-            for ids in self._token_ids(request.prompt)
-        ]
+        prompts = self._token_ids(request.prompt)
+        jobs = [self._job(request, ids, params, wanted, DEFAULT_MAX_TOKENS, len(prompts)) for ids in prompts]
         return self._asked(request, jobs)
 
     def chat(self, request: ChatRequest) -> Asked:
         """Read a request for a chat completion."""
         if request.top_logprobs is not None and not request.logprobs:
             raise bad("top_logprobs", "expected logprobs true beside it, got none")
-        schema, tools = demanded_call(request)
-        shape = _shape(request.response_format)
-        if schema is not None and shape is not None:
-            raise bad("response_format", "expected none where tool_choice demands a call")
-        params = self._params(request, _stops(request), schema or shape)
+        schema, tools = output_schema(request, _shape(request.response_format))
+        params = self._params(request, _stops(request), schema)
         if request.logprobs:
             params = replace(params, logprobs=request.top_logprobs or 0)
         token_ids = self._encode(self._template.render(request, tools), special=False)
@@ -128,8 +129,8 @@ class Prompts:
         if self._adapter(request.model) is not None:
             raise bad("model", f"expected {self._served_name!r}: adapters give no embeddings")
         prompts = [self._checked(ids) for ids in self._token_ids(request.input)]
-        if len(prompts) > self._limits.sequences:
-            raise bad("input", f"expected at most {self._limits.sequences} texts, got {len(prompts)}")
+        if len(prompts) > self._limits.inputs:
+            raise bad("input", f"expected at most {self._limits.inputs} texts, got {len(prompts)}")
         return prompts
 
     def text_of(self, token_ids: Sequence[int]) -> str:
@@ -159,11 +160,13 @@ class Prompts:
         params: SamplingParams,
         wanted: int | None,
         default: int,
+        num_prompts: int = 1,
     ) -> Job:
         """A prompt with as many tokens of output as it may have."""
         token_ids = self._checked(token_ids)
         room = self._max_model_len - len(token_ids)
         most = min(room, self._limits.max_tokens or room)
+        scored = self._most_scored(params, len(token_ids), num_prompts)
         if wanted is not None and wanted > most:
             raise ApiError(
                 400,
@@ -171,8 +174,26 @@ class Prompts:
                 code="context_length_exceeded" if wanted > room else "max_tokens_exceeded",
                 param="max_tokens",
             )
-        params = replace(params, max_tokens=min(default, most) if wanted is None else wanted)
+        if scored < (wanted or 1):
+            raise bad(
+                "logprobs",
+                f"expected at most {self._limits.logprobs} log-probabilities (sequences times tokens times "
+                f"logprobs + 1), got {wanted or 1} tokens where {max(0, scored)} fit; ask for less",
+            )
+        if wanted is None:
+            held = self._room(len(token_ids), params.num_sequences)
+            wanted = min(
+                default, most, scored, max(1, held)
+            )  # the engine says why it refuses what has no room
+        params = replace(params, max_tokens=wanted)
         return Job(token_ids, params, request.priority or 0, self._adapter(request.model))
+
+    def _most_scored(self, params: SamplingParams, num_prompt_tokens: int, num_prompts: int) -> int:
+        """Tokens of each output that the limit of log-probabilities leaves."""
+        if params.logprobs is None:
+            return self._max_model_len
+        most = self._limits.logprobs // (num_prompts * params.num_sequences * (params.logprobs + 1))
+        return most if params.prompt_logprobs is None else most - num_prompt_tokens
 
     def _asked(self, request: Sampling, jobs: list[Job], tools: tuple[str, ...] = ()) -> Asked:
         num_sequences = len(jobs) * jobs[0].params.num_sequences
@@ -218,12 +239,12 @@ def _stops(request: Sampling) -> tuple[str, ...]:
     return (stop,) if isinstance(stop, str) else tuple(stop or ())
 
 
-def _shape(wanted: ResponseFormat | None) -> str | None:
+def _shape(wanted: ResponseFormat | None) -> dict[str, JsonValue] | None:
     """The JSON schema that an output must fit."""
     if wanted is None or wanted.type == "text":
         return None
     if wanted.type == "json_object":
-        return json.dumps({"type": "object"})
+        return {"type": "object"}
     if wanted.json_schema is None:
         raise bad("response_format", "expected json_schema in it, got none")
-    return json.dumps(wanted.json_schema.schema_)
+    return wanted.json_schema.schema_

@@ -2,7 +2,8 @@
 
 Holds the loop, the limits and the numbers, and stops in order. A request takes a place (`admission`), its prompt is
 read in the reader's thread (`prompts`), the engine is asked (`loop`), and what comes back is sent whole or as
-events (`answers`, `sse`). Whatever happens on the way, the stream is closed and the place is free again at the end.
+events (`answers`, `sse`); with log-probabilities the reader's thread writes it. Whatever happens on the way, the stream
+is closed and the place is free again at the end.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from starlette.responses import Response
 from ..errors import ConfigError, OverloadedError, RequestError
 from .admission import Admission
 from .answer_schemas import Embeddings, Health, ServerStats, dumped
-from .answers import Answers
+from .answers import Answers, has_logprobs
 from .chat_answers import ChatAnswers
 from .completion_answers import CompletionAnswers
 from .embeddings import embeddings
@@ -59,6 +60,7 @@ class Service:
         self._prompts = Prompts(
             engine.tokenizer,
             engine.max_model_len,
+            engine.room,
             served_name=self.served_name,
             adapters=config.adapters,
             limits=config.limits,
@@ -145,8 +147,7 @@ class Service:
             stack.enter_context(self.admission.slot())
             stream, answers = await self._within(http, self._open(read, arrived_s, stack), arrived_s)
             if not request.stream:
-                pieces = await self._within(http, stream.read_all(), arrived_s)
-                return _json(dumped(answers.whole(pieces)))
+                return _json(await self._within(http, self._whole(stream, answers), arrived_s))
             timeout_s = self.config.limits.request_timeout_s
             timer = asyncio.get_running_loop().call_later(
                 arrived_s + timeout_s - time.perf_counter(), stream.fail, late(timeout_s)
@@ -156,6 +157,7 @@ class Service:
                 stream,
                 answers,
                 describe=describe,
+                in_thread=self._read,
                 write_timeout_s=self.config.limits.write_timeout_s,
                 close=stack.pop_all().close,
             )
@@ -170,6 +172,14 @@ class Service:
         stream = await self.loop.open(uuid.uuid4().hex, asked.jobs, arrived_s=arrived_s)
         stack.callback(stream.close)
         return stream, answers
+
+    async def _whole(self, stream: Stream, answers: Answers) -> str:
+        pieces = await stream.read_all()
+
+        def dump() -> str:
+            return dumped(answers.whole(pieces))
+
+        return await self._read(dump) if has_logprobs(pieces) else dump()
 
     async def _read(self, read: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._reader, read)

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Coroutine, Sequence
+import logging
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from .answer_schemas import Answer, dumped
-from .answers import Answers
-from .errors import ApiError
+from .answers import Answers, has_logprobs
+from .errors import ApiError, internal
 from .stream import Stream
 
+logger = logging.getLogger(__name__)
 KEEP_ALIVE_S = 15.0  # proxies cut connections that say nothing for a minute; a comment is no event
 T = TypeVar("T")
 
@@ -62,7 +64,8 @@ class EventStream(Response):
     Args:
         stream: read to its end.
         answers: turn its pieces into chunks.
-        describe: turns what the stream raises into an error to send.
+        describe: turns what the stream raises into an error to send; raises what it does not know.
+        in_thread: runs what would hold up the event loop.
         write_timeout_s: that a reader may stand still.
         close: called when all is sent, or cannot be.
     """
@@ -75,6 +78,7 @@ class EventStream(Response):
         answers: Answers,
         *,
         describe: Callable[[Exception], ApiError],
+        in_thread: Callable[[Callable[[], bytes]], Awaitable[bytes]],
         write_timeout_s: float,
         close: Callable[[], None],
     ) -> None:
@@ -83,6 +87,7 @@ class EventStream(Response):
         self._stream = stream
         self._answers = answers
         self._describe = describe
+        self._in_thread = in_thread
         self._write_timeout_s = write_timeout_s
         self._close = close
 
@@ -109,11 +114,20 @@ class EventStream(Response):
         """What there is to send, and whether more comes."""
         try:
             pieces = await self._stream.read()
-        except Exception as error:
-            return _event(json.dumps(self._describe(error).as_json())), False
-        if pieces:
+            if not pieces:
+                return _events(self._answers.last_chunks()) + _event("[DONE]"), False
+            if has_logprobs(pieces):
+                return await self._in_thread(lambda: _events(self._answers.chunks(pieces))), True
             return _events(self._answers.chunks(pieces)), True
-        return _events(self._answers.last_chunks()) + _event("[DONE]"), False
+        except Exception as error:
+            return _event(json.dumps(self._told(error).as_json())), False
+
+    def _told(self, error: Exception) -> ApiError:
+        try:
+            return self._describe(error)
+        except Exception:
+            logger.exception("a stream failed")
+            return internal()
 
     async def _put(self, send: Send, message: Message) -> None:
         """Send, or cancel this task if the reader stands still for too long."""

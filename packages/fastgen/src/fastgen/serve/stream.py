@@ -84,6 +84,14 @@ class Stream:
         """Engine requests that have sequences still to end."""
         return [request_id for request_id, left in self._unfinished.items() if left > 0]
 
+    def num_unfinished(self, request_id: str) -> int:
+        """Sequences of an engine request that are still to end."""
+        return self._unfinished[request_id]
+
+    def refused(self) -> None:
+        """The engine has taken none of the prompts: nothing is to end."""
+        self._unfinished = dict.fromkeys(self._unfinished, 0)
+
     def push(self, output: Output) -> None:
         """Take one output of the engine."""
         if output.finish_reason is not None:

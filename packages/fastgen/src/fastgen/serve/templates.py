@@ -9,6 +9,8 @@ import inspect
 import json
 from typing import TYPE_CHECKING, Any
 
+from pydantic import JsonValue
+
 from .errors import ApiError, bad
 from .schemas import ChatRequest, Message, NamedTool
 from .tools import call_schema
@@ -53,21 +55,28 @@ class ChatTemplate:
             raise bad("messages", f"expected what the chat template takes; it says: {error}") from error
 
 
-def demanded_call(request: ChatRequest) -> tuple[str | None, list[Any]]:
-    """The JSON schema of a call if there must be one, and the tools that the template is told of."""
+def output_schema(request: ChatRequest, answer: dict[str, JsonValue] | None) -> tuple[str | None, list[Any]]:
+    """The JSON schema that the output must fit, if any, and the tools that the template is told of.
+
+    Args:
+        request: may offer tools, or demand a call.
+        answer: the schema of an answer, where the request has one.
+    """
     choice, tools = request.tool_choice, request.tools or []
     if not tools and choice not in (None, "none", "auto"):
         raise bad("tool_choice", "expected tools beside it, got none")
     if not tools or choice == "none":
-        return None, []
+        return None if answer is None else json.dumps(answer), []
     functions = [tool.function for tool in tools]
     if isinstance(choice, NamedTool):
         functions = [function for function in functions if function.name == choice.function.name]
         if not functions:
             raise bad("tool_choice", f"expected a tool that is given, got {choice.function.name!r}")
     demanded = choice == "required" or isinstance(choice, NamedTool)
+    if demanded and answer is not None:
+        raise bad("response_format", "expected none where tool_choice demands a call")
     told = [tool.model_dump(exclude_none=True) for tool in tools]
-    return (call_schema(functions) if demanded else None), told
+    return (call_schema(functions, answer) if demanded or answer is not None else None), told
 
 
 def _message(message: Message) -> dict[str, Any]:

@@ -20,6 +20,10 @@ from .schemas import FunctionSpec
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 BLOCK = re.compile(rf"{OPEN}\s*(.*?)\s*(?:{CLOSE}|\Z)", re.DOTALL)
 
+# Of JSON schemas: what stands below these keywords is no schema; below those are schemas by name.
+VALUES = frozenset({"const", "enum", "default", "examples"})
+BY_NAME = frozenset({"properties", "patternProperties", "dependentSchemas", "$defs", "definitions"})
+
 
 @dataclass(frozen=True)
 class Call:
@@ -76,12 +80,15 @@ class ToolReader:
         return [call for call in found if call is not None] if all(found) else []
 
     def _call(self, value: JsonValue) -> Call | None:
-        if not isinstance(value, dict) or value.get("name") not in self._names:
+        name = value.get("name") if isinstance(value, dict) else None
+        if not isinstance(value, dict) or not isinstance(name, str) or name not in self._names:
             return None
         arguments = value.get("arguments", value.get("parameters", {}))
         if not isinstance(arguments, str):
             arguments = json.dumps(arguments, ensure_ascii=False)
-        return Call(f"call_{uuid.uuid4().hex[:24]}", str(value["name"]), arguments)
+        # Halves of UTF-16 pairs, which no encoding takes, as JSON escapes them.
+        arguments = arguments.encode(errors="backslashreplace").decode()
+        return Call(f"call_{uuid.uuid4().hex[:24]}", name, arguments)
 
 
 def _first_marker(text: str) -> int:
@@ -95,18 +102,42 @@ def _first_marker(text: str) -> int:
     return len(text)
 
 
-def call_schema(functions: Sequence[FunctionSpec]) -> str:
-    """The JSON schema of a call of one of `functions`."""
-    calls: list[JsonValue] = [
-        {
-            "type": "object",
-            "properties": {
-                "name": {"const": function.name},
-                "arguments": function.parameters if function.parameters is not None else {"type": "object"},
-            },
-            "required": ["name", "arguments"],
-            "additionalProperties": False,
-        }
-        for function in functions
+def call_schema(functions: Sequence[FunctionSpec], answer: JsonValue = None) -> str:
+    """The JSON schema of a call of one of `functions`, or of an answer where that has a schema, too."""
+    num_choices = len(functions) + (answer is not None)
+    places = [f"/anyOf/{number}" for number in range(num_choices)] if num_choices > 1 else [""]
+    choices = [] if answer is None else [placed(answer, places[0])]
+    choices += [
+        _one_call(function, place) for function, place in zip(functions, places[len(choices) :], strict=True)
     ]
-    return json.dumps(calls[0] if len(calls) == 1 else {"anyOf": calls})
+    return json.dumps({"anyOf": choices} if num_choices > 1 else choices[0])
+
+
+def _one_call(function: FunctionSpec, place: str) -> JsonValue:
+    parameters: JsonValue = function.parameters if function.parameters is not None else {"type": "object"}
+    return {
+        "type": "object",
+        "properties": {
+            "name": {"const": function.name},
+            "arguments": placed(parameters, f"{place}/properties/arguments"),
+        },
+        "required": ["name", "arguments"],
+        "additionalProperties": False,
+    }
+
+
+def placed(schema: JsonValue, place: str) -> JsonValue:
+    """A schema as it must be at a place (a JSON pointer) in another: its references to itself lead there."""
+    if isinstance(schema, list):
+        return [placed(each, place) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {keyword: _placed_value(keyword, value, place) for keyword, value in schema.items()}
+
+
+def _placed_value(keyword: str, value: JsonValue, place: str) -> JsonValue:
+    if keyword == "$ref" and isinstance(value, str) and (value == "#" or value.startswith("#/")):
+        return f"#{place}{value[1:]}"
+    if keyword in BY_NAME and isinstance(value, dict):
+        return {name: placed(each, place) for name, each in value.items()}
+    return value if keyword in VALUES else placed(value, place)

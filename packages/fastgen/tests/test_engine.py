@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import replace
-from functools import lru_cache
 
 import llguidance
 import pytest
 import torch
 from engine_lab import engine_of, expected, prompts, run, tiny_llama, tokens
-from fastgen import ConfigError, EngineConfig, RequestError, SamplingParams, Speculation, build_engine
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from fastgen import EngineConfig, RequestError, SamplingParams, Speculation, build_engine
 
 COUNT = 24
 GREEDY = SamplingParams(max_tokens=COUNT, temperature=0.0, ignore_eos=True)
@@ -261,46 +257,3 @@ def test_no_sequence_is_longer_than_the_cache(caplog):
     assert engine.room(30, 1) == 50
     outputs = run(engine, {"a": ([1] * 30, replace(GREEDY, max_tokens=engine.room(30, 1)))})
     assert len(tokens(outputs["a"])) >= 1
-
-
-TOKEN = st.one_of(st.integers(0, 262), st.integers(0, 2**31 - 1))
-EXTREMES = st.fixed_dictionaries(
-    {
-        "max_tokens": st.integers(1, 6),
-        "temperature": st.sampled_from([0.0, 1e-40, 1e-6, 1.0, 100.0]),
-        "top_k": st.sampled_from([0, 1, 2**31 - 1]),
-        "top_p": st.sampled_from([1e-30, 1e-3, 1.0]),
-        "min_p": st.sampled_from([0.0, 1e-30, 1.0]),
-        "repetition_penalty": st.sampled_from([1e-30, 1.0, 100.0]),
-        "presence_penalty": st.sampled_from([-2.0, 0.0, 2.0]),
-        "frequency_penalty": st.sampled_from([-2.0, 0.0, 2.0]),
-        "logit_bias": st.none() | st.dictionaries(TOKEN, st.sampled_from([-100.0, 100.0]), max_size=4),
-        "stop_token_ids": st.lists(TOKEN, max_size=3).map(tuple),
-        "min_tokens": st.integers(0, 6),
-        "ignore_eos": st.booleans(),
-        "n": st.integers(1, 3),
-        "beam_width": st.sampled_from([0, 0, 1, 4, 64]),
-        "length_penalty": st.sampled_from([-10.0, 1.0, 10.0]),
-        "logprobs": st.sampled_from([None, 0, 20, 100]),
-        "prompt_logprobs": st.sampled_from([None, 0, 20]),
-        "seed": st.sampled_from([None, 0, 2**63 - 1, -(2**63)]),
-    }
-)
-
-
-@settings(max_examples=60, deadline=None)
-@given(several=st.lists(EXTREMES, min_size=1, max_size=4))
-def test_no_request_ends_an_engine(several):
-    engine = hardy_engine()
-    for number, given_ in enumerate(several):
-        with suppress(RequestError, ConfigError):
-            engine.add(str(number), [5, 6, 7], SamplingParams(**given_))
-    while engine.has_work:
-        engine.step()
-    found = run(engine, {"after": ([1, 2, 3], replace(GREEDY, max_tokens=4))})
-    assert len(tokens(found["after"])) == 4
-
-
-@lru_cache
-def hardy_engine():
-    return engine_of()

@@ -160,18 +160,41 @@ def test_stop_and_try_again(browser: Any, served: Served) -> None:
 
 def test_errors_are_told(browser: Any, served: Served) -> None:
     open_page(browser, served)
+    set_value(browser, "system", "")
     set_value(browser, "max_tokens", "100000")
     say(browser, "Hello")
     wait_until(lambda: "max_tokens: expected at most" in text(browser, ".turn.failed"))
     browser.get_log("browser")  # the browser reports the 400
-    # What was not answered has not been said, and is in the box again.
     set_value(browser, "max_tokens", "5")
+    # What was not answered has not been said: its text is back in the box, and is told once.
     box = browser.find_element("id", "text")
-    assert box.get_attribute("value") == "Hello"
-    box.send_keys("\n")
+    assert box.get_property("value") == "Hello"
+    say(browser, " again")
     wait_until(lambda: "cut at the most tokens" in browser.find_elements("css selector", ".foot")[-1].text)
     told = served.engine.tokenizer.decode(served.engine.seen[-1]["prompt_ids"])
-    assert told.count("<|user|>") == 1
+    assert told == "<|user|>Hello again<|end|>\n<|assistant|>"
+    set_value(browser, "max_tokens", "512")
+
+
+def test_trying_again_tells_the_turn_once(browser: Any, served: Served) -> None:
+    open_page(browser, served)
+    set_value(browser, "system", "")
+    set_value(browser, "max_tokens", "100000")
+    say(browser, "Hello")
+    wait_until(lambda: "max_tokens: expected at most" in text(browser, ".turn.failed"))
+    browser.get_log("browser")
+    set_value(browser, "max_tokens", "5")
+    browser.find_element("css selector", ".retry").click()
+    wait_until(lambda: "cut at the most tokens" in text(browser, ".turn.assistant .foot"))
+    assert browser.find_element("id", "text").get_property("value") == ""
+    told = served.engine.tokenizer.decode(served.engine.seen[-1]["prompt_ids"])
+    assert told == "<|user|>Hello<|end|>\n<|assistant|>"
+    say(browser, "And now?")
+    wait_until(lambda: len(browser.find_elements("css selector", ".turn.assistant")) == 2)
+    wait_until(lambda: not browser.find_elements("css selector", ".live"))
+    told = served.engine.tokenizer.decode(served.engine.seen[-1]["prompt_ids"])
+    assert told.count("<|user|>") == 2
+    assert told.count("<|assistant|>") == 2
     set_value(browser, "max_tokens", "512")
 
 

@@ -25,7 +25,8 @@ class SamplingParams:
         top_k: only the k most likely; 0 for all.
         top_p: only the most likely that together have this probability.
         min_p: only those at least this fraction as likely as the most likely.
-        repetition_penalty: divides positive logits of tokens seen (prompt and output), multiplies negative ones.
+        repetition_penalty: divides positive logits of tokens seen (prompt and output), multiplies negative ones; 0.01
+            to 100.
         presence_penalty: subtracted from the logits of tokens in the output.
         frequency_penalty: subtracted for each time that a token is in the output.
         logit_bias: added to the logits of some tokens, by id; -100 all but bans one, 100 all but demands it.
@@ -74,7 +75,7 @@ class SamplingParams:
             ("top_k", self.top_k >= 0, ">= 0 (0: all tokens)"),
             ("top_p", 0.0 < self.top_p <= 1.0, "above 0 and at most 1"),
             ("min_p", 0.0 <= self.min_p <= 1.0, "between 0 and 1"),
-            ("repetition_penalty", 0.0 < self.repetition_penalty <= 100.0, "above 0"),
+            ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100.0, "between 0.01 and 100"),
             ("presence_penalty", -2.0 <= self.presence_penalty <= 2.0, "between -2 and 2"),
             ("frequency_penalty", -2.0 <= self.frequency_penalty <= 2.0, "between -2 and 2"),
             ("logit_bias", all(map(math.isfinite, (self.logit_bias or {}).values())), "finite numbers"),

@@ -123,7 +123,7 @@ class Sampling(Inert):
     # Beyond OpenAI's.
     top_k: Int | None = Field(None, ge=0, lt=2**31, description="Only the k most likely tokens; 0: all.")
     min_p: float | None = Field(None, ge=0.0, le=1.0)
-    repetition_penalty: float | None = Field(None, gt=0.0, le=100.0)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100.0)
     min_tokens: Int | None = Field(None, ge=0, lt=2**31)
     stop_token_ids: Annotated[Several[TokenId], Field(max_length=64)] | None = None
     ignore_eos: bool | None = None

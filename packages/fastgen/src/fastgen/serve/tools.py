@@ -130,7 +130,7 @@ def placed(schema: JsonValue, place: str) -> JsonValue:
     """A schema as it must be at a place (a JSON pointer) in another: its references to itself lead there."""
     if isinstance(schema, list):
         return [placed(each, place) for each in schema]
-    if not isinstance(schema, dict):
+    if not isinstance(schema, dict) or "$id" in schema:  # with a name, references lead to it wherever it is
         return schema
     return {keyword: _placed_value(keyword, value, place) for keyword, value in schema.items()}
 

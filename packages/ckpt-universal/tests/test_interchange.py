@@ -280,3 +280,13 @@ def test_the_command(tmp_path, capsys):
     assert data.name in capsys.readouterr().out
     assert command(["inspect", str(tmp_path / "nowhere")]) == 2
     assert "no committed checkpoint" in capsys.readouterr().err
+
+
+def test_dcp_takes_lists_and_says_what_it_does_not(tmp_path):
+    state = {"model": {"w": torch.ones(3)}, "groups": [{"lr": 0.1, "betas": [0.9, 0.99]}], "raw": b"xyz"}
+    ckpt.save(tmp_path / "run", state, step=1)
+    _, left_out = ckpt.convert(tmp_path / "run", tmp_path / "dcp", to="dcp")
+    assert [line.partition(":")[0] for line in left_out] == ["raw"]
+    into = {"groups.0.betas.1": 0.0}
+    dcp.load(into, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    assert into["groups.0.betas.1"] == 0.99

@@ -161,3 +161,23 @@ def test_a_reader_that_ends_early_is_no_traceback(tmp_path):
     done.stdout.close()
     said = done.stderr.read().decode()
     assert (done.wait(), said) == (141, "")
+
+
+def tied(file, found):
+    """As DeepSpeed writes a parameter of two names at stage 3: without elements, and a note whose it is."""
+    if "model_states" in file.name:
+        module = {**found["module"], "also.a": torch.empty(0), "lost": torch.empty(0)}
+        return {**found, "module": module, "shared_params": {"also.a": "a.weight"}}
+    return found
+
+
+def test_a_name_that_shares_anothers_parameter(monkeypatch):
+    load = unpickle.load_tensors
+    monkeypatch.setattr(deepspeed, "load_tensors", lambda file: tied(file, load(file)))
+    source = open_source(DATA / "deepspeed-stage3-bf16")
+    names = ("model.a.weight", "model.also.a")
+    one, other = (source.read(name, whole_box(source.tensors[name].shape)) for name in names)
+    assert torch.equal(one, other)
+    assert one.numel()
+    assert "model.lost" not in source.tensors
+    assert any("'lost'" in line for line in source.left_out)

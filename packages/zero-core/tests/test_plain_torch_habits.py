@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 
@@ -374,3 +375,49 @@ def dropped(rank: int, world_size: int, stage: int) -> list[str]:
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_model_that_is_dropped_is_gone(stage: int) -> None:
     assert run_ranks(dropped, 2, 2, stage) == [[], []]
+
+
+def saved_edits(rank: int, world_size: int, stage: int) -> None:
+    """What was written by hand since the last step is in a checkpoint, masters and all; training goes on from it."""
+
+    def build():
+        model = zero.shard(seeded(stack), dp_mesh(world_size), stage=stage, precision=BF16)
+        return model, zero.ShardedOptimizer(model, AdamW(model.parameters(), lr=1e-3))
+
+    def step(model, opt, number: int) -> None:
+        torch.manual_seed(100 * number + rank)
+        model(torch.randn(2, 64)).square().mean().backward()
+        opt.step()
+        opt.zero_grad()
+
+    model, opt = build()
+    step(model, opt, 0)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.clamp_(-0.02, 0.02)
+    own = copy.deepcopy(opt.state_dict())
+    parts = {name: shard.local.clone() for name, shard in zero.sharded_state(model, opt).items()}
+    scalars, edited = zero.optimizer_scalars(opt), zero.full_state_dict(model)
+    found = []
+    for way in ("sharded", "own"):
+        other, its = build()
+        if way == "sharded":
+            zero.load_sharded_state(other, its, parts)
+            zero.load_optimizer_scalars(its, scalars)
+        else:
+            zero.load_full_state_dict(other, edited)
+            its.load_state_dict(own)
+        assert all(torch.equal(value, edited[name]) for name, value in zero.full_state_dict(other).items()), (
+            way
+        )
+        found.append((other, its))
+    for each, optimizer in ((model, opt), *found):
+        step(each, optimizer, 1)
+    expected = zero.full_state_dict(model)
+    for each, _ in found:
+        assert all(torch.equal(value, expected[name]) for name, value in zero.full_state_dict(each).items())
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_values_written_by_plain_torch_are_in_a_checkpoint(stage: int) -> None:
+    run_ranks(saved_edits, 2, 2, stage)

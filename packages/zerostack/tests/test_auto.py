@@ -109,3 +109,35 @@ def test_without_a_program_auto_stays_open_and_says_so():
 
 def test_every_auto_path_is_a_documented_key():
     assert all(TABLE.get(path) is not None for path, _ in paths())
+
+
+@pytest.mark.parametrize(
+    ("given", "steps"),
+    [
+        ({"warmup_steps": 0, "warmup_ratio": 0.03, "max_steps": 1010}, 31),
+        ({"warmup_steps": 7, "warmup_ratio": 0.03, "max_steps": 1010}, 7),
+        ({"warmup_steps": 0, "warmup_ratio": 0.0, "max_steps": 1010}, 0),
+    ],
+)
+def test_a_warm_up_may_be_a_ratio(given, steps):
+    raw = {
+        "train_batch_size": 1,
+        "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": "auto", "warmup_max_lr": 0.1}},
+    }
+    result = effective(raw, Surroundings(model=model(), args=SimpleNamespace(**given)))
+    assert result.config.scheduler.params.warmup_num_steps == steps
+
+
+def test_a_ratio_of_steps_that_nobody_knows_is_refused():
+    raw = {"train_batch_size": 1, "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": "auto"}}}
+    args = SimpleNamespace(warmup_steps=0, warmup_ratio=0.1, max_steps=-1)
+    with pytest.raises(ConfigError, match="warmup_ratio and max_steps"):
+        effective(raw, Surroundings(model=model(), args=args))
+
+
+def test_auto_that_is_a_value_of_its_own_stays():
+    auto = {"select_strategy": "auto", "select_interval": "auto", "update_interval": "auto"}
+    zero = {"stage": 2, "offload_optimizer": {"device": "cpu"}, "zenflow": auto}
+    result = effective({"train_batch_size": 1, "zero_optimization": zero}, Surroundings(model=model()))
+    section = result.config.zero_optimization.zenflow
+    assert (section.select_strategy, section.select_interval, section.update_interval) == ("auto",) * 3

@@ -12,9 +12,11 @@ import torch
 import torch.distributed as dist
 import zero_core as zero
 import zerostack
+import zerostack_models
 from torch import nn
 from torch.utils.data import Dataset
 from zero_core.testing import run_ranks
+from zerostack.loader import EpochLoader
 from zerostack_models import CLASSES, Small, config
 
 DEEPSPEED = Path(__file__).parents[2] / "ckpt-universal" / "tests" / "data"
@@ -171,3 +173,109 @@ def test_a_model_of_someone_else_is_loaded_alone(tmp_path, solo):
     engine.load_checkpoint(tmp_path, load_module_only=True)
     found = zero.full_state_dict(engine.module)
     assert all(torch.equal(found[name], tensor) for name, tensor in Small(seed=4).state_dict().items())
+
+
+class Noisy(nn.Module):
+    """Draws from torch's own generator in forward, as dropout does."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.drop = Small(), nn.Dropout(0.5)
+        self.gain = nn.Parameter(torch.ones(64))
+
+    def forward(self, tokens):
+        return self.inner(tokens) * self.drop(self.gain).mean()
+
+
+def noisy(rank, root):
+    raw = config(2, micro=6)
+    made = [zerostack.initialize(model=Noisy(), training_data=Numbered(), config=raw) for _ in range(2)]
+    (engine, _, loader, _), (again, _, its, _) = made
+    torch.manual_seed(5 + rank)
+    batches = epochs(loader)
+    train(engine, batches, 3)
+    engine.save_checkpoint(root)
+    expected = train(engine, batches, 4)
+    torch.manual_seed(99)
+    again.load_checkpoint(root)
+    assert train(again, epochs(its), 4) == expected
+
+
+def test_a_loader_leaves_the_models_random_numbers_alone(tmp_path):
+    run_ranks(noisy, 2, tmp_path)
+
+
+def test_positions_that_ranks_do_not_divide(caplog):
+    data = list(range(60))
+
+    def loader(rank, world):
+        return EpochLoader(data, batch_size=4, rank=rank, world=world, seed=1, collate_fn=list)
+
+    seen = []
+    for rank in range(4):
+        each = loader(rank, 4)
+        batches = iter(each)
+        seen += [sample for _ in range(3) for sample in next(batches)]
+    position = each.state_dict()
+    assert position == {"epoch": 1, "samples": 48}
+    for world in (1, 2, 3):
+        rest = []
+        for rank in range(world):
+            other = loader(rank, world)
+            other.load_state_dict(position)
+            batches = iter(other)
+            rest += next(batches)
+            assert other.state_dict()["samples"] == 48 + 4 * world
+            rest += [sample for batch in batches for sample in batch]
+        assert sorted([*seen, *rest]) == data
+    assert not caplog.records
+    loader(0, 7).load_state_dict(position)
+    assert "6 of 48 samples" in caplog.text
+
+
+def rolled_back(rank, root):
+    """To before the first step, and to before a part of the model had moved: as it was then, moments and counts too."""
+    first = zerostack.initialize(model=Small(), config=config(2))[0]
+    first.save_checkpoint(root, tag="start")
+    expected = train_on(first, rank, range(4))
+    first.load_checkpoint(root, tag="start")
+    assert first.global_steps == 0
+    assert train_on(first, rank, range(4)) == expected
+
+
+def train_on(engine, rank, steps):
+    return [float(loss) for loss in zerostack_models.train(engine, rank, steps)]
+
+
+def test_rolling_back_to_before_the_first_step(tmp_path):
+    run_ranks(rolled_back, 2, tmp_path)
+
+
+def without_moments(rank, root):
+    raw = config(1, optimizer={"type": "AdamW", "params": {"lr": 0.01}})
+    raw["gradient_clipping"] = 0.0
+    engine = zerostack.initialize(model=Theirs(), config=raw)[0]
+    engine.load_checkpoint(root)
+    assert engine.global_steps == 3
+    assert zero.optimizer_scalars(engine.optimizer) == {
+        name: {} for name in zero.optimizer_scalars(engine.optimizer)
+    }
+    before = zero.full_state_dict(engine.module)
+    engine.backward(engine(torch.ones(2, 7)))
+    engine.step()
+    after = zero.full_state_dict(engine.module)
+    moved = max(float((after[name] - before[name]).abs().max()) for name in after)
+    assert moved <= 0.0105, "a first step of Adam is lr long"
+
+
+def test_a_state_that_was_left_out_begins_anew(tmp_path):
+    """DeepSpeed without ZeRO: its optimizer's state has no names, and is not taken over."""
+    source = DEEPSPEED / "deepspeed-stage1-fp32"
+    folder = tmp_path / "theirs" / "global_step3"
+    folder.mkdir(parents=True)
+    (model,) = source.glob("*/mp_rank_00_model_states.pt")
+    (folder / model.name).write_bytes(model.read_bytes())
+    (tmp_path / "theirs" / "latest").write_text("global_step3")
+    ckpt.convert(tmp_path / "theirs", tmp_path / "run", to="step")
+    run_ranks(without_moments, 2, tmp_path / "run")

@@ -106,3 +106,23 @@ def engine_losses_of(rank, more):
 
 def test_losses_and_norms_are_those_of_ddp_at_every_stage():
     assert run_ranks(compare_rank, 2) == [True, True]
+
+
+def added_up(rank, stage, dtype):
+    """The norm of many micro-batches' gradients."""
+    raw = config(stage, gradient_accumulation_steps=16, bf16={"enabled": True})
+    raw["data_types"] = {"grad_accum_dtype": dtype}
+    engine = zerostack.initialize(model=Small(), config=raw)[0]
+    for micro in range(16):
+        engine.backward(engine(batch(micro, rank)))
+        engine.step()
+    return engine.get_global_grad_norm()
+
+
+def test_gradients_are_added_up_in_the_dtype_that_was_asked_for():
+    wide, narrow, sharded = (
+        run_ranks(added_up, 2, *case)[0] for case in ((1, "fp32"), (1, "bf16"), (2, "fp32"))
+    )
+    assert abs(wide - sharded) < 0.3 * abs(
+        narrow - sharded
+    )  # means travel in bf16, of which one stage rounds more

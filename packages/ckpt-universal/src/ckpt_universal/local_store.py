@@ -43,7 +43,10 @@ class LocalDirectory:
         """See `Directory`."""
         with _explained(self.path):
             existed = self._path.is_dir()
+            new = [each for each in (self._path, *self._path.parents) if not each.exists()]
             self._path.mkdir(parents=True, exist_ok=True)
+            for each in new:
+                _sync(each.parent)
         return not existed
 
     def names(self) -> list[str]:
@@ -94,11 +97,7 @@ class LocalDirectory:
 
     def _sync(self) -> None:
         """Make the names in the directory durable."""
-        handle = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        _sync(self._path)
 
     def sink(self, name: str, nbytes: int | None) -> LocalSink:
         """See `Directory`."""
@@ -314,3 +313,12 @@ class LocalSource:
     def close(self) -> None:
         """See `Source`."""
         os.close(self._handle)
+
+
+def _sync(folder: Path) -> None:
+    """Make the names in a directory durable."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

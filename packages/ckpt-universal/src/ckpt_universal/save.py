@@ -323,7 +323,12 @@ def _remove(directory: Directory, token: str) -> None:
 
 def _after(root: Directory, name: str, policy: SavePolicy) -> None:
     if policy.point_latest:
-        point_latest(root, name)
+        try:
+            point_latest(root, name)
+        except (CheckpointError, OSError) as error:
+            raise CheckpointError(
+                f"{root.path}: {name} is committed, and 'latest' still names another: {error}"
+            ) from error
     if policy.retention.keep_last is None:
         return
     try:

@@ -41,7 +41,14 @@ from .memory import MemoryPlan, plan_memory
 from .optimizer import ShardedOptimizer, clip_grad_norm, grad_norm
 from .precision import LossScaler, OverflowReport
 from .sharded_init import sharded_init
-from .state import Shard, load_optimizer_scalars, load_sharded_state, optimizer_scalars, sharded_state
+from .state import (
+    Shard,
+    forget_optimizer_state,
+    load_optimizer_scalars,
+    load_sharded_state,
+    optimizer_scalars,
+    sharded_state,
+)
 from .steppers import ShardOptimizer, ShardSlot, UnitStep
 from .stores import ShardStore, Stores
 from .tiling import tile_linear
@@ -86,6 +93,7 @@ __all__ = [
     "data_parallel_group",
     "diagnostics",
     "exchange",
+    "forget_optimizer_state",
     "full_state_dict",
     "get_full",
     "grad_norm",

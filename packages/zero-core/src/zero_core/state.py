@@ -48,7 +48,11 @@ def sharded_state(model: nn.Module, optimizer: ShardedOptimizer | None = None) -
     last). State of an optimizer that steps whole tensors is listed whole by the parameter's owner (at stage 0 by all),
     under its own shape. `load_sharded_state` is the way back.
     """
-    return _describe(model, optimizer, [unit.values() for unit in sharded(model).units])
+    units = sharded(model).units
+    for unit in units:  # masters say what was written to parameters, too
+        unit.settle()
+        unit.take_edits()
+    return _describe(model, optimizer, [unit.values() for unit in units])
 
 
 def _describe(
@@ -154,6 +158,13 @@ def optimizer_scalars(optimizer: ShardedOptimizer) -> dict[str, dict[str, float]
         }
         for holder in state_holders(optimizer)
     }
+
+
+def forget_optimizer_state(optimizer: ShardedOptimizer, names: Collection[str]) -> None:
+    """Have the optimizer begin anew with these parameters, on this rank's parts of them."""
+    for holder in state_holders(optimizer):
+        if holder.name in names:
+            optimizer.inner.state.pop(holder.param, None)
 
 
 def load_optimizer_scalars(optimizer: ShardedOptimizer, scalars: Mapping[str, Mapping[str, Any]]) -> None:

@@ -6,6 +6,7 @@ each value came from. Next: `config.parse`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -106,6 +107,17 @@ def _solved(around: Surroundings) -> Found | None:
     return ..., "auto"
 
 
+def _warmup_steps(around: Surroundings) -> Found | None:
+    """As the Trainer has it: a ratio counts where no steps are given."""
+    steps, ratio = (getattr(around.args, name, None) for name in ("warmup_steps", "warmup_ratio"))
+    if steps or not ratio:
+        return _from_args("warmup_steps")(around)
+    max_steps = getattr(around.args, "max_steps", None) or 0
+    if max_steps <= 0:
+        return None
+    return math.ceil(ratio * max_steps), "auto: args.warmup_ratio of args.max_steps"
+
+
 def _betas(around: Surroundings) -> Found | None:
     found = _from_optimizer("betas")(around)
     first, second = (getattr(around.args, f"adam_beta{i}", None) for i in (1, 2))
@@ -137,7 +149,7 @@ _RESOLVERS: Mapping[str, tuple[str, Callable[[Surroundings], Found | None]]] = {
         "the optimizer's lr or args.learning_rate",
         _from_optimizer("lr", "learning_rate", "lr"),
     ),
-    "scheduler.params.warmup_num_steps": ("args.warmup_steps", _from_args("warmup_steps")),
+    "scheduler.params.warmup_num_steps": ("args.warmup_steps, or warmup_ratio and max_steps", _warmup_steps),
     "scheduler.params.total_num_steps": ("args.max_steps", _from_args("max_steps")),
     "bf16.enabled": (
         "the dtype of the model's parameters or args.bf16",
@@ -165,6 +177,11 @@ _RESOLVERS: Mapping[str, tuple[str, Callable[[Surroundings], Found | None]]] = {
         lambda around: (..., "default"),
     ),
 }
+
+_DECIDED_LATER = frozenset(
+    f"zero_optimization.zenflow.{name}" for name in ("select_strategy", "select_interval", "update_interval")
+)
+"""Where "auto" is a value of its own."""
 
 
 def resolve(
@@ -217,6 +234,8 @@ def _replace(
 
 
 def _find(path: str, around: Surroundings, strict: bool, errors: list[str]) -> Found | None:
+    if path in _DECIDED_LATER:
+        return AUTO, "auto: decided while training"
     if path not in _RESOLVERS:
         errors.append(
             f'{path}: "auto" is not understood here; write a value, or leave the key out for its default'

@@ -16,7 +16,7 @@ import torch
 import zero_core as zero
 from zero_offload_nvme import OffloadedOptimizer
 
-from . import signs, snapshot
+from . import policies, signs, snapshot
 from .clock import Clock, peak_bytes
 from .errors import ConfigError, EngineStateError
 from .facts import Facts
@@ -79,9 +79,11 @@ class Engine(Facts):
     def _accumulation(self) -> AbstractContextManager[None]:
         """Stages 0 and 1 hold full gradients anyway, so nothing travels before the last micro-batch.
 
-        Stages 2 and 3 reduce every micro-batch: full gradients would have to live from the first to the last.
+        Stages 2 and 3 reduce every micro-batch: full gradients would have to live from the first to the last. So does a
+        job that adds them up in another dtype (`data_types.grad_accum_dtype`): full ones are in the one that travels.
         """
-        if self.zero_optimization_stage() <= 1 and not self.is_gradient_accumulation_boundary():
+        waits = self.zero_optimization_stage() <= 1 and not policies.accumulates_reduced(self.config)
+        if waits and not self.is_gradient_accumulation_boundary():
             return zero.no_sync(self.module)
         return nullcontext()
 

@@ -49,6 +49,13 @@ def precision(config: Config) -> zero.Precision:
     return zero.Precision(**common)
 
 
+def accumulates_reduced(config: Config) -> bool:
+    """Whether gradients are to be added up in another dtype than that in which they travel: after they have."""
+    policy = precision(config)
+    param = policy.param_dtype(torch.float32)
+    return policy.accumulate_dtype(param) != policy.reduce_dtype(param)
+
+
 def overlap(config: Config, *, publish_late: bool = False) -> zero.Overlap:
     """How many bytes travel while compute goes on; sizes that are not given are zero-core's own."""
     policy = precision(config)

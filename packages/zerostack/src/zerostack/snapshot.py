@@ -8,7 +8,7 @@ read and checked on all ranks before anything of the engine changes.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -176,7 +176,8 @@ def load(
     saved_signs = values.get("compressed") if optimizer else None
     room = _of_optimizer(signs.room(parts.optimizer, saved_signs))
     wanted, sources = _wanted(found, room | described, parts.optimizer if optimizer else None)
-    _check_names(engine, found, wanted, sources, values, strict=strict, optimizer=optimizer)
+    anew = _without_state(engine, found) if optimizer and saved_signs is None else set()
+    _check_names(engine, found, wanted, sources, values, anew, strict=strict, optimizer=optimizer)
     into = {"model": _under(_MODEL, wanted), "optimizer": _under(_OPTIMIZER, wanted)}
     ckpt.load(found.path, into=into, strict=False, only="*", rename=sources, group=parts.group)
 
@@ -189,7 +190,9 @@ def load(
     }
     zero.load_sharded_state(parts.module, parts.optimizer if optimizer else None, tensors, strict=False)
     if optimizer:
-        zero.load_optimizer_scalars(parts.optimizer, values["optimizer_scalars"])
+        zero.forget_optimizer_state(parts.optimizer, anew)
+        scalars = {name: of for name, of in values["optimizer_scalars"].items() if name not in anew}
+        zero.load_optimizer_scalars(parts.optimizer, scalars)
         signs.load(parts.optimizer, saved_signs, _filled(room, wanted))
         for group, saved in zip(parts.optimizer.param_groups, values["optimizer_groups"] or [], strict=False):
             group.update(saved)
@@ -322,11 +325,15 @@ def _check_names(
     wanted: dict[str, zero.Shard],
     sources: Mapping[str, str],
     values: Mapping[str, Any],
+    anew: Collection[str],
     *,
     strict: bool,
     optimizer: bool,
 ) -> None:
-    """Compare the checkpoint's names with those of all ranks; what it lacks is left as it is, if that is allowed."""
+    """Compare the checkpoint's names with those of all ranks; what it lacks is left as it is, if that is allowed.
+
+    `anew`: parameters whose optimizer state is made anew, since the checkpoint is from before it was.
+    """
     everyone = {name for names in ranks.gather_json(sorted(wanted), engine.parts.group) for name in names}
     stored = found.tensors
     for name in [name for name in wanted if sources.get(name, name) not in stored]:
@@ -349,6 +356,7 @@ def _check_names(
         for name in sorted(everyone)
         if name not in stored
         and not (_is_master(name) and _parameter_of(name) in stored)
+        and name.removeprefix(_OPTIMIZER).rpartition(".")[0] not in anew
         and name not in frozen
     ]
     if unexpected or missing:
@@ -356,6 +364,17 @@ def _check_names(
             f"{found.path} does not fit the model: missing there: {_some(missing)}; not in the model: "
             f"{_some(unexpected)}; pass load_module_strict=False to load what both have"
         )
+
+
+def _without_state(engine: Engine, found: ckpt.Description) -> set[str]:
+    """Parameters that the checkpoint has, and no state of an optimizer of them: it had not moved them yet."""
+    with_state = {
+        name.removeprefix(_OPTIMIZER).rpartition(".")[0]
+        for name in found.tensors
+        if name.startswith(_OPTIMIZER) and not _is_master(name)
+    }
+    names = {name for name, _ in engine.parts.module.named_parameters()}
+    return {name for name in names - with_state if _MODEL + name in found.tensors}
 
 
 def _some(names: list[str], most: int = 5) -> str:

@@ -269,7 +269,7 @@ def write_dcp(
         name: torch.empty(described.shape, dtype=described.dtype, device="meta")
         for name, described in source.tensors.items()
     }
-    for path, value in _plain_values(source.values, ""):
+    for path, value in _plain_values(source.values, "", source.left_out):
         state.setdefault(path, value)
     torch_save(
         state,
@@ -280,13 +280,20 @@ def write_dcp(
     return target
 
 
-def _plain_values(node: Any, path: str) -> list[tuple[str, Any]]:
+def _plain_values(node: Any, path: str, left_out: list[str]) -> list[tuple[str, Any]]:
+    """Numbers and texts by their dotted paths; `left_out` gets a line for each thing that is neither."""
     if node is None or isinstance(node, TensorRef):
         return []
-    if isinstance(node, dict):
+    if isinstance(node, (dict, list, tuple)):
+        inside = node.items() if isinstance(node, dict) else enumerate(node)
         return [
             pair
-            for key, each in node.items()
-            for pair in _plain_values(each, f"{path}.{key}" if path else str(key))
+            for key, each in inside
+            for pair in _plain_values(each, f"{path}.{key}" if path else str(key), left_out)
         ]
-    return [(path, node)] if type(node) in (int, float, str, bool) else []
+    if type(node) in (int, float, str, bool):
+        return [(path, node)]
+    left_out.append(
+        f"{path}: of type {type(node).__name__}, which the format has no place for beside tensors"
+    )
+    return []

@@ -54,10 +54,30 @@ class DeepSpeedSource:
         optims = [_entries(file, "optimizer_state_dict") for file in _by_rank(root, _OPTIM)]
         with reading(root):
             self._take_optimizer(root / "zero", states, optims)
-        for name, tensor in self._module.items():
-            if tensor.numel() or not math.prod(tensor.shape):
-                self._flat.setdefault(f"model.{name}", _whole(tensor))
+        with reading(models[0]):
+            self._take_module(states[0], released=bool(optims) and "fp32_flat_groups" in optims[0])
         self.tensors: Mapping[str, Described] = {name: flat.described for name, flat in self._flat.items()}
+
+    def _take_module(self, state: Mapping[str, Any], *, released: bool) -> None:
+        """What else the module has: buffers, parameters that nobody trains, and names that share another's.
+
+        Args:
+            state: of the first rank.
+            released: at stage 3, parameters stand there without elements; their values are elsewhere.
+        """
+        sharing, buffers = state.get("shared_params") or {}, set(state.get("buffer_names") or ())
+        for name, tensor in self._module.items():
+            if f"model.{name}" in self._flat:
+                continue
+            source = self._flat.get(f"model.{sharing.get(name)}")
+            if source is not None:
+                self._flat[f"model.{name}"] = source
+            elif tensor.numel() or not released or name in buffers:
+                self._flat[f"model.{name}"] = _whole(tensor)
+            else:
+                self.left_out.append(
+                    f"{name!r} of the module: it has no elements, and shares no parameter that has"
+                )
 
     def _tensors_of(self, file: Path, module: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         found: dict[str, torch.Tensor] = {}

@@ -6,6 +6,7 @@ import copy
 import gc
 import weakref
 
+import numpy as np
 import pytest
 import torch
 import zero_core as zero
@@ -421,3 +422,37 @@ def saved_edits(rank: int, world_size: int, stage: int) -> None:
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_values_written_by_plain_torch_are_in_a_checkpoint(stage: int) -> None:
     run_ranks(saved_edits, 2, 2, stage)
+
+
+class Shaped(nn.Module):
+    """Returns more than tensors, as functions do that others wrote."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(32, 32)
+
+    def forward(self, x: torch.Tensor) -> tuple[object, ...]:
+        return self.inner(x), x.shape, range(3), slice(1), np.float32(1.0), np.ones(2), {"a", 1}
+
+
+class ManyShaped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Shaped() for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)[0]
+        return x.square().mean()
+
+
+def whole_after_forward(rank: int) -> int:
+    model = zero.shard(seeded(ManyShaped), dp_mesh(2), stage=3)
+    loss = model(torch.randn(3, 32))
+    count = sum(unit.residency is Residency.GATHERED for unit in zero.sharded(model).units)
+    loss.backward()
+    return count
+
+
+def test_shapes_in_an_output_keep_no_unit_whole() -> None:
+    assert max(run_ranks(whole_after_forward, 2)) <= 1

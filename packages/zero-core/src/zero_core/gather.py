@@ -281,9 +281,9 @@ def _tensors_needing_grad(output: Any) -> tuple[list[torch.Tensor], bool]:
         if isinstance(leaf, torch.Tensor):
             if leaf.requires_grad and leaf.grad_fn is not None:
                 found.append(leaf)
-        elif not isinstance(
-            leaf, (int, float, str, bool, bytes, complex, type(None), torch.dtype, torch.device)
-        ):
+        elif isinstance(leaf, (tuple, list, set, frozenset)):
+            pending += tree_leaves(list(leaf))  # such as a torch.Size
+        elif not isinstance(leaf, _PLAIN) and not _is_array_of_numbers(leaf):
             if id(leaf) in seen:
                 continue
             seen.add(id(leaf))
@@ -294,6 +294,17 @@ def _tensors_needing_grad(output: Any) -> tuple[list[torch.Tensor], bool]:
             else:
                 understood = False
     return found, understood
+
+
+_PLAIN = (
+    *(int, float, str, bool, bytes, complex, range, slice, type(None)),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format),
+)
+
+
+def _is_array_of_numbers(leaf: Any) -> bool:
+    dtype = getattr(leaf, "dtype", None)
+    return type(leaf).__module__ == "numpy" and dtype is not None and not dtype.hasobject
 
 
 def _kept_on(module: nn.Module) -> list[torch.Tensor]:

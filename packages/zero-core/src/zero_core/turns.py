@@ -207,6 +207,6 @@ class Turns:
         raise self.wire.fail(
             f"rank {self.wire.group.rank()} of {self.wire.group.size()}: ranks have parted: rank {inside} begins a "
             f"backward at {self.units[max(word.first for word in words)].label}, rank {outside} has come to {others}. "
-            "All ranks must run as many backward passes between two steps; use zero_core.no_sync for those that only "
-            "some ranks have"
+            "All ranks must run as many backward passes between two steps; those that only some ranks have go under "
+            "zero_core.no_sync, before the last one, which all have. model.generate() is for all ranks together"
         )

@@ -35,7 +35,7 @@ class Limits:
     prompt_tokens: int | None = None
     max_tokens: int | None = None
     sequences: int = 128
-    logprobs: int = 2_000_000
+    logprobs: int = 500_000
     inputs: int = 2048
     concurrent: int = 512
     queued: int = 1024

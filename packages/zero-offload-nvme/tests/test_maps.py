@@ -80,7 +80,10 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> FakeRuntime:
         torch,
         "cuda",
         SimpleNamespace(
-            is_available=lambda: True, cudart=lambda: fake, synchronize=lambda: fake.log.append("sync")
+            is_available=lambda: True,
+            current_device=lambda: 3,
+            cudart=lambda: fake,
+            synchronize=lambda device: fake.log.append(f"sync {device}"),
         ),
     )
     return fake
@@ -95,7 +98,7 @@ def test_pinned_to_the_byte_and_unlocked_before_it_is_unmapped(runtime: FakeRunt
     assert len(runtime.locked) == 1
     assert part.tolist() == [2.0] * 5
     del part
-    assert runtime.log == ["lock", "sync", "unlock"]
+    assert runtime.log == ["lock", "sync 3", "unlock"]
 
 
 def test_memory_that_cannot_be_pinned_is_an_error_of_the_store(runtime: FakeRuntime) -> None:

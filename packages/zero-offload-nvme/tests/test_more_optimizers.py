@@ -231,3 +231,24 @@ def loaded_into_place(rank: int, folder: str) -> None:
 
 def test_loaded_state_rests_in_the_store_at_once(tmp_path) -> None:
     run_ranks(loaded_into_place, 1, str(tmp_path))
+
+
+def edited_and_saved(rank: int) -> None:
+    """What was written by hand is in the masters that a checkpoint has, of chosen channels too."""
+    policy = ZenFlow(topk_ratio=0.3, update_interval=2, overlap_step=False)
+    model, opt = build(HostStore(), 2, torch.bfloat16, world=1, zenflow=policy)
+    train(model, opt, rank, range(5))
+    with torch.no_grad():
+        for param in model.parameters():
+            param.clamp_(-0.02, 0.02)
+    described = zero.sharded_state(model, opt)
+    masters = [name for name in described if name.endswith(".master")]
+    assert masters
+    for name in masters:
+        value = described[name.removeprefix("optimizer.").removesuffix(".master")].local
+        assert torch.equal(described[name].local.to(torch.bfloat16), value), name
+    opt.close()
+
+
+def test_edits_are_in_a_checkpoint_of_zenflow() -> None:
+    run_ranks(edited_and_saved, 1)

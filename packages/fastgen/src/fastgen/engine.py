@@ -124,6 +124,16 @@ class Engine:
         beams = BeamSearch(params.beam_width, params.length_penalty) if params.beam_width else None
         self._jobs[request_id] = Job(request, seed, beams)
 
+    def check(self, prompt_ids: list[int], params: SamplingParams, *, adapter: str | None = None) -> None:
+        """Refuse what `add` would refuse however empty the queue is.
+
+        Raises:
+            RequestError: it can never run here.
+        """
+        self._check(prompt_ids, params, adapter)
+        self.scheduler.check(Request("", prompt_ids, params, adapter=adapter))
+        self._grammars.make(params)
+
     def _check(self, prompt_ids: list[int], params: SamplingParams, adapter: str | None) -> None:
         given: list[tuple[str, Iterable[int]]] = [
             ("prompt", prompt_ids),

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from .adapters import Adapters
 from .config import EngineConfig
 from .engine import Engine
-from .errors import ConfigError, ModelError, OverloadedError
+from .errors import ConfigError, ModelError
 from .kv_cache import KVCache, build_cache
 from .output import Output, TokenLogprobs
 from .parallel import TensorParallel
@@ -138,6 +138,8 @@ class LLM:
         numbered = enumerate(zip(ids, each, strict=True), self._num_requests)
         jobs = {f"generate-{number}": job for number, job in numbered}
         self._num_requests += len(jobs)
+        for prompt_ids, own in jobs.values():
+            self.engine.check(prompt_ids, own, adapter=adapter)
         try:
             return self._run(jobs, adapter, progress)
         except BaseException:
@@ -178,13 +180,10 @@ class LLM:
         self, names: deque[str], jobs: dict[str, tuple[list[int], SamplingParams]], adapter: str | None
     ) -> None:
         """Queue the next ones, as long as the queue has room."""
-        while names:
-            prompt_ids, params = jobs[names[0]]
-            try:
-                self.engine.add(names[0], prompt_ids, params, adapter=adapter)
-            except OverloadedError:
-                return
-            names.popleft()
+        while names and not self.engine.scheduler.is_full:
+            name = names.popleft()
+            prompt_ids, params = jobs[name]
+            self.engine.add(name, prompt_ids, params, adapter=adapter)
 
 
 def build_engine(

@@ -106,8 +106,8 @@ class Scheduler:
             RequestError: its id is in use, its prompt is empty or too long, or it could never have all its blocks.
             OverloadedError: the queue is full.
         """
-        self._check(request)
-        if self._order.num_waiting >= self.policy.max_waiting:
+        self.check(request)
+        if self.is_full:
             raise OverloadedError(
                 f"expected fewer than {self.policy.max_waiting} requests in the queue, got "
                 f"{self._order.num_waiting}; try again later"
@@ -138,6 +138,11 @@ class Scheduler:
         for sequence in list(group.live):
             self.finish(sequence, FinishReason.ABORT)
         return True
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the queue takes no more requests now."""
+        return self._order.num_waiting >= self.policy.max_waiting
 
     @property
     def has_work(self) -> bool:
@@ -244,7 +249,12 @@ class Scheduler:
             prefix_hit_tokens_total=self._admission.num_hit_tokens,
         )
 
-    def _check(self, request: Request) -> None:
+    def check(self, request: Request) -> None:
+        """Refuse a request that could never run.
+
+        Raises:
+            RequestError: see `add`.
+        """
         prompt, params = len(request.prompt_ids), request.params
         if request.id in self._groups:
             raise RequestError(f"expected a new request id, got {request.id!r}, which is in use")

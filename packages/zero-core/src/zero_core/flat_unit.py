@@ -227,6 +227,7 @@ class FlatUnit:
             self.shard.copy_(values)
         if self.has_separate_master:
             assert self.master is not None
+            values = values.to(self.master.device)  # it may rest in host memory
             if keep_unchanged:
                 changed = self.master.to(values.dtype) != values
                 values = torch.where(changed, values.to(self.master.dtype), self.master)

@@ -256,7 +256,7 @@ class ShardedOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """This rank's part of the state, for the same world size and stage; see `sharded_state` for any other."""
         self.settle()
-        self._take_edits()
+        self.take_edits()
         masters = {
             u.name: u.master for u in self._sharded.units if u.index in self.slots and u.master is not None
         }
@@ -296,7 +296,7 @@ class ShardedOptimizer(Optimizer):
                 f"load_state_dict: the shards of {', '.join(map(repr, mismatch[:4]))} differ in presence or size from "
                 "those of this model; it was saved at another world size or stage: use sharded_state for that"
             )
-        self._take_edits()  # what was written before belongs to what is loaded, and must not be taken for newer
+        self.take_edits()  # what was written before belongs to what is loaded, and must not be taken for newer
         groups = self.inner.param_groups
         self.inner.load_state_dict(copy.deepcopy(state_dict["inner"]))  # torch would share its tensors
         # Torch puts new group dictionaries in the place of those that schedulers and this object hold.
@@ -325,8 +325,8 @@ class ShardedOptimizer(Optimizer):
         """
         return None
 
-    def _take_edits(self) -> None:
-        """What was written to parameters goes into the masters."""
+    def take_edits(self) -> None:
+        """What was written to parameters goes into the masters, which must be settled."""
         for unit in self._sharded.units:
             unit.settle()
             unit.take_edits()

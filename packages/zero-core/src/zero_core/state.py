@@ -49,9 +49,9 @@ def sharded_state(model: nn.Module, optimizer: ShardedOptimizer | None = None) -
     under its own shape. `load_sharded_state` is the way back.
     """
     units = sharded(model).units
-    for unit in units:  # masters say what was written to parameters, too
-        unit.settle()
-        unit.take_edits()
+    if optimizer is not None:  # masters say what was written to parameters, too
+        optimizer.settle()
+        optimizer.take_edits()
     return _describe(model, optimizer, [unit.values() for unit in units])
 
 

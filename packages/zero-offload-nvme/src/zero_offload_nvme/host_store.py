@@ -7,6 +7,7 @@ name gives back serves the next of its size.
 from __future__ import annotations
 
 from collections import defaultdict
+from copy import copy
 
 import torch
 
@@ -42,6 +43,12 @@ class _Event:
 
     def is_done(self) -> bool:
         return bool(self._event.query())
+
+    def without_source(self) -> _Event:
+        """The same copy, for who keeps it long."""
+        other = copy(self)
+        other._keep = None
+        return other
 
     def comes_first(self) -> None:
         """Before what the current stream is given from now on."""
@@ -86,15 +93,16 @@ class HostStore:
             )
         copied = copy_later(kept[start : start + values.numel()], values.detach())
         if isinstance(copied, _Event):
-            self._coming[name] = copied
+            self._coming[name] = copied.without_source()
         return copied
 
     def fetch(self, name: str, out: torch.Tensor, start: int = 0) -> Done | _Event:
         """See `zero_core.ShardStore.fetch`."""
         if out.is_cpu:
             return copy_later(out, self.view(name)[start : start + out.numel()])
-        if name in self._coming:
-            self._coming[name].comes_first()
+        coming = self._coming.get(name)
+        if coming is not None:
+            coming.comes_first()
         return copy_later(out, self.at(name)[start : start + out.numel()])
 
     def prefetch(self, name: str) -> None:

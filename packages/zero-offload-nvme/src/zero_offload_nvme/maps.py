@@ -11,6 +11,7 @@ import mmap
 import os
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -53,16 +54,20 @@ def pinned_empty(numel: int, dtype: torch.dtype) -> torch.Tensor:
     """
     if not (numel and torch.cuda.is_available()):
         return torch.empty(numel, dtype=dtype, pin_memory=True)
-    nbytes, locked = numel * dtype.itemsize, list[int]()
+    nbytes, locked, device = numel * dtype.itemsize, list[int](), torch.cuda.current_device()
 
     def unlock() -> None:
         for address in locked:
-            torch.cuda.synchronize()  # a copy may be under way
+            torch.cuda.synchronize(device)  # a copy may be under way
             torch.cuda.cudart().cudaHostUnregister(address)
 
     tensor = torch.frombuffer(_map(nbytes, before_unmap=unlock), dtype=dtype)
     code = int(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), nbytes, _PORTABLE))
     if code:
+        with suppress(
+            RuntimeError, AssertionError
+        ):  # the runtime remembers the error for the next who launches
+            torch.zeros(1, device="cuda")
         raise RuntimeError(f"{nbytes} bytes cannot be pinned: CUDA error {code}")
     locked.append(tensor.data_ptr())
     return tensor

@@ -131,7 +131,7 @@ class BucketedOptimizer(Optimizer):
             timeout_s = self.compression.timeout_s
             wire = Wire(self.group, PlainCollectives(self.group, timeout_s), device, timeout_s)
             groups = [
-                {key: value for key, value in group.items() if key not in ("params", "param_names")}
+                {key: _plain(value) for key, value in group.items() if key in self.defaults}
                 for group in self.param_groups
             ]
             take_name(wire, type(self).__name__, f"{self.settings()} {self.compression} {groups}")
@@ -214,6 +214,10 @@ class BucketedOptimizer(Optimizer):
         """
         for bucket in self._buckets:
             bucket.note()
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, Tensor) else value
 
 
 def _check_param(what: str, name: str, param: Tensor) -> None:

@@ -70,6 +70,10 @@ class StepCounts:
         numbers = [sent_1bit(bucket.plan.numel, group.size(), group.rank()).total for bucket in buckets]
         self._signs.sent += Sent(across=sum(numbers))
 
+    def at_rest(self, numel: int, group: dist.ProcessGroup) -> None:
+        """Beside signs, fp32 momenta of what did not move went to every other rank."""
+        self._signs.sent += Sent(across=4 * numel * (group.size() - 1))
+
     def nothing(self, buckets: Sequence[Bucket], group: dist.ProcessGroup, dtype: torch.dtype | None) -> None:
         """A step that sends nothing."""
         self._nothing.begin(self._plain(buckets, group, dtype))

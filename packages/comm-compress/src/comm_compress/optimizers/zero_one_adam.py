@@ -82,7 +82,7 @@ class ZeroOneAdam(CompressedOptimizer):
 
     Only the server's residual is sharded: every rank steps everything at every step.
     Sent: `wire_1bit.sent_exact` at updates of the variance, `wire_1bit.sent_1bit` at synchronizations, 32 bytes at
-    both.
+    both; at synchronizations also, as they are, momenta of parameters whose rate has been 0 since the last one.
     Source: Lu et al., 0/1 Adam, arXiv:2202.06009, algorithm 1 and section 6.
     """
 
@@ -305,11 +305,14 @@ class ZeroOneAdam(CompressedOptimizer):
         bucket.unscale(mean)
         for place, values in self._owed.pop(bucket.plan.name):
             place.copy_(values)
-        for momentum in land(bucket, mean, used, self._borrow(bucket)):  # all ranks find the same
-            self._wire().all_reduce(
-                f"momentum at rest of {bucket.plan.name}", momentum, dist.ReduceOp.SUM
-            ).wait()
-            momentum.div_(self.group.size())
+        still = land(bucket, mean, used, self._borrow(bucket))  # all ranks find the same
+        if still:
+            flat = torch.cat(still)
+            self._wire().all_reduce(f"momenta at rest of {bucket.plan.name}", flat, dist.ReduceOp.SUM).wait()
+            self._counts.at_rest(flat.numel(), self.group)
+            means = flat.div_(self.group.size()).split([len(momentum) for momentum in still])
+            for momentum, values in zip(still, means, strict=True):
+                momentum.copy_(values)
         bucket.publish(bucket.plan.slots if self._since_sync else bucket.moving(used))
         if not self._flushing:
             bucket.count(used)

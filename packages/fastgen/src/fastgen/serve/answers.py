@@ -16,6 +16,7 @@ from .answer_schemas import Answer, CachedTokens, Finish, Usage
 from .schemas import Sampling
 from .stream import Piece
 
+MANY_LOGPROBS = 1000
 LOWEST = -9999.0  # what OpenAI sends for a probability of zero; JSON has no infinity
 FINISH: dict[FinishReason, Finish] = {
     FinishReason.STOP: "stop",
@@ -80,9 +81,12 @@ class Told:
         return {"usage": None} if self.at_end else {}
 
 
-def has_logprobs(pieces: Sequence[Piece]) -> bool:
-    """Whether log-probabilities are among them, which may be many: no work for the event loop."""
-    return any(piece.output.logprobs or piece.output.prompt_logprobs for piece in pieces)
+def has_many_logprobs(pieces: Sequence[Piece]) -> bool:
+    """Whether there are so many log-probabilities among them that to write them is no work for the event loop."""
+    scored = [
+        each for piece in pieces for each in (piece.output.logprobs, piece.output.prompt_logprobs) if each
+    ]
+    return sum(len(each) * (1 + len(each[-1].top)) for each in scored) > MANY_LOGPROBS
 
 
 def finish(output: Output) -> Finish | None:

@@ -2,7 +2,7 @@
 
 Holds the loop, the limits and the numbers, and stops in order. A request takes a place (`admission`), its prompt is
 read in the reader's thread (`prompts`), the engine is asked (`loop`), and what comes back is sent whole or as
-events (`answers`, `sse`); with log-probabilities the reader's thread writes it. Whatever happens on the way, the stream
+events (`answers`, `sse`); many log-probabilities the reader's thread writes. Whatever happens on the way, the stream
 is closed and the place is free again at the end.
 """
 
@@ -22,7 +22,7 @@ from starlette.responses import Response
 from ..errors import ConfigError, OverloadedError, RequestError
 from .admission import Admission
 from .answer_schemas import Embeddings, Health, ServerStats, dumped
-from .answers import Answers, has_logprobs
+from .answers import Answers, has_many_logprobs
 from .chat_answers import ChatAnswers
 from .completion_answers import CompletionAnswers
 from .embeddings import embeddings
@@ -179,7 +179,7 @@ class Service:
         def dump() -> str:
             return dumped(answers.whole(pieces))
 
-        return await self._read(dump) if has_logprobs(pieces) else dump()
+        return await self._read(dump) if has_many_logprobs(pieces) else dump()
 
     async def _read(self, read: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._reader, read)

@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from .answer_schemas import Answer, dumped
-from .answers import Answers, has_logprobs
+from .answers import Answers, has_many_logprobs
 from .errors import ApiError, internal
 from .stream import Stream
 
@@ -116,7 +116,7 @@ class EventStream(Response):
             pieces = await self._stream.read()
             if not pieces:
                 return _events(self._answers.last_chunks()) + _event("[DONE]"), False
-            if has_logprobs(pieces):
+            if has_many_logprobs(pieces):
                 return await self._in_thread(lambda: _events(self._answers.chunks(pieces))), True
             return _events(self._answers.chunks(pieces)), True
         except Exception as error:

@@ -230,7 +230,7 @@ def test_a_reader_that_stands_still_delays_nobody_and_costs_little() -> None:
 def test_a_reader_that_never_reads_is_dropped() -> None:
     with serving(FakeEngine(step_s=0.0001, max_model_len=40_000), write_timeout_s=0.5) as served:
         connection = served.send(
-            "/v1/completions", {**ENDLESS, "max_tokens": 39_000, "stream": True, "logprobs": 20}
+            "/v1/completions", {**ENDLESS, "max_tokens": 23_000, "stream": True, "logprobs": 20}
         )
         wait_until(lambda: bool(served.engine.requests))
         wait_until(served.is_idle, 30)

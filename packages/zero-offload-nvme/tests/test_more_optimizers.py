@@ -84,6 +84,15 @@ def test_the_state_of_the_first_may_go_on_in_the_second(tmp_path) -> None:
     run_ranks(inner_handed_on, 2, str(tmp_path))
 
 
+def as_without_a_store(train_so, overlap: str, folder: str) -> None:
+    """Losses and parameters, whatever the states rest in."""
+    losses, expected = run_ranks(train_so, 2, "none", "exact", folder)[0]
+    for kind in ("host", "nvme"):
+        found, state = run_ranks(train_so, 2, kind, overlap, folder)[0]
+        assert found == losses, kind
+        assert all(torch.equal(state[name], expected[name]) for name in expected), kind
+
+
 def side_by_side(rank: int, kind: str, overlap: str, folder: str):
     store = stores(kind, "all", 2, folder)
     torch.manual_seed(0)
@@ -103,11 +112,7 @@ def side_by_side(rank: int, kind: str, overlap: str, folder: str):
 
 @pytest.mark.parametrize("overlap", OVERLAPS)
 def test_two_side_by_side_in_the_same_units(tmp_path, overlap: str) -> None:
-    expected = run_ranks(side_by_side, 2, "none", "exact", str(tmp_path))[0]
-    for kind in ("host", "nvme"):
-        found = run_ranks(side_by_side, 2, kind, overlap, str(tmp_path))[0]
-        assert found[0] == expected[0], kind
-        assert all(torch.equal(found[1][name], expected[1][name]) for name in expected[1]), kind
+    as_without_a_store(side_by_side, overlap, str(tmp_path))
 
 
 def group_added(rank: int, kind: str, overlap: str, folder: str):
@@ -126,11 +131,7 @@ def group_added(rank: int, kind: str, overlap: str, folder: str):
 
 @pytest.mark.parametrize("overlap", OVERLAPS)
 def test_a_group_that_is_added(tmp_path, overlap: str) -> None:
-    expected = run_ranks(group_added, 2, "none", "exact", str(tmp_path))[0]
-    for kind in ("host", "nvme"):
-        found = run_ranks(group_added, 2, kind, overlap, str(tmp_path))[0]
-        assert found[0] == expected[0], kind
-        assert all(torch.equal(found[1][name], expected[1][name]) for name in expected[1]), kind
+    as_without_a_store(group_added, overlap, str(tmp_path))
 
 
 def group_added_late(rank: int) -> None:

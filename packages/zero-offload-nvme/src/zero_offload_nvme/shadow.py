@@ -113,14 +113,14 @@ class Shadow:
         assert unit.master is not None
         per_element = unit.dtype.itemsize
         if with_state:
-            num_states = len(stepper.rule.states(stepper.inner.param_groups[0]))
+            num_states = len(stepper.names)
             per_element += 4 * (num_states + unit.has_separate_master)
         return unit.master.numel() * per_element
 
     def operands(self, slots: Sequence[ShardSlot], grad: Operand) -> list[Operand]:
         """As `StoreStepper.operands`, with results that go here."""
         found = self._stepper.operands(self.unit, slots, grad)
-        names = ["master", "grad", *self._stepper.rule.states(self._stepper.inner.param_groups[0])]
+        names = ["master", "grad", *self._stepper.names]
         names.append("shard")  # the last operand where there is a separate master
         if not self.unit.has_separate_master:
             names[0] = "shard"

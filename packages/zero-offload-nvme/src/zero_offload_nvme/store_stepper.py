@@ -155,7 +155,7 @@ class StoreStepper:
         yield from up_to(None)
 
     @property
-    def _names(self) -> tuple[str, ...]:
+    def names(self) -> tuple[str, ...]:
         """Of the states."""
         return self.rule.states(self.inner.param_groups[0])
 
@@ -167,7 +167,7 @@ class StoreStepper:
     def window_for(self, unit: FlatUnit) -> Window:
         """The one window, made for the most operands that a unit may have."""
         if self._window is None:
-            most = 3 + len(self._names)
+            most = 3 + len(self.names)
             elements = block_elements(self.window_bytes, most)
             self._window = Window(elements, pin=unit.device.type != "cpu")
         return self._window
@@ -229,13 +229,13 @@ class StoreStepper:
     def kept(self, unit: FlatUnit) -> list[tuple[str, torch.Tensor]]:
         """The unit's states in the store as they are: name and view."""
         self.reserve(unit)
-        return [(name, unit.stored_states[name]) for name in self._names]
+        return [(name, unit.stored_states[name]) for name in self.names]
 
     def reserve(self, unit: FlatUnit) -> None:
         """Have room in the store for the unit's states."""
         store: Any = unit.stores.optimizer
         assert unit.master is not None
-        for name in self._names if store is not None else ():
+        for name in self.names if store is not None else ():
             if name not in unit.stored_states:
                 key = unit.key(name)
                 unit.stored_states[name] = reserve_view(store, key, unit.master.numel(), torch.float32)
@@ -243,11 +243,11 @@ class StoreStepper:
 
     def is_placed(self, unit: FlatUnit) -> bool:
         """Whether the unit's states are in the store, and each has been handed out."""
-        return all(name in unit.stored_states and unit.key(name) not in self._fresh for name in self._names)
+        return all(name in unit.stored_states and unit.key(name) not in self._fresh for name in self.names)
 
     def room_for(self, unit: FlatUnit, slot: ShardSlot, key: str) -> torch.Tensor | None:
         """Where a state of one slot rests in the store; None: the unit's states rest in none, or this is no state."""
-        if unit.stores.optimizer is None or key not in self._names:
+        if unit.stores.optimizer is None or key not in self.names:
             return None
         for name, flat in self.placed(unit, [slot]):
             if name == key:

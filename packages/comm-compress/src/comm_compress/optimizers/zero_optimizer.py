@@ -181,8 +181,7 @@ class ZeroCompressedOptimizer(ShardedOptimizer):
     def _values_belong(self) -> Iterator[None]:
         """Around a load: what has been written to parameters so far belongs to the state that comes."""
         with torch.no_grad():
-            for unit in self._sharded.units:
-                unit.take_edits()
+            self.take_edits()
         yield
         self._num_edits = sum(unit.num_edits for unit in self._sharded.units)
 

@@ -25,13 +25,10 @@ dist.destroy_process_group()
 """
 
 
-def namespaces() -> set[str]:
-    return {
-        line.split()[0]
-        for line in subprocess.run(
-            ["ip", "netns"], capture_output=True, text=True, check=True
-        ).stdout.splitlines()
-    }
+def namespaces_of(process: int) -> list[str]:
+    """The network namespaces that the lab of one process holds (other labs may run beside it)."""
+    listed = subprocess.run(["ip", "netns"], capture_output=True, text=True, check=True).stdout
+    return [line.split()[0] for line in listed.splitlines() if line.startswith(f"zs{process % 100_000}-")]
 
 
 @pytest.mark.parametrize(("hosts", "ranks", "mbit"), [(2, 1, 80), (3, 2, None)])
@@ -41,21 +38,24 @@ def test_ranks_meet_and_links_are_slow(hosts: int, ranks: int, mbit: float | Non
             pass
     except slow_network.LabError as error:
         pytest.skip(str(error))
-    before = namespaces()
     (tmp_path / "script.py").write_text(SCRIPT)
     command = [sys.executable, slow_network.__file__, "--hosts", str(hosts), "--ranks", str(ranks)]
     if mbit:
         command += ["--mbit", str(mbit)]
-    found = subprocess.run(
+    with subprocess.Popen(
         [*command, "--", sys.executable, str(tmp_path / "script.py")],
-        capture_output=True, text=True, timeout=120, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert found.returncode == 0, found.stderr
-    world, local, seconds = found.stdout.split()
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    ) as lab:  # fmt: skip
+        try:
+            output, errors = lab.communicate(timeout=120)
+        finally:
+            lab.terminate()  # takes its hosts down with it
+    assert lab.returncode == 0, errors
+    world, local, seconds = output.split()
     assert (int(world), int(local)) == (hosts * ranks, ranks)
     if mbit:  # each of two ranks sends a megabyte
         assert 0.9 < float(seconds) / (8 / mbit) < 3
-    assert namespaces() == before
+    assert not namespaces_of(lab.pid)
 
 
 @pytest.mark.parametrize("wrong", [{"hosts": 1}, {"hosts": 500}, {"ranks_per_host": 0}])

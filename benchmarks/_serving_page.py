@@ -52,7 +52,7 @@ def page(found: dict[str, Found], options: argparse.Namespace) -> str:
             f"{1e3 * f['llama_cpp_stream_s']:.2f} ({f['llama_cpp_stream']}): **{f['stream_ratio']:.2f} x**"
         ),
     )
-    row("weight bytes / bandwidth", lambda f: f"**{100 * f['stream_bound_s'] / f['stream_s']:.0f} %**")
+    row("weight bytes / bandwidth", lambda f: f"**{100 * f['stream_share']:.0f} %**")
     row("a prompt of 1,024 tokens, tokens a second", lambda f: f"{f['prompt_tokens_s']:.0f}")
     row(
         "llama.cpp",

@@ -127,15 +127,21 @@ def alone(
     weight_bytes = sum(p.nbytes for p in {id(p): p for p in model.parameters()}.values())
     length, count = PROMPT // options.scale, 128 // options.scale + 8
     rounds: list[dict[str, float]] = []
-    for number in range(options.rounds + 1):
-        say(f"{name}: alone, round {number} of {options.rounds}")
-        stream, prompt = one_stream(engine, count), prompt_rate(engine, length)
-        rounds.append({"stream_s": stream, "prompt_tokens_s": prompt})
+    for number in range(2 * options.rounds + 1):
+        say(f"{name}: alone, round {number} of {2 * options.rounds}")
+        before, stream, after = (
+            bandwidth(),
+            one_stream(engine, count),
+            bandwidth(),
+        )  # other guests take some of it
+        bound = weight_bytes * 2 / (before + after)
+        prompt = prompt_rate(engine, length)
+        rounds.append({"stream_s": stream, "stream_bound_s": bound, "stream_share": bound / stream})
+        rounds[-1]["prompt_tokens_s"] = prompt
         if peer is not None:
             theirs, their_prompt = peer.stream(count), peer.prompt_rate(length)
             rounds[-1] |= {"llama_cpp_stream_s": theirs, "llama_cpp_prompt_tokens_s": their_prompt}
             rounds[-1] |= {"stream_ratio": theirs / stream, "prompt_ratio": prompt / their_prompt}
-        rounds[-1]["stream_bound_s"] = weight_bytes / bandwidth()
     return medians(rounds[1:])  # the first one warmed up
 
 

@@ -4,9 +4,9 @@
     python3 tools/dev.py bench zenflow --quick
 
 A GPT at ZeRO stage 2, with its optimizer state in host memory or on a drive. Contestants take turns, one window of
-steps each; a stall is the time inside `step`, and what forward and backward then wait for values that are still on
-their way; a window's is that of all its steps. Also shown is the time of the whole window, forward and backward
-included: on a CPU the threads take cores from them, on a GPU they would not.
+steps each; a stall is the time inside `step`, once all ranks have come to it, and what forward and backward then wait
+for values that are still on their way; a window's is that of all its steps. Also shown is the time of the whole window,
+forward and backward included: on a CPU the threads take cores from them, on a GPU they would not.
 """
 
 from __future__ import annotations
@@ -91,6 +91,8 @@ class Contestant:
             self.seed += 1
             self.waited_s = 0.0
             self.model(tokens, targets).backward()
+            if torch.distributed.get_world_size() > 1:
+                torch.distributed.barrier()  # one rank's lateness in backward is not the step's
             waited_s, before = self.waited_s, time.perf_counter()
             self.optimizer.step()
             steps.append(waited_s + time.perf_counter() - before)

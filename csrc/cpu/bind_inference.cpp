@@ -15,22 +15,22 @@ namespace accel {
 namespace {
 
 // Calls in their order, to be made again with the same addresses.
-using Tape = std::vector<std::function<void()>>;
+using Tape = std::vector<std::function<void(int num_threads)>>;
 thread_local Tape* recording = nullptr;
 
 // Make a call, without the GIL, and note it where this thread records.
 template <class Call>
-void run(Call call) {
+void run(int num_threads, Call call) {
     {
         py::gil_scoped_release release;
-        call();
+        call(num_threads);
     }
     if (recording != nullptr) recording->push_back(std::move(call));
 }
 
-void replay(const Tape& tape) {
+void replay(const Tape& tape, int num_threads) {
     py::gil_scoped_release release;
-    for (const auto& call : tape) call();
+    for (const auto& call : tape) call(num_threads);
 }
 
 template <class T>
@@ -49,7 +49,7 @@ void linear(int kind, std::uintptr_t x, std::int64_t x_stride, std::uintptr_t we
                           pointer<std::uint8_t>(zero), pointer<void>(bias), pointer<void>(out), m, n, k, group,
                           DType(dtype), WeightKind(kind)};
     const InferenceKernels& kernels = inference_kernels_for(isa);
-    run([=, &kernels] { run_linear(kernels, args, num_threads); });
+    run(num_threads, [=, &kernels](int threads) { run_linear(kernels, args, threads); });
 }
 
 void paged_attention(std::uintptr_t q, std::int64_t q_token_stride, std::int64_t q_head_stride, std::uintptr_t k_cache,
@@ -86,7 +86,7 @@ void paged_attention(std::uintptr_t q, std::int64_t q_token_stride, std::int64_t
     args.softcap = float(softcap);
     args.dtype = DType(dtype);
     const InferenceKernels& kernels = inference_kernels_for(isa);
-    run([=, &kernels] { run_attention(kernels, args, num_tokens, num_threads); });
+    run(num_threads, [=, &kernels](int threads) { run_attention(kernels, args, num_tokens, threads); });
 }
 
 void write_kv(std::uintptr_t k, std::int64_t k_token_stride, std::int64_t k_head_stride, std::uintptr_t v,
@@ -105,7 +105,7 @@ void write_kv(std::uintptr_t k, std::int64_t k_token_stride, std::int64_t k_head
                            block_size,
                            DType(dtype)};
     const InferenceKernels& kernels = inference_kernels_for(isa);
-    run([=, &kernels] {
+    run(num_threads, [=, &kernels](int threads) {
         for (std::int64_t t = 0; t < num_tokens; ++t) {
             if (args.slots[t] >= num_blocks * block_size) {
                 throw std::invalid_argument("slots[" + std::to_string(t) + "]: expected below " +
@@ -113,7 +113,7 @@ void write_kv(std::uintptr_t k, std::int64_t k_token_stride, std::int64_t k_head
                                             std::to_string(args.slots[t]));
             }
         }
-        run_write_kv(kernels, args, num_tokens, num_threads);
+        run_write_kv(kernels, args, num_tokens, threads);
     });
 }
 
@@ -126,7 +126,7 @@ void rms_norm(std::uintptr_t x, std::int64_t x_token, std::int64_t x_head, std::
                            rows(out, out_token, out_head), pointer<void>(weight), DType(weight_dtype), DType(dtype),
                            num_heads, dim, float(eps), float(weight_offset)};
     const InferenceKernels& kernels = inference_kernels_for(isa);
-    run([=, &kernels] { run_rms_norm(kernels, args, num_rows, num_threads); });
+    run(num_threads, [=, &kernels](int threads) { run_rms_norm(kernels, args, num_rows, threads); });
 }
 
 void rotary(std::uintptr_t x, std::int64_t token_stride, std::int64_t head_stride, std::int64_t num_heads,
@@ -136,7 +136,7 @@ void rotary(std::uintptr_t x, std::int64_t token_stride, std::int64_t head_strid
     const RotaryArgs args{rows(x, token_stride, head_stride), pointer<float>(cos), pointer<float>(sin), cos_stride,
                           sin_stride, pointer<std::int64_t>(positions), num_heads, half, DType(dtype), interleaved};
     const InferenceKernels& kernels = inference_kernels_for(isa);
-    run([=, &kernels] {
+    run(num_threads, [=, &kernels](int threads) {
         for (std::int64_t t = 0; t < num_tokens; ++t) {
             if (args.positions[t] < 0 || args.positions[t] >= num_positions) {
                 throw std::invalid_argument("positions[" + std::to_string(t) + "]: expected 0 to " +
@@ -144,7 +144,7 @@ void rotary(std::uintptr_t x, std::int64_t token_stride, std::int64_t head_strid
                                             std::to_string(args.positions[t]));
             }
         }
-        run_rotary(kernels, args, num_tokens * num_heads, num_threads);
+        run_rotary(kernels, args, num_tokens * num_heads, threads);
     });
 }
 
@@ -152,7 +152,7 @@ void gated(std::uintptr_t gate_up, std::int64_t stride, std::uintptr_t out, std:
            std::int64_t num_rows, std::int64_t width, bool gelu, int dtype, int num_threads, const std::string& isa) {
     const GatedArgs args{pointer<void>(gate_up), pointer<void>(out), stride, out_stride, width, DType(dtype), gelu};
     const InferenceKernels& kernels = inference_kernels_for(isa);
-    run([=, &kernels] { run_gated(kernels, args, num_rows, num_threads); });
+    run(num_threads, [=, &kernels](int threads) { run_gated(kernels, args, num_rows, threads); });
 }
 
 float stream_read(std::uintptr_t p, std::int64_t numel, int num_threads, const std::string& isa) {

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <exception>
 #include <memory>
 #include <new>
 #include <stdexcept>
@@ -33,13 +34,24 @@ Scratch allocate(std::int64_t bytes) {
 }
 
 // Calls body(task) for each task below `tasks`; threads take one after the other. A single thread never enters OpenMP.
+// Throws what the first of them threw (memory may run out), and begins no more then.
 template <class Body>
 void for_tasks(std::int64_t tasks, std::int64_t work, int num_threads, Body body) {
     const int threads = work < kSerialWork ? 1 : int(std::min<std::int64_t>(std::max(num_threads, 1), tasks));
 #ifdef _OPENMP
     if (threads > 1) {
+        std::exception_ptr failure;  // none may leave a parallel region
+        std::atomic<bool> failed{false};
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-        for (std::int64_t task = 0; task < tasks; ++task) body(task);
+        for (std::int64_t task = 0; task < tasks; ++task) {
+            if (failed.load(std::memory_order_relaxed)) continue;
+            try {
+                body(task);
+            } catch (...) {
+                if (!failed.exchange(true)) failure = std::current_exception();
+            }
+        }
+        if (failure) std::rethrow_exception(failure);
         return;
     }
 #endif

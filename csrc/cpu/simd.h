@@ -14,6 +14,7 @@
 #endif
 
 #include <cmath>
+#include <limits>
 
 #include "accel/kernels.h"
 #include "scalar.h"
@@ -189,10 +190,12 @@ struct Memory<DType::f16> {
     static void stream2(std::uint16_t* p, F32 a, F32 b) { stream_half2(p, to_f16(a), to_f16(b)); }
 };
 
-// Elements from p to the next address that a streaming store accepts.
+// Elements from p to the next address that a streaming store accepts; more than any tensor has where none ever comes,
+// since p lies between elements.
 template <class T>
 inline std::int64_t elements_to_alignment(const T* p) {
     const auto past = reinterpret_cast<std::uintptr_t>(p) % kStreamAlign;
+    if (past % sizeof(T) != 0) return std::numeric_limits<std::int64_t>::max();
     return past == 0 ? 0 : std::int64_t((kStreamAlign - past) / sizeof(T));
 }
 

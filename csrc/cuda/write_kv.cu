@@ -19,7 +19,8 @@ __global__ void write_kv(void* from, i64 token_stride, i64 head_stride, void* ca
         const float x = fabsf(Memory<T>::load(from, at + i));
         largest = x > largest || x != x ? x : largest;
     }
-    const float scale = __fdiv_rn(block_reduce<true>(largest), 127.0f);
+    const float top = block_reduce<true>(largest);
+    const float scale = __fdiv_rn(top, 127.0f) + top * 0.0f;  // NaN if it is infinite
     if (threadIdx.x == 0) scales[place] = scale;
     for (int i = threadIdx.x; i < dim; i += kRowThreads) {
         const float q = scale > 0.0f ? rintf(__fdiv_rn(Memory<T>::load(from, at + i), scale)) : 0.0f;

@@ -265,13 +265,16 @@ void tile(const Work& w, std::int64_t first_key, std::int64_t stop_key) {
 
 // One row's chunk into its total.
 inline void merge_row(const Work& w, std::int64_t r, const float* acc, float highest, float sum) {
-    if (highest == kNothing) return;  // it sees no key of the chunk
+    if (highest == kNothing) {  // it sees no key of the chunk: 0, or all its scores are NaN: so is the result
+        w.space.total_sum[r] += sum;
+        return;
+    }
     float* total = w.space.total + r * w.space.width;
     const float before = w.space.total_highest[r];
     if (before == kNothing) {
         std::memcpy(total, acc, std::size_t(w.space.width) * 4);
         w.space.total_highest[r] = highest;
-        w.space.total_sum[r] = sum;
+        w.space.total_sum[r] += sum;
         return;
     }
     const float now = std::max(before, highest);
@@ -308,6 +311,7 @@ void attend_rows(const Work& w) {
     if constexpr (Few) transpose_few(w.space.q, w.space.key_words, w.num_rows, w.space.k);
 #endif
     std::fill_n(w.space.total_highest, w.num_rows, kNothing);
+    std::fill_n(w.space.total_sum, w.num_rows, 0.0f);
     const std::int64_t low = w.seen_by(0).low, high = w.seen_by(w.num_rows - 1).high;
     const std::int64_t state = w.space.width + 2;
     for (std::int64_t chunk = w.task.chunk_begin; chunk < w.task.chunk_end; ++chunk) {
@@ -377,6 +381,7 @@ void accel::ACCEL_ISA::attention_run(const AttentionArgs& a, const AttentionTask
 void accel::ACCEL_ISA::attention_merge(const AttentionArgs& a, const AttentionTask& task, char* scratch) {
     const Work w(a, task, scratch);
     std::fill_n(w.space.total_highest, w.num_rows, kNothing);
+    std::fill_n(w.space.total_sum, w.num_rows, 0.0f);
     const std::int64_t state = w.space.width + 2;
     for (std::int64_t chunk = task.chunk_begin; chunk < task.chunk_end; ++chunk) {
         const float* from = task.partial + (chunk - task.chunk_begin) * w.num_rows * state;

@@ -109,12 +109,16 @@ void gated_row(const GatedArgs& a, std::int64_t row, std::int64_t begin, std::in
     });
 }
 
-// Symmetric int8 of one row; returns its scale.
+// Symmetric int8 of one row; returns its scale. A row with a NaN or an infinity in it is NaN: zeros, and so its scale.
 template <DType T>
 float quantize_row(const Element<T>* x, std::int64_t n, std::int8_t* to) {
-    F32 largest = zero_f32();
-    for_vectors(n, [&](std::int64_t i, auto count) { largest = maximum(largest, absolute(load_at<T>(x + i, count))); });
-    const float scale = max_lanes(largest) / 127.0f;
+    F32 largest = zero_f32(), poison = zero_f32();  // maximum() loses a NaN, a sum does not
+    for_vectors(n, [&](std::int64_t i, auto count) {
+        const F32 value = absolute(load_at<T>(x + i, count));
+        largest = maximum(largest, value);
+        poison = poison + value * zero_f32();
+    });
+    const float scale = max_lanes(largest) / 127.0f + sum_lanes(poison);
     for_vectors(n, [&](std::int64_t i, auto count) {
         float quotient[kLanes];
         store_f32(quotient, round_even(load_at<T>(x + i, count) / splat(scale)));

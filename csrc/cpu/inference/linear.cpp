@@ -385,6 +385,8 @@ inline bool widens_rows(const LinearArgs& a) {
 }
 
 inline bool by_amx(const LinearArgs& a) {
+    constexpr std::int64_t kExact = std::int64_t(1) << 17;  // int32 sums of that many products of int8 are exact
+    if (a.kind == WeightKind::int8 && a.k > kExact) return false;
     return ACCEL_LEVEL >= 3 && (a.dtype == DType::bf16 || a.kind != WeightKind::dense);
 }
 

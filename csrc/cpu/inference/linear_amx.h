@@ -483,7 +483,7 @@ void amx_tiles(const LinearArgs& a, const Packed& packed, const char* scratch, s
         }
         return;
     }
-    const std::int64_t panel = std::max<std::int64_t>(kAmxPanelBytes / (packed.tile_words * 4) / 2, 1) * 2;
+    const std::int64_t panel = std::max<std::int64_t>(kAmxPanelBytes / std::max<std::int64_t>(packed.tile_words * 4, 1) / 2, 1) * 2;
     for (std::int64_t p = t0; p < t1; p += panel) {
         const std::int64_t end = std::min(p + panel, t1);
         for (std::int64_t n = n0; n < n1; n += 32) {

@@ -15,11 +15,12 @@ class Bounce {
   public:
     // The block, with what an op writes in it; null where there is no memory. Allocated at first use, then kept.
     std::byte* fill(const Op& op, std::int64_t block_bytes) {
-        if (!block_) {
+        if (op.nbytes > nbytes_) {  // a file of larger pages than those before
             void* memory = nullptr;
-            const std::size_t nbytes = std::size_t(std::max(block_bytes, op.nbytes));
-            if (::posix_memalign(&memory, kAlign, nbytes) != 0) return nullptr;
+            const std::int64_t nbytes = std::max(block_bytes, op.nbytes);
+            if (::posix_memalign(&memory, kAlign, std::size_t(nbytes)) != 0) return nullptr;
             block_.reset(static_cast<std::byte*>(memory));
+            nbytes_ = nbytes;
         }
         if (op.request->writes) std::memcpy(block_.get(), op.memory, std::size_t(op.nbytes));
         return block_.get();
@@ -36,6 +37,7 @@ class Bounce {
         void operator()(std::byte* memory) const { std::free(memory); }
     };
     std::unique_ptr<std::byte, Free> block_;
+    std::int64_t nbytes_ = 0;
 };
 
 }  // namespace accel::transfer

@@ -47,7 +47,13 @@ class UringEngine : public Engine {
         sigset_t all, before;
         sigfillset(&all);
         pthread_sigmask(SIG_SETMASK, &all, &before);
-        thread_ = std::thread([&] { run(opened); });
+        try {
+            thread_ = std::thread([&] { run(opened); });
+        } catch (...) {
+            pthread_sigmask(SIG_SETMASK, &before, nullptr);
+            ::close(bell_);
+            throw;
+        }
         pthread_sigmask(SIG_SETMASK, &before, nullptr);
         const int error = opened.get_future().get();
         if (error != 0) {
@@ -118,7 +124,7 @@ class UringEngine : public Engine {
             for (const int k : taken_) push(k);
             taken_.clear();
             const int failed = ring.enter(at_once);
-            ring.reap([this](std::uint64_t who, int result) { completed(who, result); });
+            if (!broken_) ring.reap([this](std::uint64_t who, int result) { completed(who, result); });
             if (failed != 0) give_up(failed);
             settle();
         }
@@ -203,6 +209,7 @@ class UringEngine : public Engine {
 
     // The ring itself is broken, as when somebody closed its descriptor: everything under way has failed.
     void give_up(int error) {
+        broken_ = true;  // what completes now belongs to ops that have been given up
         std::vector<bool> waits(ops_.size(), true);
         for (const int k : free_) waits[std::size_t(k)] = false;
         for (const auto& each : done_) waits[std::size_t(each.k)] = false;
@@ -265,6 +272,7 @@ class UringEngine : public Engine {
     Ring* ring_ = nullptr;
     int table_error_ = 0;
     bool heard_ = false;
+    bool broken_ = false;
     std::vector<Op> ops_;      // by place: what is in the kernel
     std::vector<int> slots_;   // by place: the slot of its buffer, or -1
     std::vector<Bounce> bounces_;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -165,3 +166,33 @@ def test_stale_saved_tensor_is_noticed() -> None:
 def test_meta_tensors_pass_through() -> None:
     p, g, m, v = (torch.empty(10, device="meta") for _ in range(4))
     ak.adam_step(p, g, m, v, [ak.AdamSegment(start=0, stop=10, lr=0.1, step=1)])
+
+
+def between_elements(numel: int, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor whose address is no multiple of its elements' size."""
+    return torch.frombuffer(bytearray(numel * dtype.itemsize + 1), dtype=dtype, offset=1)
+
+
+def test_tensors_that_lie_between_elements(problem: Any, runner: Any, assert_same_bits: Any) -> None:
+    backend, isa = runner
+    numel = (8 << 20) // 2 + 77  # beyond what goes past the caches
+    made = problem("adam", numel, low_dtype=torch.bfloat16)
+    expected = made.run("reference")
+    param, grad, *states = (between_elements(numel, torch.float32) for _ in range(4))
+    low = between_elements(numel, torch.bfloat16)
+    for tensor, value in zip((param, grad, *states), (made.param, made.grad, *made.states), strict=True):
+        tensor.copy_(value)
+    with ak.set_cpu_isa(isa) if isa else contextlib.nullcontext():
+        ak.adam_step(param, grad, *states, made.segments, low_precision=low, backend=backend)
+        assert_same_bits([param, grad, *states, low], expected)
+        for dtype in (torch.float32, torch.bfloat16):
+            dst = between_elements(numel, dtype)
+            ak.cast_copy(param, dst, backend=backend)
+            assert torch.equal(dst, param.to(dtype))
+        blocks = {"bits": 8, "block_size": 256}
+        message = torch.empty(ak.block_bytes(numel, **blocks), dtype=torch.uint8)
+        ak.quantize_blocks(param, message, **blocks, backend=backend)
+        back, aligned = between_elements(numel, torch.float32), torch.empty(numel)
+        ak.dequantize_blocks(message, back, **blocks, backend=backend)
+        ak.dequantize_blocks(message, aligned, **blocks, backend=backend)
+        assert torch.equal(back, aligned)

@@ -12,6 +12,7 @@ import torch
 X = torch.zeros(3, 64)
 W = torch.zeros(5, 64)
 PACKED = torch.zeros(5, 32, dtype=torch.uint8)
+BACKENDS = [*(["cpu"] if ak.available_cpu_isas() else []), "portable", "reference"]
 CACHE = torch.zeros(4, 2, 16, 8)
 
 
@@ -31,6 +32,12 @@ def attend(**changes: Any) -> torch.Tensor:
 
 def int32(*values: Any) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32)
+
+
+def released() -> torch.Tensor:
+    weight = torch.zeros(5, 64)
+    weight.untyped_storage().resize_(0)
+    return weight
 
 
 CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
@@ -151,6 +158,60 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "expected k_scale and v_scale, or neither",
     ),
+    "attention, no key heads": (
+        lambda: attend(k_cache=CACHE[:, :0], v_cache=CACHE[:, :0]),
+        ValueError,
+        r"k_cache: expected heads and blocks of at least one key, got shape \(4, 0, 16, 8\)",
+    ),
+    "attention, empty blocks": (
+        lambda: attend(
+            k_cache=CACHE[:, :, :0],
+            v_cache=CACHE[:, :, :0],
+            query_starts=int32(0, 0, 3),
+            context_lens=int32(0, 3),
+        ),
+        ValueError,
+        "k_cache: expected heads and blocks of at least one key",
+    ),
+    "attention, out": (
+        lambda: attend(q=(q := torch.zeros(3, 4, 8)), out=q),
+        ValueError,
+        "paged_attention: out: expected memory of its own, shares q's",
+    ),
+    "linear, in place": (
+        lambda: ak.linear(x := torch.zeros(64, 64), torch.zeros(64, 64), out=x),
+        ValueError,
+        "linear: out: expected memory of its own, shares x's",
+    ),
+    "linear, onto the weight": (
+        lambda: ak.linear(torch.zeros(5, 64), w := torch.zeros(64, 64), out=w[:5]),
+        ValueError,
+        "linear: out: expected memory of its own, shares the weight's",
+    ),
+    "rotary, expanded": (
+        lambda: ak.rotary(
+            X.view(3, 2, 32),
+            torch.zeros(3, 1, 32).expand(-1, 8, -1),
+            *(torch.ones(9, 16), torch.ones(9, 16), torch.arange(3)),
+        ),
+        ValueError,
+        "rotary: k: expected memory for every element, got an expanded tensor",
+    ),
+    "norm, expanded residual": (
+        lambda: ak.rms_norm(X, torch.ones(64), 1e-6, residual=torch.zeros(1, 64).expand(3, -1)),
+        ValueError,
+        "rms_norm: residual: expected memory for every element",
+    ),
+    "gated, expanded out": (
+        lambda: ak.silu_mul(X, out=torch.zeros(1, 32).expand(3, -1)),
+        ValueError,
+        "silu_mul: out: expected memory for every element",
+    ),
+    "linear, without memory": (
+        lambda: ak.linear(X, released()),
+        TypeError,
+        r"linear: weight: expected a tensor with memory, got a Tensor of shape \(5, 64\) that has none",
+    ),
     "attention, window": (lambda: attend(window=-1), ValueError, "window, softcap: expected >= 0, got -1"),
 }
 
@@ -163,7 +224,7 @@ def test_arguments(case: str) -> None:
     assert isinstance(caught.value, ak.AccelKernelsError)
 
 
-@pytest.mark.skipif(not ak.available_cpu_isas(), reason="the C++ back end is not built")
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -185,18 +246,22 @@ def test_arguments(case: str) -> None:
         ({"query_starts": int32(0, 1, 2)}, r"query_starts\[2\]: expected the number of queries, 3, got 2"),
     ],
 )
-def test_lengths_and_blocks_are_looked_at(changes: dict[str, torch.Tensor], message: str) -> None:
+def test_lengths_and_blocks_are_looked_at(
+    backend: str, changes: dict[str, torch.Tensor], message: str
+) -> None:
     with pytest.raises(ak.AccelValueError, match=message):
-        attend(**changes)
+        attend(backend=backend, **changes)
 
 
-@pytest.mark.skipif(not ak.available_cpu_isas(), reason="the C++ back end is not built")
-def test_slots_and_positions_are_looked_at() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_slots_and_positions_are_looked_at(backend: str) -> None:
     k = torch.ones(2, 2, 8)
     cache = CACHE.clone()
     with pytest.raises(ak.AccelValueError, match=r"write_kv: slots\[1\]: expected below 64, got 64"):
-        ak.write_kv(k, k, cache, cache.clone(), torch.tensor([0, 64]))
+        ak.write_kv(k, k, cache, cache.clone(), torch.tensor([0, 64]), backend=backend)
     assert torch.equal(cache, CACHE)  # nothing was written
+    angles = (torch.ones(9, 4), torch.ones(9, 4))
     for bad in (-1, 9):
         with pytest.raises(ak.AccelValueError, match=rf"rotary: positions\[1\]: expected 0 to 8, got {bad}"):
-            ak.rotary(k, None, torch.ones(9, 4), torch.ones(9, 4), torch.tensor([0, bad]))
+            ak.rotary(k, None, *angles, torch.tensor([0, bad]), backend=backend)
+    assert (k == 1).all()

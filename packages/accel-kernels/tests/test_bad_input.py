@@ -295,3 +295,33 @@ def test_cast_onto_itself() -> None:
 def test_norm(grads: Any, options: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"grad_norm_scale: {message}"):
         ak.grad_norm_scale(grads, **options)
+
+
+@pytest.mark.parametrize("runner_name", ["cpu", "portable", "reference"])
+def test_segments_may_come_from_a_generator(runner_name: str) -> None:
+    if runner_name == "cpu" and not ak.available_cpu_isas():
+        pytest.skip("the C++ back end is not built")
+    given = tensors()
+    call(given, (segment(start, start + 8) for start in (0, 8)), backend=runner_name)
+    assert (given["param"][:16] != 1).all()
+    assert (given["param"][16:] == 1).all()
+
+
+def test_a_segment_begins_at_a_whole_element() -> None:
+    with pytest.raises(ValueError, match=r"AdamSegment.start: expected an integer, got 0.5"):
+        ak.AdamSegment(start=0.5, stop=2, lr=0.1, step=1)  # type: ignore[arg-type]
+    assert segment(np.int64(3)).start == 3  # type: ignore[arg-type]
+
+
+def test_a_tensor_without_memory_is_refused() -> None:
+    given = tensors()
+    given["grad"].untyped_storage().resize_(0)
+    with pytest.raises(TypeError, match="adam_step: grad: expected a tensor with memory"):
+        call(given)
+    params, states, grad = [torch.ones(8)], [[torch.ones(8)], [torch.ones(8)]], torch.ones(8)
+    table = ak.StepTable(ak.AdamSegment, params, states)
+    grad.untyped_storage().resize_(0)
+    with pytest.raises(TypeError, match=r"StepTable: grads\[0\]: expected a tensor with memory"):
+        table.step([grad], [segment()], [0])
+    with pytest.raises(TypeError, match=r"StepTable: grads\[0\]: expected a torch.Tensor, got list"):
+        table.step([[1.0]], [segment()], [0])  # type: ignore[list-item]

@@ -242,3 +242,29 @@ def test_fp16_on_the_cpu_runs_portably() -> None:
     with contextlib.suppress(ak.BackendUnavailableError):
         ak.linear(x, torch.randn(8, 32).half(), backend="cpu")
         pytest.fail("expected BackendUnavailableError")
+
+
+@pytest.mark.parametrize("way", ways())
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_int8_products_larger_than_the_dtype_before_they_are_scaled(way: Way, dtype: torch.dtype) -> None:
+    x, weight = torch.ones(3, 4096, dtype=dtype), torch.full((5, 4096), 127, dtype=torch.int8)
+    with with_way(way, dtype) as backend:
+        got = ak.linear_int8(x, weight, torch.full((5,), 1e-4), backend=backend)
+    assert torch.allclose(got.float(), torch.full((3, 5), 127 * 0.4096), rtol=2.0**-7)
+
+
+@pytest.mark.parametrize("way", ways())
+@pytest.mark.parametrize("m", [1, 5, 40])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_products_over_nothing_are_the_bias(way: Way, m: int, dtype: torch.dtype) -> None:
+    x, bias = torch.ones(m, 0, dtype=dtype), torch.arange(8).to(dtype)
+    with with_way(way, dtype) as backend:
+        for got in (
+            ak.linear(x, torch.ones(8, 0, dtype=dtype), bias, backend=backend),
+            ak.linear_int8(x, torch.ones(8, 0, dtype=torch.int8), torch.ones(8), bias, backend=backend),
+            ak.linear_int4(
+                *(x, torch.ones(8, 0, dtype=torch.uint8), torch.ones(8, 0), None, bias), group_size=32,
+                backend=backend,
+            ),
+        ):  # fmt: skip
+            assert torch.equal(got, bias.expand(m, -1))

@@ -151,3 +151,44 @@ def test_large_scores_do_not_overflow(way: Way) -> None:
         got = batch.run(backend, scale=300.0)
     agree(got, batch.run("reference", scale=300.0), num_terms=100_000)  # softmax of scores in the thousands
     assert got.isfinite().all()
+
+
+@pytest.mark.parametrize("way", ways())
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_row_of_nan_stays_its_own_and_nan(way: Way, dtype: torch.dtype, int8: bool, value: float) -> None:
+    # Several sequences, so that memory holds another one's result; few of many keys, so that chunks are shared out.
+    for lengths in ([(1, 40), (2, 40), (1, 70)], [(1, 3000)], [(90, 90), (3, 2100)]):
+        batch = make_batch(lengths, dtype=dtype, int8=int8)
+        batch.tensors[0][-1] = value
+        with with_way(way, dtype) as backend:
+            for _ in range(3):
+                got = batch.run(backend)
+                assert got[-1].isnan().all()
+                agree(got[:-1], batch.run("reference")[:-1], units=4.0, num_terms=300, at_least=1.0)
+
+
+@pytest.mark.parametrize("way", ways())
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("place", [0, 17, 39])
+def test_a_key_that_is_not_finite_is_nan_in_an_int8_cache(
+    way: Way, dtype: torch.dtype, value: float, place: int
+) -> None:
+    k = torch.randn(3, 2, 40).to(dtype)
+    k[1, 1, place] = value
+    found = []
+    for backend in (None, "reference"):
+        caches = [torch.full((2, 2, 16, 40), 99, dtype=torch.int8) for _ in range(2)]
+        scales = [torch.ones(2, 2, 16) for _ in range(2)]
+        with with_way(way, dtype) as chosen:
+            ak.write_kv(
+                *(k, k, *caches, torch.tensor([3, 20, -1])), k_scale=scales[0], v_scale=scales[1],
+                backend=backend or chosen,
+            )  # fmt: skip
+        assert scales[0][1, 1, 4].isnan()
+        assert not caches[0][1, 1, 4].any()
+        assert int(scales[0].isnan().sum()) == 1
+        found.append((*caches, *scales))
+    assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(*found, strict=True))

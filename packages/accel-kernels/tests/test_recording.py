@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 
@@ -148,6 +151,10 @@ def test_a_back_end_that_takes_lengths_out_of_tensors_says_so(backend: str) -> N
         Recording(),
     ):
         accel_kernels.paged_attention(*tensors, scale=1.0, backend=backend)
+    with pytest.raises(AccelKernelsError, match="rotary: expected to be called outside"), Recording():
+        accel_kernels.rotary(q, None, *[layer.angles] * 2, layer.positions, backend=backend)
+    with pytest.raises(AccelKernelsError, match="write_kv: expected to be called outside"), Recording():
+        accel_kernels.write_kv(q, q, *layer.cache, layer.slots, backend=backend)
 
 
 def test_recordings_neither_nest_nor_start_again() -> None:
@@ -182,3 +189,67 @@ def test_bad_values_in_a_replay_end_as_in_a_call() -> None:
         recording.replay()
     layer.slots[1] = 1
     recording.replay()
+
+
+def test_memory_is_kept_where_a_tensor_is_given_other_memory() -> None:
+    x, weight = torch.randn(3, 32), torch.randn(8, 32)
+    recording = Recording()
+    with recording:
+        y = accel_kernels.linear(x, weight)
+    expected = y.clone()
+    weight.data = torch.full((8, 32), float("nan"))
+    in_its_place = [torch.full((8, 32), float("nan")) for _ in range(64)]
+    y.zero_()
+    recording.replay()
+    assert torch.equal(y, expected)
+    assert in_its_place
+
+
+def test_a_tensor_turned_in_place_is_refused() -> None:
+    with (
+        pytest.raises(AccelValueError, match=r"expected tensors that keep their shape, got aten\.t_"),
+        Recording(),
+    ):
+        torch.ones(3, 2).t_()
+
+
+def test_rows_by_their_numbers_are_recorded() -> None:
+    table, rows = torch.randn(9, 4), torch.tensor([3, 1])
+    recording = Recording()
+    with recording:
+        y = table[rows]
+    rows.copy_(torch.tensor([8, 0]))
+    recording.replay()
+    assert torch.equal(y, table[[8, 0]])
+
+
+def test_a_replay_within_a_recording_is_refused() -> None:
+    inner = Recording()
+    with inner:
+        torch.ones(2).neg()
+    with pytest.raises(AccelKernelsError, match="replay: expected to be called outside"), Recording():
+        inner.replay()
+
+
+@pytest.mark.skipif(not NATIVE or not hasattr(os, "fork"), reason="needs compiled ops and fork")
+def test_a_replay_uses_as_many_threads_as_torch_has_now() -> None:
+    code = """
+import os, torch, accel_kernels
+torch.set_num_threads(2)
+x, weight = torch.randn(64, 512), torch.randn(1024, 512)
+recording = accel_kernels.Recording()
+with recording:
+    y = accel_kernels.linear(x, weight)
+expected = y.clone()
+child = os.fork()
+if child == 0:
+    torch.set_num_threads(1)  # a pool of threads does not survive a fork
+    y.zero_()
+    recording.replay()
+    os._exit(0 if torch.equal(y, expected) else 1)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    found = subprocess.run(
+        [sys.executable, "-c", code], timeout=60, capture_output=True, text=True, check=False
+    )
+    assert found.returncode == 0, found.stderr

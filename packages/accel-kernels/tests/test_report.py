@@ -88,4 +88,4 @@ importlib.util.find_spec = lambda name, *rest: None if name == "numba" else find
     assert "portable" in run.stdout
     assert "extension not built" in run.stdout
     if not numba:
-        assert "numba not installed" in run.stdout
+        assert "numba is not installed" in run.stdout

@@ -11,10 +11,26 @@ import traceback
 from pathlib import Path
 
 import accel_kernels as ak
+import numpy as np
 import pytest
 import torch
+from accel_kernels import native
 from accel_kernels.transfers.drivers import why_not
-from transfer_lab import ENGINES, REFUSE_URING, becomes, command, noise, run_python, small_disk
+from transfer_lab import (
+    ENGINES,
+    REFUSE_URING,
+    becomes,
+    command,
+    noise,
+    num_descriptors,
+    run_python,
+    small_disk,
+)
+
+try:
+    import resource
+except ImportError:
+    resource = None  # type: ignore[assignment]
 
 MIB = 1 << 20
 
@@ -371,3 +387,111 @@ except ak.BackendUnavailableError as error:
     assert run.stdout.startswith("portable | extension not built")
     assert "engine 'threads': extension not built" in run.stdout
     assert (tmp_path / "file").read_bytes() == b"bytes"
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_offset_is_an_integer(engine: str, tmp_path: Path) -> None:
+    with ak.TransferEngine(engine=engine) as moves, moves.open(tmp_path / "file", nbytes=4096) as file:
+        with pytest.raises(
+            ak.AccelTypeError, match=r"read: .*file: offset: expected an integer, got 2048\.0"
+        ):
+            moves.read(file, 4096 / 2, bytearray(8))  # type: ignore[arg-type]
+        moves.read(file, np.int64(8), bytearray(8)).wait()
+
+
+def test_a_thread_that_fails_ends_its_transfer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> int:
+        raise MemoryError
+
+    with ak.TransferEngine(engine="portable") as moves, moves.open(tmp_path / "file", nbytes=1 << 20) as file:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "preadv", fail)
+            with pytest.raises(ak.TransferError, match="reading 1048576 bytes at offset 0: 0 done"):
+                moves.read(file, 0, bytearray(1 << 20)).wait()
+        still_works(moves, tmp_path)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_end_of_the_process_tells_what_has_failed(engine: str, tmp_path: Path) -> None:
+    (tmp_path / "short").write_bytes(b"x")
+    code = f"""
+import accel_kernels as ak
+engine = ak.TransferEngine(engine={engine!r})
+file = engine.open({str(tmp_path / "short")!r})
+for _ in range(50):
+    engine.read(file, 0, bytearray(1 << 16))
+"""
+    found = run_python(code)
+    assert found.returncode == 0, found.stderr
+    assert found.stderr.count("a transfer that nobody waited for has failed") == 50
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_interrupt_while_a_file_closes_loses_no_descriptor(
+    engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ak.TransferEngine(engine=engine) as moves:
+        before = num_descriptors()
+        file = moves.open(tmp_path / "file", nbytes=4096)
+
+        class Interrupted:
+            def detach(self, _: object) -> None:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(file, "_driver", Interrupted())
+            with pytest.raises(KeyboardInterrupt):
+                file.close()
+        assert not file.closed
+        file.close()
+        assert num_descriptors() == before
+
+
+@pytest.mark.skipif(resource is None, reason="needs limits on processes")
+@pytest.mark.parametrize("engine", ENGINES)
+def test_without_another_thread_it_says_so_and_signals_still_come(engine: str) -> None:
+    code = f"""
+import os, resource, signal, threading
+import accel_kernels as ak
+os.setresuid(65534, 65534, 65534) if os.geteuid() == 0 else None  # root has no limit
+resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+try:
+    threading.Thread(target=lambda: None).start()
+    print("no limit")
+except RuntimeError:
+    before = len(os.listdir("/proc/self/fd"))
+    try:
+        ak.TransferEngine(engine={engine!r})
+    except ak.BackendUnavailableError as error:
+        print("unavailable:", error)
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
+    assert len(os.listdir("/proc/self/fd")) == before
+"""
+    found = run_python(code)
+    assert found.returncode == 0, found.stderr
+    if "no limit" in found.stdout:
+        pytest.skip("this system does not count threads")
+    assert f"unavailable: TransferEngine: engine {engine!r}" in found.stdout
+
+
+@pytest.mark.skipif(native.cpu is None, reason=str(native.why_not))
+@pytest.mark.parametrize("engine", ["io_uring", "threads"])
+def test_files_of_different_page_sizes_share_an_engine(engine: str, tmp_path: Path) -> None:
+    if reason := why_not(engine):
+        pytest.skip(reason)
+    data = noise(1 << 20)
+    (tmp_path / "file").write_bytes(data.numpy().tobytes())
+    descriptor = os.open(tmp_path / "file", os.O_RDONLY)
+    driver = native.cpu.TransferEngine(engine, 1, 4096, 1)
+    try:
+        for align in (4096, 65536):  # the second one's blocks are larger than any before
+            file = driver.attach(descriptor, descriptor, align, 4096)
+            out = torch.zeros((1 << 20) + 1, dtype=torch.uint8)[1:]
+            handle = driver.submit([(file, 0, out.data_ptr(), out.numel())], False)
+            handle.wait()
+            assert handle.failure() is None
+            assert torch.equal(out, data)
+            driver.detach(file)
+    finally:
+        driver.close()
+        os.close(descriptor)

@@ -22,7 +22,7 @@ from accel_kernels.transfers import files
 from accel_kernels.transfers.files import share_bytes, stripes
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transfer_lab import ENGINES, becomes, command, noise, num_descriptors
+from transfer_lab import ENGINES, becomes, command, noise, num_descriptors, small_disk
 
 PAGE = 4096
 FILE_BYTES = 40 * PAGE + 123
@@ -434,3 +434,7 @@ def test_tune_cleans_up_after_a_failure(tmp_path: Path, monkeypatch: pytest.Monk
         ak.tune(tmp_path / "nowhere")
     with pytest.raises(ak.AccelValueError, match="seconds"):
         ak.tune(tmp_path, seconds=0)
+    with small_disk(tmp_path / "disk", 63) as disk:
+        with pytest.raises(ak.TransferError, match=r"a quarter of what is free.*bytes are free there"):
+            ak.tune(disk, seconds=0.1)
+        assert list(disk.iterdir()) == []

@@ -279,6 +279,83 @@ def test_a_gradient_after_the_reduction_is_reduced_too() -> None:
     assert max(run_ranks(twice_under_reentrance, 2, 2, 3)) <= 2e-6
 
 
+class Adapted(nn.Module):
+    """Frozen layers with adapters under reentrant checkpoints, and a frozen head: no gradient comes between regions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(64, 64).requires_grad_(False) for _ in range(3))
+        self.adapters = nn.ModuleList(nn.Linear(64, 64) for _ in range(3))
+        self.head = nn.Linear(64, 64).requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        x = x.detach().requires_grad_()
+        for layer, adapter in zip(self.layers, self.adapters, strict=True):
+            x = checkpoint(lambda x, layer=layer, adapter=adapter: adapter(layer(x)), x, use_reentrant=True)
+        return {"logits": self.head(x)}
+
+
+def adapters_under_reentrance(rank: int, world_size: int, stage: int) -> tuple[float, int]:
+    start = seeded(Adapted)
+    plain = plain_copy(start)
+    model = zero.shard(start, dp_mesh(world_size), stage=stage, units=nn.Linear)
+    opt = zero.ShardedOptimizer(model, SGD(model.parameters(), lr=0.1))
+    inner = SGD([param for param in plain.parameters() if param.requires_grad], lr=0.1)
+    ends: list[None] = []
+    zero.sharded(model).reducer.listeners.append(lambda unit: ends.append(None) if unit is None else None)
+    torch.manual_seed(1)
+    for _ in range(2):
+        x = torch.randn(2, 64)
+        for each, optimizer in ((model, opt), (plain, inner)):
+            each(x)["logits"].square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return relative_error(zero.full_state_dict(model), plain.state_dict()), len(ends)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_adapters_under_reentrant_checkpoints_are_one_pass(stage: int) -> None:
+    for error, num_passes in run_ranks(adapters_under_reentrance, 2, 2, stage):
+        assert error <= 2e-6
+        assert num_passes == 2
+
+
+class _Fails(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise FloatingPointError("overflow")
+
+
+def raised_in_backward(rank: int, world_size: int, stage: int, zeroed: bool) -> float:
+    start = seeded(stack)
+    plain = plain_copy(start)
+    model = zero.shard(start, dp_mesh(world_size), stage=stage, units=nn.Linear)
+    opt = zero.ShardedOptimizer(model, SGD(model.parameters(), lr=0.1))
+    inner = SGD(plain.parameters(), lr=0.1)
+    x = torch.randn(2, 64, generator=torch.Generator().manual_seed(1))
+    with pytest.raises(FloatingPointError):  # two of four layers have their gradients by then
+        model[3](model[2](_Fails.apply(model[1](model[0](x))))).sum().backward()
+    if zeroed:
+        opt.zero_grad()
+    else:  # what came before stays, as in plain torch
+        with pytest.raises(FloatingPointError):
+            plain[3](plain[2](_Fails.apply(plain[1](plain[0](x))))).sum().backward()
+    for each, optimizer in ((model, opt), (plain, inner)):  # and not through the model's own forward
+        each[3](each[2](each[1](each[0](x)))).sum().backward()
+        optimizer.step()
+    return relative_error(zero.full_state_dict(model), plain.state_dict())
+
+
+@pytest.mark.parametrize("zeroed", [True, False])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_pass_after_one_that_raised(stage: int, zeroed: bool) -> None:
+    assert max(run_ranks(raised_in_backward, 2, 2, stage, zeroed)) <= 2e-6
+
+
 def failed_gather(rank: int, world_size: int) -> None:
     model = zero.shard(seeded(stack), dp_mesh(world_size), stage=3)
     state = zero.sharded(model)

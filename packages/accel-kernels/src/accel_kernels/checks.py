@@ -1,8 +1,7 @@
 """What the ops demand of their tensors, checked before anything is written; a few microseconds a call.
 
-In: the tensors of one call with the role each plays. Out: nothing, or an error that names the argument, what
-was
-given and what was expected. Next: ``dispatch``.
+In: the tensors of one call with the role each plays. Out: nothing, or an error that names the argument, what was given
+and what was expected. Next: ``dispatch``.
 """
 
 from __future__ import annotations
@@ -27,6 +26,14 @@ SizedRole = tuple[str, torch.Tensor, tuple[torch.dtype, ...], bool, "tuple[int, 
 
 def _names(dtypes: Sequence[torch.dtype]) -> str:
     return " or ".join(str(dtype) for dtype in dtypes)
+
+
+def no_memory(op: str, name: str, tensor: torch.Tensor) -> str:
+    """The text for a tensor whose elements lie nowhere: a wrapper's, or those of a parameter that was released."""
+    return (
+        f"{op}: {name}: expected a tensor with memory, got a {type(tensor).__name__} of shape "
+        f"{tuple(tensor.shape)} that has none; pass the local, gathered tensor"
+    )
 
 
 def check_flat(op: str, roles: Sequence[Role]) -> None:
@@ -74,6 +81,8 @@ def check_sized(op: str, roles: Sequence[SizedRole]) -> None:
             raise AccelValueError(f"{op}: {name}: is the result of a recorded operation; detach it first")
         if not tensor.is_meta and numel > 0:
             begin = tensor.data_ptr()
+            if begin == 0:
+                raise AccelTypeError(no_memory(op, name, tensor))
             num_bytes = numel * tensor.element_size()
             spans.append((begin, begin + num_bytes, name, written))
             if written and tensor.is_cpu and not tensor.untyped_storage().resizable():

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .checks import no_memory
 from .errors import AccelTypeError, AccelValueError
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -48,6 +49,8 @@ def expect(
             raise _shape_error(op, name, shape, given)
     if device is not None and tensor.device != device:
         raise AccelValueError(f"{op}: {name}: expected a tensor on {device}, got {tensor.device}")
+    if tensor.data_ptr() == 0:
+        _expect_memory(op, name, tensor)
     if tensor.stride(-1) != 1 and given[-1] > 1:
         raise AccelValueError(
             f"{op}: {name}: expected adjacent elements in the last dimension, got stride {tensor.stride()}; "
@@ -58,6 +61,41 @@ def expect(
 def _shape_error(op: str, name: str, shape: Sequence[int | None], given: Sequence[int]) -> AccelValueError:
     wanted = ", ".join("*" if want is None else str(want) for want in shape)
     return AccelValueError(f"{op}: {name}: expected shape ({wanted}), got {tuple(given)}")
+
+
+def _expect_memory(op: str, name: str, tensor: Tensor) -> None:
+    """Elements of a wrapper (a ``DTensor``), or of a parameter whose memory was released, lie nowhere."""
+    if tensor.numel() and not tensor.is_meta:
+        raise AccelTypeError(no_memory(op, name, tensor))
+
+
+def expect_written(op: str, name: str, tensor: Tensor, *read: tuple[str, Tensor | None]) -> None:
+    """Demand that no two elements of a written tensor share memory, nor any with what is read meanwhile.
+
+    Raises:
+        AccelValueError: they do.
+    """
+    stride = tensor.stride()
+    if 0 in stride and any(size > 1 for size, step in zip(tensor.shape, stride, strict=True) if step == 0):
+        raise AccelValueError(
+            f"{op}: {name}: expected memory for every element, got an expanded tensor of shape "
+            f"{tuple(tensor.shape)}, stride {stride}"
+        )
+    if not read or tensor.numel() == 0:
+        return
+    begin, end = _span(tensor)
+    for other, each in read:
+        if each is not None and each.numel():
+            first, last = _span(each)
+            if first < end and begin < last:
+                raise AccelValueError(f"{op}: {name}: expected memory of its own, shares {other}'s")
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """Addresses of the first byte and behind the last; what lies between may be another's."""
+    last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    begin = tensor.data_ptr()
+    return begin, begin + (last + 1) * tensor.element_size()
 
 
 def expect_contiguous(op: str, name: str, tensor: Tensor) -> None:

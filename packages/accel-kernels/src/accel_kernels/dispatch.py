@@ -136,9 +136,17 @@ _CPU_DTYPES = (torch.float32, torch.bfloat16)
 
 
 @functools.cache
-def has_module(name: str) -> bool:
-    """Whether a module could be imported; does not import it."""
-    return importlib.util.find_spec(name) is not None
+def why_no_module(name: str) -> str | None:
+    """Why a module cannot be imported, or None if it can, and then has been."""
+    if importlib.util.find_spec(name) is None:
+        return "is not installed"
+    try:
+        importlib.import_module(name)
+    except (
+        Exception
+    ) as error:  # installed for another driver, another Python, another numpy: anything may come
+        return f"does not import: {error}"
+    return None
 
 
 def why_unavailable(backend: str, device_type: str) -> str | None:
@@ -149,9 +157,8 @@ def why_unavailable(backend: str, device_type: str) -> str | None:
         return f"works on {backend} tensors, got {device_type} ones"
     if backend == "cpu":
         return native.why_not
-    return (
-        None if has_module("cupy") else "CuPy is not installed: pip install accel-kernels[cuda12] or [cuda13]"
-    )
+    reason = why_no_module("cupy")
+    return None if reason is None else f"CuPy {reason}: pip install accel-kernels[cuda12] or [cuda13]"
 
 
 @functools.cache
@@ -196,9 +203,10 @@ def why_inference_unavailable(op: str, backend: str, device_type: str, dtype: to
         needs = _CUDA_NEEDS.get(op)
         if needs is None:
             return "torch's own product is used there: backend='portable'"
-        if needs == "triton" and not has_module("triton"):
-            return "Triton is not installed"
-        return None if needs == "triton" else why_unavailable(backend, device_type)
+        if needs == "triton":
+            reason = why_no_module("triton")
+            return None if reason is None else f"Triton {reason}"
+        return why_unavailable(backend, device_type)
     if backend == "cpu" == device_type and native.cpu is not None and dtype not in _CPU_DTYPES:
         return f"has kernels for {' and '.join(map(str, _CPU_DTYPES))}, got {dtype}"
     return why_unavailable(backend, device_type)

@@ -9,7 +9,8 @@ Python, the calls cost more than what they do.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from ._cpu import Tape
 
 _UNFIT = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded)
+_MASKS = (torch.bool, torch.uint8)
 _under_way = threading.local()
 
 
@@ -32,28 +34,31 @@ def keep(*tensors: Tensor | None) -> None:
     """Keep what a native call of this thread was given the addresses of, if it is being recorded."""
     recording: Recording | None = getattr(_under_way, "recording", None)
     if recording is not None:
-        recording.kept.extend(each for each in tensors if each is not None)
+        recording.keep(each for each in tensors if each is not None)
 
 
 class Recording(TorchDispatchMode):
     """Records what its ``with`` block computes, on this thread, while it computes it.
 
-    Recorded are the inference ops of this package on the CPU (``paged_attention`` by the ``cpu`` back end alone), and
-    every op of torch that is not a view. The block must
-    compute the same things whatever the values in its tensors: Python's own branches, and numbers that were taken out
-    of tensors (``tolist``), stay as they were.
+    Recorded are the inference ops of this package on the CPU (``paged_attention``, ``rotary`` and ``write_kv``, which
+    look at values, by the ``cpu`` back end alone), and every op of torch that is not a view. The block must compute the
+    same things whatever the values in its tensors: Python's own branches, and numbers that were taken out of tensors
+    (``tolist``), stay as they were. So does the memory: a tensor that is given other memory afterwards (``.data =``)
+    has left the recording, which holds on to the old one.
 
     Attributes:
-        kept: every tensor that the calls read or write; they live as long as the recording.
+        kept: every tensor that the calls read or write; they and their memory live as long as the recording.
 
     Raises:
         AccelValueError: in the block: another recording is under way, or an op of torch whose result's shape depends on
-            values, that gives a number to Python or that is random. The block may go on without a recording.
+            values, that gives a number to Python, that is random or that turns a tensor in place (``t_``). The block
+            may go on without a recording.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.kept: list[Tensor] = []
+        self._memory: list[torch.UntypedStorage] = []
         self._made: dict[int, int] = {}  # bytes at an address
         self._replays: list[Callable[[], object]] = []
         self._tape: Tape | None = None
@@ -68,12 +73,20 @@ class Recording(TorchDispatchMode):
         """Memory of the tensors that the block made, which would be free without the recording."""
         return sum(self._made.values())
 
+    def keep(self, tensors: Iterable[Tensor]) -> None:
+        """Have tensors, and the memory that they have now, live as long as the recording."""
+        for each in tensors:
+            self.kept.append(each)
+            self._memory.append(each.untyped_storage())
+
     def replay(self) -> None:
-        """Make the calls again.
+        """Make the calls again, with as many threads as torch has now.
 
         Raises:
             AccelValueError: a value leads outside a tensor (a slot, a position, a block), as in the first calls.
+            AccelKernelsError: another recording is under way in this thread.
         """
+        refuse_while_recording("Recording.replay", "its calls would be missing there")
         try:
             for call in self._replays:
                 call()
@@ -100,13 +113,17 @@ class Recording(TorchDispatchMode):
     ) -> Any:
         """Run an op of torch, and note it."""
         kwargs = kwargs or {}
-        if any(tag in func.tags for tag in _UNFIT):
+        if any(tag in func.tags for tag in _UNFIT) and not _picks_by_numbers(func, args):
             raise AccelValueError(f"Recording: expected no op that depends on values or chance, got {func}")
+        if torch.Tag.inplace_view in func.tags:
+            raise AccelValueError(
+                f"Recording: expected tensors that keep their shape, got {func}; make a view"
+            )
         result = func(*args, **kwargs)
         found = [each for each in tree_leaves((args, kwargs, result)) if isinstance(each, Tensor)]
-        self.kept.extend(found)
         if any(each.device.type != "cpu" for each in found):
             raise AccelValueError(f"Recording: expected tensors on the CPU, got {func} of others")
+        self.keep(found)
         if not (_is_view(func) or func._schema.is_mutable):
             new = (each.untyped_storage() for each in tree_leaves(result) if isinstance(each, Tensor))
             self._made.update((each.data_ptr(), each.nbytes()) for each in new)
@@ -125,8 +142,12 @@ class Recording(TorchDispatchMode):
         if native.cpu is not None and self._tape is not None:
             native.cpu.stop_recording()
             if len(self._tape):
-                self._replays.append(self._tape.replay)
+                self._replays.append(partial(_replay, self._tape))
             self._tape = None
+
+
+def _replay(tape: Tape) -> None:
+    tape.replay(torch.get_num_threads())
 
 
 def refuse_while_recording(op: str, why: str = "it holds inference ops alone") -> None:
@@ -137,6 +158,13 @@ def refuse_while_recording(op: str, why: str = "it holds inference ops alone") -
     """
     if getattr(_under_way, "recording", None) is not None:
         raise AccelKernelsError(f"{op}: expected to be called outside of a Recording: {why}")
+
+
+def _picks_by_numbers(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether an op is indexing whose result's shape depends on no value: not by a mask."""
+    if func is not torch.ops.aten.index.Tensor:
+        return False
+    return all(each is None or each.dtype not in _MASKS for each in args[1])
 
 
 def _is_view(func: Any) -> bool:

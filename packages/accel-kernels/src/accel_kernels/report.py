@@ -10,8 +10,8 @@ import torch
 from . import native
 from .dispatch import (
     INFERENCE_OPS,
-    has_module,
     why_inference_unavailable,
+    why_no_module,
     why_unavailable,
 )
 from .dispatch_codecs import CODEC_OPS
@@ -82,7 +82,8 @@ def _portable(op: str) -> str:
         return "plain torch"
     if op not in _STEPS:
         return "plain torch in cache-sized pieces"
-    return "numba" if has_module("numba") else "plain torch in cache-sized pieces, numba not installed"
+    reason = why_no_module("numba")
+    return "numba" if reason is None else f"plain torch in cache-sized pieces, numba {reason}"
 
 
 def _cpu(op: str) -> Choice:

@@ -66,6 +66,8 @@ class _Segment:
     lr: float
 
     def __post_init__(self) -> None:
+        for field in ("start", "stop"):
+            _require(hasattr(getattr(self, field), "__index__"), self, field, "an integer")
         _require(self.start >= 0, self, "start", "an element index >= 0")
         _require(self.start <= self.stop, self, "stop", f"at least start = {self.start}")
         _non_negative(self, "lr")

@@ -215,6 +215,8 @@ class StepTable:
         everything = len(places) == len(self)
         rows = self._rows if everything else self._rows[places]
         numels = self._numels if everything else [self._numels[k] for k in places]
+        if not all(isinstance(grad, Tensor) for grad in grads):
+            self._refuse(places, grads)
         dtypes = [grad.dtype for grad in grads]
         if not (
             all(grad.is_cpu for grad in grads)
@@ -229,6 +231,8 @@ class StepTable:
                 f"StepTable: which: expected indices into {num_segments} segments, got {chosen}"
             )
         rows["grad"] = [grad.data_ptr() for grad in grads]
+        if not rows["grad"].all():
+            self._refuse(places, grads)  # of no elements, or of elements without memory
         rows["segment"] = chosen
         if not everything or dtypes != self._grad_dtypes:
             rows["grad_dtype"] = [_CODES[dtype] for dtype in dtypes]

@@ -11,14 +11,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from .collectives import Wire
@@ -26,6 +25,7 @@ from .config import Overlap
 from .flat_unit import FlatUnit
 from .gather_plan import Kind
 from .hooks import Reducer
+from .outputs import tensors_needing_grad
 from .params import ReleasedParameter, Residency
 from .turns import Turns
 
@@ -113,7 +113,7 @@ class Gatherer:
         self, units: list[FlatUnit], module: nn.Module, args: Any, kwargs: Any, output: Any
     ) -> None:
         call = _Call(units, self._leave(module), self._num_calls)
-        needs_backward, understood = _tensors_needing_grad(output)
+        needs_backward, understood = tensors_needing_grad(output)
         if torch.is_grad_enabled() and module is not self._model:
             needs_backward += _kept_on(module)
         if torch.is_grad_enabled() and not understood:
@@ -270,41 +270,6 @@ def _eager(hook: Callable[..., Any]) -> Callable[..., Any]:
 
 def _inside_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
-
-
-def _tensors_needing_grad(output: Any) -> tuple[list[torch.Tensor], bool]:
-    """The tensors in a module's output through which a backward can come, and whether we saw all of it."""
-    found, understood, seen = [], True, set()
-    pending = tree_leaves(output)
-    while pending:
-        leaf = pending.pop()
-        if isinstance(leaf, torch.Tensor):
-            if leaf.requires_grad and leaf.grad_fn is not None:
-                found.append(leaf)
-        elif isinstance(leaf, (tuple, list, set, frozenset)):
-            pending += tree_leaves(list(leaf))  # such as a torch.Size
-        elif not isinstance(leaf, _PLAIN) and not _is_array_of_numbers(leaf):
-            if id(leaf) in seen:
-                continue
-            seen.add(id(leaf))
-            if is_dataclass(leaf) and not isinstance(leaf, type):
-                pending += tree_leaves([getattr(leaf, field.name) for field in fields(leaf)])
-            elif hasattr(leaf, "__dict__"):
-                pending += tree_leaves(list(vars(leaf).values()))
-            else:
-                understood = False
-    return found, understood
-
-
-_PLAIN = (
-    *(int, float, str, bool, bytes, complex, range, slice, type(None)),
-    *(torch.dtype, torch.device, torch.layout, torch.memory_format),
-)
-
-
-def _is_array_of_numbers(leaf: Any) -> bool:
-    dtype = getattr(leaf, "dtype", None)
-    return type(leaf).__module__ == "numpy" and dtype is not None and not dtype.hasobject
 
 
 def _kept_on(module: nn.Module) -> list[torch.Tensor]:

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
-from weakref import WeakMethod
+from weakref import WeakMethod, ref
 
 import torch
 from torch import nn
@@ -26,6 +26,7 @@ from .collectives import Pending, Wire
 from .config import Overlap, Precision
 from .errors import CollectiveError, ZeroStateError
 from .flat_unit import FlatUnit
+from .outputs import tensors_needing_grad
 from .rows import RowBucket, reduce_rows
 
 
@@ -96,6 +97,9 @@ class Entrance:
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._autocasts:
             self._autocasts.pop().__exit__(None, None, None)
+        if self.resident and torch._C._current_graph_task_id() == -1:
+            for tensor in tensors_needing_grad(output)[0]:
+                tensor.register_hook(self.reducer.meet_backward)
 
     def _check_parameters(self) -> None:
         for unit in self.resident:
@@ -147,6 +151,7 @@ class Reducer:
         self._order_agreed = False
         self._in_flight: deque[_InFlight] = deque()
         self._pass_open = False
+        self._closing: Callable[[], partial[None] | None] = lambda: None
         self._unsynced = False
         self._position: dict[int, int] = {}
         self._launched: set[int] = set()
@@ -196,8 +201,22 @@ class Reducer:
 
     # -- one backward pass ------------------------------------------------------------------------------------
 
+    def meet_backward(self, *_: Any) -> None:
+        """A backward call runs: at its end, the pass that its gradients have opened is over.
+
+        The model's outputs see it first. A reentrant checkpoint makes backward calls of its own inside it, whose ends
+        are not the pass's.
+        """
+        if self._closing() is None:
+            closing = partial(self._close_pass)
+            self._closing = ref(closing)  # autograd drops it with its call, also when that raised
+            Variable._execution_engine.queue_callback(closing)
+
     def open_pass(self) -> None:
-        """A backward pass has begun (any hook may be the first to see it)."""
+        """The pass's first gradient comes, or is about to (any hook may be the first to see it)."""
+        if self._pass_open and self._closing() is None:
+            self.abandon()  # the backward call that opened it has raised
+        self.meet_backward()
         if not self._pass_open:
             self._pass_open = True
             self._order.restart()
@@ -205,7 +224,6 @@ class Reducer:
                 lane.bucket.num_expected = sum(param.requires_grad for param in lane.unit.params)
                 if not lane.bucket.num_expected:  # frozen again: it must not hold back those after it
                     self.close(lane.unit)
-            Variable._execution_engine.queue_callback(self._close_pass)
 
     @torch.no_grad()
     def close(self, unit: FlatUnit) -> None:
@@ -251,6 +269,9 @@ class Reducer:
 
     @torch.no_grad()
     def _close_pass(self) -> None:
+        self._closing = lambda: None
+        if not self._pass_open:  # a backward call to other leaves than our parameters
+            return
         if self.sync:
             self.assemble()
             for position in self._order.rest():

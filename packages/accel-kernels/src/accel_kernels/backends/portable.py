@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from types import ModuleType
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..dispatch import has_module
+from ..dispatch import why_no_module
 from ..segments import Optimizer, Segment
 
 # 64 Ki elements: five fp32 tensors and the temporaries fit a core's 1-2 MiB second-level cache.
@@ -27,14 +28,11 @@ _NUMBA_PIECE = 1 << 20
 
 
 @functools.cache
-def numba_kernels() -> tuple[ModuleType | None, str]:
-    """The numba kernels, or None, and why."""
-    if not has_module("numba"):
-        return None, "numba not installed"
-    try:
-        return importlib.import_module(".numba_kernels", __package__), "numba"
-    except ImportError as error:  # numba that does not fit this numpy or Python
-        return None, f"numba does not import: {error}"
+def _numba_kernels() -> tuple[ModuleType | None, int]:
+    """The numba kernels, or None, and the process that they belong to."""
+    if why_no_module("numba") is not None:
+        return None, 0
+    return importlib.import_module(".numba_kernels", __package__), os.getpid()
 
 
 def _pieces(segments: Sequence[Segment], length: int) -> Iterator[Segment]:
@@ -57,8 +55,8 @@ def step(
     if param.device.type != "cpu":
         reference.step(optimizer, param, grad, states, segments, grad_scale, low_precision)
         return
-    kernels, _ = numba_kernels()
-    if kernels is None:
+    kernels, owner = _numba_kernels()
+    if kernels is None or owner != os.getpid():  # numba's threads do not survive a fork: it ends the process
         pieces = list(_pieces(segments, _PIECE))
         reference.step(optimizer, param, grad, states, pieces, grad_scale, low_precision)
         return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -19,12 +19,13 @@ def optimizer_step(
     param: Tensor,
     grad: Tensor,
     states: dict[str, Tensor],
-    segments: Sequence[Segment],
+    segments: Iterable[Segment],
     grad_scale: float | Tensor,
     low_precision: Tensor | None,
     backend: str | None,
 ) -> None:
     """One fused step; the public functions of ``ops`` give it their names and states."""
+    segments = tuple(segments)
     roles: list[checks.Role] = [
         ("param", param, checks.SINGLE, True),
         ("grad", grad, checks.FLOATS, False),

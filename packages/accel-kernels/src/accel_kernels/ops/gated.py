@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..checks_inference import FLOATS, expect
+from ..checks_inference import FLOATS, expect, expect_written
 from ..dispatch import choose_inference
 from ..errors import AccelValueError
 
@@ -50,6 +50,7 @@ def _gated(op: str, activation: str, gate_up: Tensor, out: Tensor | None, backen
         out = torch.empty(num_tokens, width // 2, dtype=gate_up.dtype, device=gate_up.device)
     else:
         expect(op, "out", out, (gate_up.dtype,), (num_tokens, width // 2), gate_up.device)
+        expect_written(op, "out", out)
     chosen = choose_inference(op, gate_up.device.type, gate_up.dtype, backend)
     if out.numel():
         chosen.gated(activation, gate_up, out)

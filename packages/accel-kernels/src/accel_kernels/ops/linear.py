@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..checks_inference import FLOATS, INT8, SINGLE, UINT8, expect, expect_contiguous
+from ..checks_inference import FLOATS, INT8, SINGLE, UINT8, expect, expect_contiguous, expect_written
 from ..dispatch import choose_inference
 from ..errors import AccelValueError
 
@@ -19,6 +19,7 @@ def _prepare(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tenso
         return x.new_empty((num_rows, num_outputs))
     expect(op, "out", out, (x.dtype,), (num_rows, num_outputs), x.device)
     expect_contiguous(op, "out", out)
+    expect_written(op, "out", out, ("x", x), ("the weight", weight), ("bias", bias))
     return out
 
 
@@ -72,7 +73,8 @@ def linear_int8(
     """``x @ (weight * scale).T + bias`` with int8 weights; activations keep their precision.
 
     As ``linear`` otherwise, with a quarter (fp32) or half (bf16) of its bytes. With AMX a row of ``x`` is split
-    exactly into three int8 digits, to 2^-23 of its largest element, and the sum over K is exact.
+    exactly into three int8 digits, to 2^-23 of its largest element, and the sum over K, at most 131,072, is exact.
+    The ``portable`` back end rounds the scaled weights to x's dtype.
 
     Args:
         x: ``[M, K]``, fp32, bf16 or fp16; rows may lie apart.

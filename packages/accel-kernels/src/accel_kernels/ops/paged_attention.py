@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..checks_inference import FLOATS, INT8, INT32, SINGLE, expect, expect_contiguous
+from ..checks_inference import FLOATS, INT8, INT32, SINGLE, expect, expect_contiguous, expect_written
 from ..dispatch import AttentionOptions, choose_inference
 from ..errors import AccelValueError
 
@@ -75,8 +75,13 @@ def paged_attention(
     expect(_OP, "v_cache", v_cache, (k_cache.dtype,), k_cache.shape, device)
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         expect_contiguous(_OP, name, cache)
-    if num_heads % max(k_cache.shape[1], 1):
-        raise AccelValueError(f"{_OP}: q: expected a multiple of {k_cache.shape[1]} heads, got {num_heads}")
+    _, num_kv_heads, block_size, _ = k_cache.shape
+    if (num_kv_heads < 1 or block_size < 1) and q.numel():
+        raise AccelValueError(
+            f"{_OP}: k_cache: expected heads and blocks of at least one key, got shape {tuple(k_cache.shape)}"
+        )
+    if num_heads % max(num_kv_heads, 1):
+        raise AccelValueError(f"{_OP}: q: expected a multiple of {num_kv_heads} heads, got {num_heads}")
     expect(_OP, "block_tables", block_tables, INT32, (None, None), device)
     num_sequences = block_tables.shape[0]
     expect(_OP, "query_starts", query_starts, INT32, (num_sequences + 1,), device)
@@ -96,6 +101,7 @@ def paged_attention(
     else:
         expect(_OP, "out", out, (q.dtype,), q.shape, device)
         expect_contiguous(_OP, "out", out)
+        expect_written(_OP, "out", out, ("q", q), ("k_cache", k_cache), ("v_cache", v_cache))
     chosen = choose_inference(_OP, device.type, q.dtype, backend)
     if num_tokens and num_heads and head_dim:
         options = AttentionOptions(float(scale), window, float(softcap), alibi_slopes, k_scale, v_scale)

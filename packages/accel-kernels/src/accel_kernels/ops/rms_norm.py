@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..checks_inference import FLOATS, SINGLE, expect
+from ..checks_inference import FLOATS, SINGLE, expect, expect_written
 from ..dispatch import choose_inference
 
 _OP = "rms_norm"
@@ -49,10 +49,12 @@ def rms_norm(
     expect(_OP, "weight", weight, (x.dtype, *SINGLE), (x.shape[-1],), x.device)
     if residual is not None:
         expect(_OP, "residual", residual, (x.dtype,), x.shape, x.device)
+        expect_written(_OP, "residual", residual)
     if out is None:
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     else:
         expect(_OP, "out", out, (x.dtype,), x.shape, x.device)
+        expect_written(_OP, "out", out)
     chosen = choose_inference(_OP, x.device.type, x.dtype, backend)
     if x.numel():
         chosen.rms_norm(x, weight, float(eps), residual, float(weight_offset), out)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..checks_inference import FLOATS, INT64, SINGLE, expect
+from ..checks_inference import FLOATS, INT64, SINGLE, expect, expect_written
 from ..dispatch import choose_inference
 from ..errors import AccelValueError
 
@@ -44,8 +44,10 @@ def rotary(
     """
     expect(_OP, "q", q, FLOATS, (None, None, None))
     num_tokens, _, head_dim = q.shape
+    expect_written(_OP, "q", q)
     if k is not None:
         expect(_OP, "k", k, (q.dtype,), (num_tokens, None, head_dim), q.device)
+        expect_written(_OP, "k", k)
     expect(_OP, "cos", cos, SINGLE, (None, None), q.device)
     expect(_OP, "sin", sin, SINGLE, cos.shape, q.device)
     expect(_OP, "positions", positions, INT64, (num_tokens,), q.device)

@@ -29,6 +29,7 @@ def sgd_step(
     Source: Sutskever et al., "On the importance of initialization and momentum in deep learning", ICML 2013,
     section 2.
     """
+    segments = tuple(segments)
     states = {} if momentum_buffer is None else {"momentum_buffer": momentum_buffer}
     if momentum_buffer is None:
         for k, segment in enumerate(segments):

@@ -25,14 +25,15 @@ def write_kv(
     """Copy the keys and values of T tokens to their slots in the cache, quantizing for an int8 one.
 
     An int8 cache holds ``round(x / s)`` (ties to even) for each token and head, with ``s`` = largest magnitude
-    / 127 in ``k_scale``, ``v_scale``; every back end writes the same bits.
+    / 127 in ``k_scale``, ``v_scale``; every back end writes the same bits. A head with a NaN or an infinity in it is
+    all NaN when it is read.
 
     Args:
         k: ``[T, Hkv, D]``, fp32, bf16 or fp16; may be a slice of a wider tensor.
         v: likewise.
         k_cache: ``[num_blocks, Hkv, block_size, D]``, contiguous, of k's dtype or int8; written.
         v_cache: likewise.
-        slots: int64 ``[T]``: block * block_size + offset of each token, no two alike; -1 skips one.
+        slots: int64 ``[T]``: block * block_size + offset of each token, no two alike; a negative one skips it.
         k_scale: fp32 ``[num_blocks, Hkv, block_size]``, contiguous, for an int8 cache; written.
         v_scale: likewise.
         backend: as in ``adam_step``.

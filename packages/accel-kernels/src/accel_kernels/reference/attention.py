@@ -106,9 +106,13 @@ def write_kv(
 
 
 def quantize_heads(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric int8 over the last dim: values, and scale = largest magnitude / 127 (0 for a row of zeros)."""
+    """Symmetric int8 over the last dim: values, and scale = largest magnitude / 127 (0 for a row of zeros).
+
+    A row with a NaN or an infinity in it is NaN: zeros, and so its scale.
+    """
     x = rows.to(torch.float32)
-    scale = x.abs().amax(dim=-1) / 127.0
+    largest = x.abs().amax(dim=-1)
+    scale = largest / 127.0 + largest * 0.0
     quotient = x / scale.unsqueeze(-1)
     quotient = torch.where(scale.unsqueeze(-1) > 0, quotient, torch.zeros_like(quotient))
     return quotient.round().clamp(-127, 127).to(torch.int8), scale

@@ -103,12 +103,12 @@ def make(name: str | None, queue_depth: int, block_bytes: int, num_threads: int)
 
 
 def _start(name: str, queue_depth: int, block_bytes: int, num_threads: int) -> Driver:
-    if name == "portable":
-        from .portable import PortableDriver
-
-        return PortableDriver(block_bytes=block_bytes, num_threads=num_threads)
-    assert native.cpu is not None
     try:
+        if name == "portable":
+            from .portable import PortableDriver
+
+            return PortableDriver(block_bytes=block_bytes, num_threads=num_threads)
+        assert native.cpu is not None
         return cast(Driver, native.cpu.TransferEngine(name, queue_depth, block_bytes, num_threads))
     except RuntimeError as error:
         raise BackendUnavailableError(f"TransferEngine: engine {name!r}: {error}") from error

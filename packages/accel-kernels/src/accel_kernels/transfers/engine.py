@@ -7,6 +7,7 @@ must not lose meanwhile, the transfer keeps.
 from __future__ import annotations
 
 import logging
+import operator
 import os
 import weakref
 from collections import deque
@@ -65,7 +66,7 @@ class TransferEngine:
         self._registered: dict[int, int] = {}
         # Transfers that nobody holds any more: they are kept until they are done.
         self._abandoned: Abandoned = deque()
-        self._stop = weakref.finalize(self, _stop, self._driver, self._pid)
+        self._stop = weakref.finalize(self, _stop, self._driver, self._abandoned, self._pid)
 
     def open(
         self, path: str | os.PathLike[str], *, nbytes: int | None = None, write: bool = True
@@ -159,7 +160,6 @@ class TransferEngine:
         for file in list(self._files):
             file.close()
         self._stop()
-        self._sweep()
 
     @property
     def closed(self) -> bool:
@@ -194,7 +194,7 @@ class TransferEngine:
     def _start(self, file: TransferFile | StripedFile, offset: int, span: Span, *, writes: bool) -> Transfer:
         doing = "write" if writes else "read"
         self.check_usable(doing)
-        self._sweep()
+        _sweep(self._abandoned)
         if not isinstance(file, (TransferFile, StripedFile)):
             raise AccelTypeError(
                 f"TransferEngine.{doing}: file: expected a file of this engine's open, got {type(file).__name__}"
@@ -204,6 +204,12 @@ class TransferEngine:
         file.check_open()
         if writes and not file.writable:
             raise AccelValueError(f"TransferEngine.write: {file.path}: was opened with write=False")
+        try:
+            offset = operator.index(offset)
+        except TypeError:
+            raise AccelTypeError(
+                f"TransferEngine.{doing}: {file.path}: offset: expected an integer, got {offset!r}"
+            ) from None
         if not 0 <= offset <= (1 << 63) - 1 - span.nbytes:
             raise AccelValueError(
                 f"TransferEngine.{doing}: {file.path}: offset: expected 0 or more, got {offset}"
@@ -224,18 +230,19 @@ class TransferEngine:
         if self.closed:
             raise AccelValueError(f"TransferEngine.{doing}: the engine is closed")
 
-    def _sweep(self) -> None:
-        """Let go of what abandoned transfers held, once they are done."""
-        # Without a lock, for `Transfer.__del__` adds to it at any moment, within this very function too.
-        for _ in range(len(self._abandoned)):
-            try:
-                handle, ask = self._abandoned.popleft()
-            except IndexError:
-                return
-            if handle.is_done():
-                log_failure(handle, ask)
-            else:
-                self._abandoned.append((handle, ask))
+
+def _sweep(abandoned: Abandoned) -> None:
+    """Let go of what abandoned transfers held, once they are done."""
+    # Without a lock, for `Transfer.__del__` adds to it at any moment, within this very function too.
+    for _ in range(len(abandoned)):
+        try:
+            handle, ask = abandoned.popleft()
+        except IndexError:
+            return
+        if handle.is_done():
+            log_failure(handle, ask)
+        else:
+            abandoned.append((handle, ask))
 
 
 def _check_range(name: str, value: int, least: int, most: int) -> None:
@@ -243,9 +250,10 @@ def _check_range(name: str, value: int, least: int, most: int) -> None:
         raise AccelValueError(f"TransferEngine: {name}: expected {least} to {most}, got {value}")
 
 
-def _stop(driver: Driver, pid: int) -> None:
+def _stop(driver: Driver, abandoned: Abandoned, pid: int) -> None:
     if os.getpid() == pid:
         driver.close()
+        _sweep(abandoned)
 
 
 def _forget(driver: Driver, registered: dict[int, int], buffer_id: int, pid: int) -> None:

@@ -49,7 +49,8 @@ class TransferFile:
             raise
         self._buffered = buffered
         self.direct = direct >= 0
-        self._let_go = weakref.finalize(self, _release, driver, self._file, (buffered, direct), os.getpid())
+        self._pid = os.getpid()
+        self._let_go = weakref.finalize(self, _release, driver, self._file, (buffered, direct), self._pid)
 
     @property
     def nbytes(self) -> int:
@@ -69,6 +70,8 @@ class TransferFile:
 
     def close(self) -> None:
         """Wait for transfers under way, then close; more calls do nothing."""
+        if self._let_go.alive and os.getpid() == self._pid:
+            self._driver.detach(self._file)  # an interrupt here leaves the descriptors to the next call
         self._let_go()
 
     @property

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import logging
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from .drivers import Piece
+
+log = logging.getLogger(__name__)
 
 # (number of the piece, descriptor, offset, address, bytes)
 Op = tuple[int, int, int, int, int]
@@ -89,7 +92,13 @@ class PortableHandle:
                 if op is None:
                     self.runners -= 1
                     return self.runners == 0
-            self._move(*op)
+            try:
+                self._move(*op)
+            except Exception:
+                log.exception("a transfer's thread has failed")
+                number, _, offset, *_ = op
+                with self.lock:
+                    self.failed = self.failed or (errno.EIO, number, offset)
 
     def _move(self, number: int, descriptor: int, offset: int, address: int, nbytes: int) -> None:
         view = memoryview((ctypes.c_char * nbytes).from_address(address)).cast("B")
@@ -119,7 +128,11 @@ class PortableHandle:
 
 
 class PortableDriver:
-    """Python threads; see ``Driver``."""
+    """Python threads; see ``Driver``.
+
+    Raises:
+        RuntimeError: the system starts no more threads.
+    """
 
     def __init__(self, *, block_bytes: int, num_threads: int) -> None:
         self._block_bytes = block_bytes
@@ -127,6 +140,15 @@ class PortableDriver:
         self._changed = threading.Condition()
         self._closed = False
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="transfers")
+        # All threads now: one that cannot be started later would leave a request half begun.
+        all_here = threading.Barrier(num_threads)
+        try:
+            for _ in range(num_threads):
+                self._pool.submit(all_here.wait)
+        except RuntimeError:
+            all_here.abort()
+            self._pool.shutdown(wait=True)
+            raise
 
     def attach(self, direct: int, buffered: int, align: int, memory_align: int) -> PortableFile:
         """See ``Driver``."""

@@ -5,6 +5,7 @@ In: a folder. Out: ``TransferSettings``, whose fields are ``TransferEngine``'s a
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -17,7 +18,7 @@ import torch
 from ..errors import AccelValueError
 from .drivers import preferred
 from .engine import MIB, TransferEngine
-from .failures import explained
+from .failures import explain, explained
 from .files import TransferFile
 from .memory import aligned_empty
 
@@ -83,7 +84,13 @@ def tune(
         os.close(handle)
     try:
         nbytes = min(MOST_BYTES, shutil.disk_usage(folder).free // 4 // MIB * MIB)
-        with TransferEngine(engine=name) as first, first.open(path, nbytes=max(nbytes, LEAST_BYTES)) as file:
+        if nbytes < LEAST_BYTES:
+            raise explain(
+                folder,
+                errno.ENOSPC,
+                f"measuring with at least {LEAST_BYTES} bytes, a quarter of what is free",
+            )
+        with TransferEngine(engine=name) as first, first.open(path, nbytes=nbytes) as file:
             nbytes, memory = _prepare(first, file, nbytes, seconds / (3 * len(points)))
         found: list[TransferSettings] = []
         for point in points:
@@ -101,7 +108,7 @@ def _prepare(
     engine: TransferEngine, file: TransferFile, nbytes: int, seconds: float
 ) -> tuple[int, torch.Tensor]:
     """Write the file once, for new blocks are slower than old ones; as much as can be written in so long."""
-    memory = aligned_empty(max(nbytes, LEAST_BYTES))
+    memory = aligned_empty(nbytes)
     # Not zeros: some disks do not store them. A MiB again and again is quicker made than so much noise.
     pattern = torch.randint(0, 256, (MIB,), dtype=torch.uint8)
     memory.view(-1, MIB)[:] = pattern

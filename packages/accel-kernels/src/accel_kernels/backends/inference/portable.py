@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 from ... import reference
 from ...dispatch import AttentionOptions
-from ...recording import refuse_while_recording
 from ...reference.attention import gather_cache
 from .reference import gated, rms_norm, rotary, write_kv
+from .values import check_attention
 
 __all__ = [
     "gated",
@@ -39,7 +39,7 @@ def paged_attention(
     out: Tensor,
 ) -> None:
     """See ``dispatch.InferenceBackend``; torch's fused attention sequence by sequence, where it can be had."""
-    refuse_while_recording("paged_attention", "this back end takes lengths out of their tensors")
+    check_attention(len(q), k_cache.shape, block_tables, query_starts, context_lens)
     if options.softcap > 0 or options.alibi_slopes is not None:  # 16-bit biases would be too coarse
         tensors = (q, k_cache, v_cache, block_tables, query_starts, context_lens)
         reference.paged_attention(*tensors, **options._asdict(), out=out)
@@ -85,9 +85,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
 
 @torch.no_grad()
 def linear_int8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """See ``dispatch.InferenceBackend``; int8 values are exact in every floating-point dtype."""
-    y = F.linear(x, weight.to(x.dtype)).to(torch.float32) * scale
-    out.copy_(y if bias is None else y + bias)
+    """See ``dispatch.InferenceBackend``; weights are rounded to the dtype of ``x``."""
+    out.copy_(F.linear(x, reference.dequantize_int8(weight, scale).to(x.dtype), bias))
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ... import reference
 from ...dispatch import AttentionOptions
-from ...recording import refuse_while_recording
+from .values import check_attention, check_positions, check_slots
 
 
 def paged_attention(
@@ -20,7 +20,7 @@ def paged_attention(
     out: Tensor,
 ) -> None:
     """See ``dispatch.InferenceBackend``."""
-    refuse_while_recording("paged_attention", "this back end takes lengths out of their tensors")
+    check_attention(len(q), k_cache.shape, block_tables, query_starts, context_lens)
     tensors = (q, k_cache, v_cache, block_tables, query_starts, context_lens)
     reference.paged_attention(*tensors, **options._asdict(), out=out)
 
@@ -35,6 +35,7 @@ def write_kv(
     v_scale: Tensor | None,
 ) -> None:
     """See ``dispatch.InferenceBackend``."""
+    check_slots(slots, k_cache.shape[0] * k_cache.shape[2])
     reference.write_kv(k, v, k_cache, v_cache, slots, k_scale=k_scale, v_scale=v_scale)
 
 
@@ -72,6 +73,7 @@ def rotary(
     q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: bool
 ) -> None:
     """See ``dispatch.InferenceBackend``."""
+    check_positions(positions, cos.shape[0])
     reference.rotary(q, k, cos, sin, positions, interleaved=interleaved)
 
 

@@ -150,9 +150,10 @@ def _attend(  # type: ignore[no-untyped-def]
                     p = tl.exp(scores - safe[:, None])
                     shrink = tl.exp(m - safe)
                     l = tl.fma(l, shrink, tl.sum(p, 1))  # noqa: E741
-                    if QUANTIZED:
-                        p = p * tl.load(v_scale_ptr + place, mask=there, other=0.0)[None, :]
-                    v = tl.load(v_ptr + at, mask=loaded, other=0.0).to(q.dtype)
+                    v = tl.load(v_ptr + at, mask=loaded, other=0.0)
+                    if QUANTIZED:  # the values: probabilities times small scales would leave float16's range
+                        v = v.to(tl.float32) * tl.load(v_scale_ptr + place, mask=there, other=0.0)[:, None]
+                    v = v.to(q.dtype)
                     acc = tl.dot(p.to(q.dtype), v, acc=acc * shrink[:, None], input_precision="ieee")
                     m = now
                 if SPLIT:

@@ -85,13 +85,19 @@ def build(
     overlap: str | None = None,
     scaler: zero.LossScaler | None = None,
     net=None,
+    timeout_s: float = 30.0,
     **options,
 ):
     """A model and its optimizer; a window far smaller than a unit's states."""
     torch.manual_seed(0)
     mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("dp",))
     model = zero.shard(
-        (net or Net)(), mesh, stage=stage, precision=zero.Precision(compute=dtype), store=store
+        (net or Net)(),
+        mesh,
+        stage=stage,
+        precision=zero.Precision(compute=dtype),
+        store=store,
+        overlap=zero.Overlap(timeout_s=timeout_s),
     )
     inner = (make or (lambda params: torch.optim.AdamW(params, lr=1e-2)))(model.parameters())
     if store is None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import time
 
 import pytest
 import torch
@@ -39,6 +41,27 @@ def overflows(rank: int) -> None:
 
 def test_an_overflow_enters_no_window() -> None:
     run_ranks(overflows, 2)
+
+
+def dies(rank: int) -> tuple[str, float]:
+    """The second rank ends with a step begun, whose values the first one's thread then waits for."""
+    model, opt = build(HostStore(), 2, zenflow=POLICY, timeout_s=4.0)
+    train(model, opt, rank, range(3))
+    if rank == 1:
+        opt._zenflow._late.arrive = lambda *_: os._exit(17)
+    begun = time.monotonic()
+    for _ in range(2):
+        with pytest.raises(zero.CollectiveError) as caught:
+            train(model, opt, rank, range(3, 5))
+    return str(caught.value), time.monotonic() - begun
+
+
+def test_a_rank_that_dies_before_its_values_are_sent() -> None:
+    results = run_ranks(dies, 2, tolerate=(1,), timeout_s=60)
+    message, seconds = results[0]
+    assert "rank 1" in message
+    assert seconds < 16
+    assert "exit code 17" in results[1]
 
 
 class Failing(NvmeStore):

@@ -13,22 +13,30 @@ from zero_offload_nvme import HostStore, ZenFlow
 RATIO, WINDOW = 0.1, 3
 
 
-def gathered(rank: int, dtype: torch.dtype):
-    """Bytes that each step gathers, a whole model's, and those of all chosen rows."""
-    policy = ZenFlow(topk_ratio=RATIO, update_interval=WINDOW, select_strategy="step", select_interval=300)
-    model, opt = build(zero.Stores(optimizer=HostStore()), 2, dtype, zenflow=policy)
-    wire = zero.sharded(model).wire
-    gather, sizes = wire.gather, list[int]()
+def count(wire, sizes: list[int]) -> None:
+    """Have the bytes of every gather go into `sizes`."""
+    gather = wire.gather
 
     def counted(name, shard, out):
         sizes.append(out.numel() * out.element_size())
         return gather(name, shard, out)
 
     wire.gather = counted
+
+
+def gathered(rank: int, dtype: torch.dtype):
+    """Bytes that each step gathers, a whole model's, and those of all chosen rows."""
+    policy = ZenFlow(topk_ratio=RATIO, update_interval=WINDOW, select_strategy="step", select_interval=300)
+    model, opt = build(zero.Stores(optimizer=HostStore()), 2, dtype, zenflow=policy)
+    sizes: list[int] = []
+    for wire in (zero.sharded(model).wire, opt._zenflow._beside):
+        count(wire, sizes)
     by_step = []
     for step in range(2 * WINDOW):
         sizes.clear()
         train(model, opt, rank, range(step, step + 1))
+        for unit in zero.sharded(model).units:
+            unit.settle()
         by_step.append(sum(sizes))
     everything = sum(unit.full_bytes for unit in zero.sharded(model).units)
     rows = 0

@@ -16,14 +16,20 @@ import torch
 from zero_core.late import LateArrivals
 
 from .background import Background, Job, after, queued_on
-from .store_stepper import StoreStepper, run
+from .store_stepper import FlatStep, StoreStepper, run
 from .zenflow_unit import ZenUnit
 
 
 class _Sums:
-    """Gradients of one step that are to be added; whoever comes first adds them."""
+    """Gradients of one step that are to be added; whoever comes first adds them, but not before `landing`.
 
-    def __init__(self, adding: Sequence[Callable[[], None]], device: torch.device) -> None:
+    What arrives is waited for soon, sums are not, and the two would share cores and memory.
+    """
+
+    def __init__(
+        self, adding: Sequence[Callable[[], None]], device: torch.device, landing: Job | None = None
+    ) -> None:
+        self.landing = landing
         self._adding = deque(adding)
         self._device = device
         self._queued = queued_on(device)
@@ -53,6 +59,7 @@ class LateWork:
         self._device = device
         self._background = Background("zenflow")
         self._arriving = Background("zenflow-arrivals")  # not behind a late step, which may take long
+        self._coming: list[tuple[ZenUnit, tuple[Callable[[], None], ...]]] = []
         self._adding: list[Callable[[], None]] = []
         self._sums = _Sums([], device)
         self._sums.add()
@@ -72,7 +79,44 @@ class LateWork:
             self._arriving.close()
 
     def arrive(self, zen: ZenUnit, *work: Callable[[], None]) -> None:
-        """Have work that writes a unit's parameters done; whoever uses them first waits for it."""
+        """Have work that writes a unit's parameters done after `begin`; whoever uses them first waits for it."""
+        self._coming.append((zen, work))
+
+    def add(self, adding: Callable[[], None]) -> None:
+        """Add a gradient to its window's sum, after `begin`."""
+        self._adding.append(adding)
+
+    def forget(self) -> None:
+        """Drop what has been given since `begin`: by a step that ended with an error."""
+        self._coming.clear()
+        self._adding.clear()
+
+    def begin(self, late: Sequence[ZenUnit] = ()) -> None:
+        """Let the threads begin: the step is over, from which they would take memory bandwidth and the interpreter.
+
+        Args:
+            late: units to step what has waited in, after all that was given; sums that come meanwhile go between.
+        """
+        steps = [step for zen in late if (step := zen.waiting.step(zen.slots, late=True)) is not None]
+        if self._adding:
+            self.wait_for_sums()
+        coming, self._coming = self._coming, []
+        for zen, work in coming:
+            self._begin_arrival(zen, work)
+        if self._adding:
+            sums = self._sums = _Sums(self._adding, self._device, self._landing)
+            self._adding = []
+
+            def add() -> None:
+                if sums.landing is not None:
+                    sums.landing.wait()
+                sums.add()
+
+            self._submit(add)
+        if steps:
+            self._begin_late_step(late, steps)
+
+    def _begin_arrival(self, zen: ZenUnit, work: Sequence[Callable[[], None]]) -> None:
         stream = _current_stream(self._device)
 
         def inside() -> None:
@@ -82,25 +126,8 @@ class LateWork:
         self._landing = self._arriving.submit(inside)
         self._arrivals.expect(zen.unit, self._landing)
 
-    def add(self, adding: Callable[[], None]) -> None:
-        """Add a gradient to its window's sum, after the next `begin_adding`."""
-        self._adding.append(adding)
-
-    def begin_adding(self) -> None:
-        """Not before the step is over: the thread would take memory bandwidth from it."""
-        if self._adding:
-            self.wait_for_sums()
-            self._sums, self._adding = _Sums(self._adding, self._device), []
-            self._submit(self._sums.add)
-
-    def begin_late_step(self, zens: Sequence[ZenUnit]) -> None:
-        """Step what has waited in units, after all that was given before; sums that come meanwhile go between."""
-        steps = [step for zen in zens if (step := zen.waiting.step(zen.slots, late=True)) is not None]
-        if not steps:
-            return
-        window = self._stepper.window_for(zens[0].unit)
-
-        landing = self._landing
+    def _begin_late_step(self, zens: Sequence[ZenUnit], steps: Sequence[FlatStep]) -> None:
+        window, landing = self._stepper.window_for(zens[0].unit), self._landing
 
         def work() -> None:
             if landing is not None:
@@ -108,7 +135,8 @@ class LateWork:
             for zen in zens:
                 zen.waiting.prepare()
             for _ in run(self._stepper.rule, window, steps):
-                self._sums.add()
+                if self._sums.landing is None or self._sums.landing.is_done():
+                    self._sums.add()
 
         self._late = self._submit(work)
 

@@ -154,6 +154,8 @@ class OffloadedOptimizer(ShardedOptimizer):
     def _stepping(self) -> Iterator[None]:
         if self._speculative is None:
             yield
+            if self._zenflow is not None:
+                self._zenflow.begin()
             return
         self._speculative.early.check()
         try:

@@ -1,7 +1,7 @@
-"""Chosen rows from the rank that stepped them to the full parameters of all ranks, stages 1 and 2.
+"""Values from the rank that stepped them to the full parameters of all ranks, stages 1 and 2.
 
 In: units with their chosen channels, of all ranks. Out: those rows of `full`, everywhere, by one all-gather of nothing
-else for all units together. What waits is not sent.
+else for all units together; what waits is not sent. Or whole units. `wire_beside`: for a thread that does so.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from zero_core.collectives import Wire
+from zero_core.collectives import PlainCollectives, Wire
 from zero_core.flat_unit import FlatUnit
+from zero_core.groups import sibling_group
 
 from .importance import num_channels, pick, rows_in
 from .row_set import RowSet
@@ -21,9 +22,10 @@ from .zenflow_unit import ZenUnit
 
 @dataclass(frozen=True)
 class _Part:
-    """One rank's rows of one unit, and where they lie in what that rank sends."""
+    """One rank's rows of one unit, where they lie in what that rank sends, and that rank's part of `full`."""
 
     unit: FlatUnit
+    target: torch.Tensor
     rank: int
     rows: RowSet
     at: int
@@ -39,6 +41,7 @@ class RowPublisher:
 
     def __init__(self, zens: Sequence[ZenUnit], wire: Wire) -> None:
         self._wire = wire
+        self._name = "chosen rows of " + (zens[0].unit.label if len(zens) == 1 else "all units")
         self._parts: dict[torch.dtype, list[_Part]] = {}
         self._buffers: dict[torch.dtype, torch.Tensor] = {}
         world = wire.group.size()
@@ -47,7 +50,8 @@ class RowPublisher:
             for zen in (each for each in zens if each.unit.dtype == dtype):
                 for rank in range(world):
                     rows = rows_of_rank(zen, rank)
-                    parts.append(_Part(zen.unit, rank, rows, sizes[rank]))
+                    start, stop = zen.unit.layout.shard_range(rank)
+                    parts.append(_Part(zen.unit, zen.unit.full[start:stop], rank, rows, sizes[rank]))
                     sizes[rank] += rows.numel
             if max(sizes):
                 self._buffers[dtype] = torch.zeros(world, max(sizes), dtype=dtype, device=zens[0].unit.device)
@@ -60,14 +64,31 @@ class RowPublisher:
             for part in self._parts[dtype]:
                 if part.rank == own:
                     buffer[own, part.at : part.at + part.rows.numel].copy_(mine[part.unit.index])
-            pending.append(self._wire.gather("chosen rows", buffer[own], buffer.view(-1)))
+            pending.append(self._wire.gather(self._name, buffer[own], buffer.view(-1)))
         for (dtype, buffer), each in zip(self._buffers.items(), pending, strict=True):
             each.wait()
             for part in self._parts[dtype]:
                 if part.rank != own:
-                    start, stop = part.unit.layout.shard_range(part.rank)
-                    values = buffer[part.rank, part.at : part.at + part.rows.numel]
-                    part.rows.put(values, part.unit.full[start:stop])
+                    part.rows.put(buffer[part.rank, part.at : part.at + part.rows.numel], part.target)
+
+
+def publish_whole(unit: FlatUnit, full: torch.Tensor, wire: Wire) -> None:
+    """Send this rank's shard of a unit and receive those of the others in `full`, its own; every rank calls it."""
+    wire.gather(unit.label, unit.to_gather(full), full).wait()
+
+
+def wire_beside(wire: Wire) -> Wire | None:
+    """For a thread that publishes while others use `wire`: the same ranks; every one of them calls it.
+
+    None where the values would not travel as they are, and on an accelerator, whose collectives have one order for all
+    threads of a rank.
+    """
+    if wire.device.type != "cpu" or not isinstance(wire.collectives, PlainCollectives):
+        return None
+    group = sibling_group(wire.group)
+    beside = Wire(group, PlainCollectives(group, wire.timeout_s), wire.device, wire.timeout_s, wire.fate)
+    beside.connect()
+    return beside
 
 
 def rows_of_rank(zen: ZenUnit, rank: int) -> RowSet:

@@ -20,6 +20,7 @@ from zero_core.late import LateArrivals
 
 from .errors import OffloadConfigError
 from .late_work import LateWork
+from .row_publisher import publish_whole, wire_beside
 from .store_stepper import StoreStepper, run
 from .zenflow import ZenFlow
 from .zenflow_choice import most_important_channels
@@ -34,7 +35,8 @@ from .zenflow_units import Part, ZenUnits
 
 # Note [What is published]
 # Between two ends of windows nothing but chosen rows changes: stages 1 and 2 send those alone, and yield no unit to be
-# gathered. Where values of the rest have landed, whole units are. Stage 3 sends nothing in a step.
+# gathered. Where values of the rest have landed, whole units are. Stage 3 sends nothing in a step. On the CPU a thread
+# steps, lands and sends, unit by unit, while training goes on; whoever uses a unit's parameters first waits for it.
 
 
 class ZenFlowStepper:
@@ -43,7 +45,7 @@ class ZenFlowStepper:
     Args:
         inner: torch's AdamW or Adam, with options that the fused kernels know.
         policy: what is stepped when.
-        wire: the ranks that share one set of shards.
+        wire: the ranks that share one set of shards; every one of them makes a stepper.
         arrivals: of the units' parameters.
         window_bytes: as for `StoreStepper`.
 
@@ -65,9 +67,15 @@ class ZenFlowStepper:
         self.exact = StoreStepper(inner, window_bytes=window_bytes)
         self._wire = wire
         self._world_size = wire.group.size()
-        self._units = ZenUnits(self.exact, policy, wire)
+        may_be_late = (
+            policy.overlap_step and policy.update_interval != "auto"
+        )  # else a step measures what it took
+        self._beside = wire_beside(wire) if may_be_late and self._world_size > 1 else None
+        self._may_be_late = may_be_late and (self._world_size == 1 or self._beside is not None)
+        self._units = ZenUnits(self.exact, policy, wire, self._beside)
         self._late = LateWork(self.exact, arrivals, wire.device)
         self._is_whole = False
+        self._to_begin: list[ZenUnit] = []
 
     def step(self, work: Sequence[UnitStep], scale: torch.Tensor | float) -> Iterator[UnitStep]:
         """See `zero_core.ShardOptimizer.step`.
@@ -77,6 +85,8 @@ class ZenFlowStepper:
         """
         self.exact.check()
         self._late.check()
+        self._late.forget()
+        self._to_begin.clear()
         stored = [item for item in work if item.unit.stores.optimizer is not None]
         is_new = self._units.agree(stored)
         if is_warming_up(self.policy, self._units.progress):
@@ -98,6 +108,12 @@ class ZenFlowStepper:
         ends = ends_window(self.policy, self._units.progress, is_ripe=self._is_ripe(factor))
         yield from self._step(work, scale, factor, ends=ends)
         self._units.progress = self._units.progress.stepped(ended=ends)
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Let the threads begin with what the last step has left to them."""
+        late, self._to_begin = self._to_begin, []
+        self._late.begin(late)
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -142,10 +158,10 @@ class ZenFlowStepper:
     ) -> Iterator[UnitStep]:
         """Every unit that moves; at the end of a window also those that moved in it before."""
         overlap, at_work = self.policy.overlap_step, {item.unit.index for item in work}
+        is_whole = self._is_whole or (ends and overlap)
         others = [_nothing(zen.unit) for zen in self._units if zen.unit.index not in at_work]
         if ends and overlap:
             self._late.wait_for_late_step()
-            self._is_whole = not all(map(self._arrives_late, self._units))
         for item in [*work, *others]:
             zen = self._units.by_index.get(item.unit.index)
             if zen is None:
@@ -155,18 +171,19 @@ class ZenFlowStepper:
             if ends and not overlap:
                 _each(at_once)
                 continue
-            if not self._arrives_late(zen):
-                _each([*at_once, zen.landing() if ends else zen.publish])
-            elif at_once or ends:
-                self._late.arrive(zen, *at_once, zen.landing() if ends else zen.publish)
-            if not self._sends_rows(zen):
+            if self._arrives_late(zen):
+                if at_once or ends:
+                    self._late.arrive(
+                        zen, *at_once, zen.landing() if ends else zen.publish, *self._sending(zen, ends)
+                    )
+                continue
+            _each([*at_once, zen.landing() if ends else zen.publish])
+            if is_whole or not (self._units.is_plain and 0 < zen.unit.stage < 3):
                 yield item
-        if self._units.rows is not None and not self._is_whole and not (ends and not overlap):
+        if self._units.rows is not None and not is_whole and not ends:
             self._units.rows.publish(self._units)
-        self._late.begin_adding()
-        if ends and overlap:
-            self._late.begin_late_step(list(self._units))
-        elif ends:
+        self._to_begin = list(self._units) if ends and overlap else []
+        if ends and not overlap:
             items = {item.unit.index: item for item in [*work, *others]}
             for zen in self._late_steps(list(self._units)):
                 zen.publish()
@@ -229,13 +246,16 @@ class ZenFlowStepper:
     # -- what is visible ---------------------------------------------------------------------------------------
 
     def _arrives_late(self, zen: ZenUnit) -> bool:
-        """Whether nobody but who uses the unit's parameters needs its values: no other rank, no gather, no measure."""
-        waits = self._world_size > 1 or self.policy.update_interval == "auto"
-        return self.policy.overlap_step and not waits and 0 < zen.unit.stage < 3
+        """Whether a thread steps and sends the unit; not where this step has had everything land."""
+        return self._may_be_late and 0 < zen.unit.stage < 3 and not self._is_whole
 
-    def _sends_rows(self, zen: ZenUnit) -> bool:
-        """See Note [What is published]."""
-        return self._units.is_plain and 0 < zen.unit.stage < 3 and not self._is_whole
+    def _sending(self, zen: ZenUnit, ends: bool) -> list[Callable[[], None]]:
+        """How the thread brings a unit's new values to the other ranks; see Note [What is published]."""
+        if self._beside is None:
+            return []
+        if ends:
+            return [partial(publish_whole, zen.unit, zen.unit.full, self._beside)]
+        return [partial(self._units.rows_of[zen.unit.index].publish, [zen])]
 
     def _land_now(self) -> None:
         """Take over what is under way, now; whole units are published then, on all ranks."""

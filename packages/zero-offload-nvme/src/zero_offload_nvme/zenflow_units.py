@@ -31,22 +31,26 @@ class ZenUnits:
         stepper: steps whole shards, and knows where their states rest.
         policy: what a late step is.
         wire: the ranks that share one set of shards.
+        beside: the same ranks, for a thread that publishes; None: `step` does.
 
     Attributes:
         by_index: those that have moved so far.
         progress: how far training has come.
-        rows: sends chosen rows; None where there is nobody to send them to.
+        rows: sends chosen rows of all units; None where there is nobody to send them to, or a thread does so.
+        rows_of: by unit, for that thread.
         is_plain: no collective changes what it sends, so that rows may travel alone.
     """
 
-    def __init__(self, stepper: StoreStepper, policy: ZenFlow, wire: Wire) -> None:
+    def __init__(self, stepper: StoreStepper, policy: ZenFlow, wire: Wire, beside: Wire | None) -> None:
         self.by_index: dict[int, ZenUnit] = {}
         self.progress = Progress()
         self.rows: RowPublisher | None = None
+        self.rows_of: dict[int, RowPublisher] = {}
         self.is_plain = isinstance(wire.collectives, PlainCollectives)
         self._stepper = stepper
         self._policy = policy
         self._wire = wire
+        self._beside = beside
         self._world_size = wire.group.size()
         self._moved: dict[int, set[int]] = {}
 
@@ -117,4 +121,7 @@ class ZenUnits:
             return
         if is_new:
             learn_choices(sending, self._wire)
-        self.rows = RowPublisher(sending, self._wire)
+        if self._beside is None:
+            self.rows = RowPublisher(sending, self._wire)
+        else:
+            self.rows_of = {zen.unit.index: RowPublisher([zen], self._beside) for zen in sending}

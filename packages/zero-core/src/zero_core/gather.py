@@ -24,8 +24,7 @@ from .collectives import Wire
 from .config import Overlap
 from .flat_unit import FlatUnit
 from .gather_plan import Kind
-from .hooks import Reducer
-from .outputs import tensors_needing_grad
+from .hooks import Reducer, tensors_needing_grad
 from .params import ReleasedParameter, Residency
 from .turns import Turns
 

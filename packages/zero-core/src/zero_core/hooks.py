@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
 from typing import Any
 from weakref import WeakMethod, ref
@@ -17,7 +17,7 @@ from weakref import WeakMethod, ref
 import torch
 from torch import nn
 from torch.autograd import Variable
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
 from .accumulate import GradShard, StoredGradShard
@@ -26,7 +26,6 @@ from .collectives import Pending, Wire
 from .config import Overlap, Precision
 from .errors import CollectiveError, ZeroStateError
 from .flat_unit import FlatUnit
-from .outputs import tensors_needing_grad
 from .rows import RowBucket, reduce_rows
 
 
@@ -97,7 +96,7 @@ class Entrance:
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._autocasts:
             self._autocasts.pop().__exit__(None, None, None)
-        if self.resident and torch._C._current_graph_task_id() == -1:
+        if self.resident and torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:
             for tensor in tensors_needing_grad(output)[0]:
                 tensor.register_hook(self.reducer.meet_backward)
 
@@ -426,3 +425,38 @@ class Reducer:
         for remover in self._removers:
             remover.remove()
         self._removers.clear()
+
+
+def tensors_needing_grad(output: Any) -> tuple[list[torch.Tensor], bool]:
+    """The tensors in a module's output through which a backward can come, and whether we saw all of it."""
+    found, understood, seen = [], True, set()
+    pending = tree_leaves(output)
+    while pending:
+        leaf = pending.pop()
+        if isinstance(leaf, torch.Tensor):
+            if leaf.requires_grad and leaf.grad_fn is not None:
+                found.append(leaf)
+        elif isinstance(leaf, (tuple, list, set, frozenset)):
+            pending += tree_leaves(list(leaf))  # such as a torch.Size
+        elif not isinstance(leaf, _PLAIN) and not _is_array_of_numbers(leaf):
+            if id(leaf) in seen:
+                continue
+            seen.add(id(leaf))
+            if is_dataclass(leaf) and not isinstance(leaf, type):
+                pending += tree_leaves([getattr(leaf, field.name) for field in fields(leaf)])
+            elif hasattr(leaf, "__dict__"):
+                pending += tree_leaves(list(vars(leaf).values()))
+            else:
+                understood = False
+    return found, understood
+
+
+_PLAIN = (
+    *(int, float, str, bool, bytes, complex, range, slice, type(None)),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format),
+)
+
+
+def _is_array_of_numbers(leaf: Any) -> bool:
+    dtype = getattr(leaf, "dtype", None)
+    return type(leaf).__module__ == "numpy" and dtype is not None and not dtype.hasobject

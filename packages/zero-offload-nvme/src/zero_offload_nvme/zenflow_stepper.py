@@ -67,9 +67,8 @@ class ZenFlowStepper:
         self.exact = StoreStepper(inner, window_bytes=window_bytes)
         self._wire = wire
         self._world_size = wire.group.size()
-        may_be_late = (
-            policy.overlap_step and policy.update_interval != "auto"
-        )  # else a step measures what it took
+        # A window that ends by itself has every step measure what it took.
+        may_be_late = policy.overlap_step and policy.update_interval != "auto"
         self._beside = wire_beside(wire) if may_be_late and self._world_size > 1 else None
         self._may_be_late = may_be_late and (self._world_size == 1 or self._beside is not None)
         self._units = ZenUnits(self.exact, policy, wire, self._beside)

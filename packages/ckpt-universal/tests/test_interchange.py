@@ -290,3 +290,20 @@ def test_dcp_takes_lists_and_says_what_it_does_not(tmp_path):
     into = {"groups.0.betas.1": 0.0}
     dcp.load(into, checkpoint_id=tmp_path / "dcp", no_dist=True)
     assert into["groups.0.betas.1"] == 0.99
+
+
+@pytest.mark.parametrize(
+    ("to", "options", "expected"),
+    [
+        ("safetensors", {}, ["3 values beside tensors, which the format has no place for"]),
+        ("dcp", {"only": "model.*"}, ["3 values beside tensors: they go with all tensors"]),
+        ("step", {"strip": "model."}, ["3 values beside tensors: they go with all tensors"]),
+        ("step", {"prefix": "a."}, ["3 values beside tensors: they go with all tensors"]),
+        ("step", {"dtype": torch.float16}, []),
+    ],
+)
+def test_a_conversion_says_that_it_leaves_values_out(tmp_path, to, options, expected):
+    ckpt.save(tmp_path / "run", {"model": {"w": torch.ones(3)}, "lr": 0.1, "betas": [0.9, 0.99]}, step=1)
+    _, left_out = ckpt.convert(tmp_path / "run", tmp_path / "out", to=to, **options)
+    assert len(left_out) == len(expected)
+    assert all(line.startswith(start) for line, start in zip(left_out, expected, strict=True))

@@ -156,6 +156,15 @@ def tree_of(leaves: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return tree
 
 
+def _num_values(node: Any) -> int:
+    """Numbers, texts and the like in a tree."""
+    if node is None or isinstance(node, TensorRef):
+        return 0
+    if isinstance(node, (dict, list, tuple)):
+        return sum(map(_num_values, node.values() if isinstance(node, dict) else node))
+    return 1
+
+
 def convert(
     path: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -201,6 +210,14 @@ def convert(
     chosen: Source = Renamed(
         source, only=only, rename=lambda each: prefix + each.removeprefix(strip), dtype=dtype
     )
+    num_values = _num_values(source.values)
+    if num_values and not plain:
+        source.left_out.append(
+            f"{num_values} values beside tensors: they go with all tensors under their own names, without only, strip "
+            "and prefix"
+        )
+    elif num_values and to == "safetensors":
+        source.left_out.append(f"{num_values} values beside tensors, which the format has no place for")
     if not plain:
         chosen.values = None  # its references would be to other names
     if to == "safetensors":

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from pathlib import Path
 
+import ckpt_universal as ckpt
 import pytest
 import torch
+import zero_core as zero
 import zerostack
 from zero_core.testing import run_ranks
-from zerostack import ConfigError
+from zerostack import CheckpointError, ConfigError, snapshot
 from zerostack_models import Small, batch, config, train
 
 
@@ -68,6 +71,68 @@ def resumed(rank, folder, root):
 
 def test_a_checkpoint_of_states_on_a_drive(tmp_path):
     run_ranks(resumed, 2, str(tmp_path / "drive"), str(tmp_path / "checkpoints"))
+
+
+def in_parts(rank, folder, root):
+    """Not more than so many bytes of states are read at once; what is damaged is found before anything changes."""
+    disk = places(folder)["nvme"]
+    settings = {"optimizer": disk, "bf16": {"enabled": True}}
+    engine = made(3, **settings)
+    train(engine, rank, range(3))
+    engine.save_checkpoint(root, tag="whole")
+    expected = train(engine, rank, range(3, 6))
+
+    read, sizes = snapshot._read, []
+
+    def counted(*args):
+        found = read(*args)
+        sizes.append(
+            sum(shard.local.nbytes for name, shard in found.items() if name.startswith("optimizer."))
+        )
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(snapshot, "PART_BYTES", limit := 4_000)
+        patch.setattr(snapshot, "_read", counted)
+        other = made(3, **settings)
+        before = {name: value.clone() for name, value in zero.full_state_dict(other.module).items()}
+        other.load_checkpoint(root, tag="whole")
+        assert len(sizes) > 8, sizes
+        assert max(sizes) <= limit, sizes
+        assert train(other, rank, range(3, 6)) == expected
+
+        # The last of the states, by name: all others have been read by then.
+        other = made(3, **settings)
+        last = max(ckpt.describe(Path(root) / "whole").tensors)
+        assert last.startswith("optimizer.")
+        if rank == 0:
+            damage(Path(root) / "whole", last)
+        torch.distributed.barrier()
+        with pytest.raises(CheckpointError):
+            other.load_checkpoint(root, tag="whole")
+        after = zero.full_state_dict(other.module)
+        assert all(torch.equal(after[name], value) for name, value in before.items())
+        assert other.global_steps == 0
+        assert train(other, rank, range(2)) == train(made(3, **settings), rank, range(2))
+
+
+def damage(step, name):
+    """Flip a bit of a tensor."""
+    value = ckpt.read_tree(step, only=name)[name].contiguous().view(-1).view(torch.uint8)
+    wanted = value[:64].numpy().tobytes()
+    assert any(wanted)
+    for path in sorted(step.glob("data-*")):
+        data = bytearray(path.read_bytes())
+        at = data.find(wanted)
+        if at >= 0:
+            data[at] ^= 1
+            path.write_bytes(data)
+            return
+    raise AssertionError(f"{name} was not found")
+
+
+def test_states_on_a_drive_are_read_in_parts(tmp_path):
+    run_ranks(in_parts, 2, str(tmp_path / "drive"), str(tmp_path / "checkpoints"))
 
 
 def refusals(rank, folder):

@@ -102,24 +102,11 @@ def load_sharded_state(
         unit.settle()
     values = [unit.values() for unit in state.units]
     described = _describe(model, optimizer, values)
-    known = {f"optimizer.{holder.name}.": holder for holder in state_holders(optimizer)}
-    fresh: dict[str, tuple[StateHolder, str]] = {}
-    for name in tensors.keys() - described.keys():
-        prefix, _, key = name.rpartition(".")
-        if f"{prefix}." in known:
-            fresh[name] = (known[f"{prefix}."], key)
+    fresh = _fresh(optimizer, tensors.keys() - described.keys())
     problems = [f"unexpected '{name}'" for name in tensors.keys() - described.keys() - fresh.keys() if strict]
     if strict:
         problems += [f"missing '{name}'" for name in described.keys() - tensors.keys()]
-    sizes = {name: shard.local.numel() for name, shard in described.items()}
-    sizes |= {name: holder.place.numel for name, (holder, _) in fresh.items() if holder.place is not None}
-    problems += [
-        f"'{name}': expected {size} elements, got {tensors[name].numel()}"
-        for name, size in sizes.items()
-        if name in tensors and tensors[name].numel() != size
-    ]
-    if problems:
-        raise ZeroConfigError("load_sharded_state: " + "; ".join(sorted(problems)[:8]))
+    _refuse("load_sharded_state", problems + _wrong_sizes(described, fresh, tensors))
     of_optimizer = {name for name in described if name.startswith("optimizer.")}
     _copy_in(described, tensors, described.keys() - of_optimizer)
     for unit, flat in zip(state.units, values, strict=True):
@@ -131,8 +118,62 @@ def load_sharded_state(
             state.gatherer.refresh(unit)
         elif unit.stage > 0:
             show(unit, state.wire).wait()
+    if optimizer is not None:
+        _make(optimizer, fresh, tensors)
+
+
+@torch.no_grad()
+def load_optimizer_state(optimizer: ShardedOptimizer, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Take over a part of what `load_sharded_state` takes of the optimizer; no communication.
+
+    For state that is too large to be given at once. `load_sharded_state` comes first, with the parameters.
+
+    Raises:
+        ZeroConfigError: a name is none of this optimizer's, or a range has another size; nothing was changed.
+    """
+    described = dict(_optimizer_tensors(optimizer))
+    fresh = _fresh(optimizer, tensors.keys() - described.keys())
+    problems = [f"unexpected '{name}'" for name in tensors.keys() - described.keys() - fresh.keys()]
+    _refuse("load_optimizer_state", problems + _wrong_sizes(described, fresh, tensors))
+    _copy_in(described, tensors, described.keys())
+    _make(optimizer, fresh, tensors)
+
+
+def _fresh(optimizer: ShardedOptimizer | None, names: Collection[str]) -> dict[str, tuple[StateHolder, str]]:
+    """Whose state it would be, and under which key, of names that are not described: there is none yet."""
+    known = {f"optimizer.{holder.name}.": holder for holder in state_holders(optimizer)}
+    parted = {name: name.rpartition(".") for name in names}
+    return {
+        name: (known[f"{prefix}."], key) for name, (prefix, _, key) in parted.items() if f"{prefix}." in known
+    }
+
+
+def _wrong_sizes(
+    described: Mapping[str, Shard],
+    fresh: Mapping[str, tuple[StateHolder, str]],
+    tensors: Mapping[str, torch.Tensor],
+) -> list[str]:
+    sizes = {name: shard.local.numel() for name, shard in described.items()}
+    sizes |= {name: holder.place.numel for name, (holder, _) in fresh.items() if holder.place is not None}
+    return [
+        f"'{name}': expected {size} elements, got {tensors[name].numel()}"
+        for name, size in sizes.items()
+        if name in tensors and tensors[name].numel() != size
+    ]
+
+
+def _refuse(call: str, problems: list[str]) -> None:
+    if problems:
+        raise ZeroConfigError(f"{call}: " + "; ".join(sorted(problems)[:8]))
+
+
+def _make(
+    optimizer: ShardedOptimizer,
+    fresh: Mapping[str, tuple[StateHolder, str]],
+    tensors: Mapping[str, torch.Tensor],
+) -> None:
+    """State that does not exist yet."""
     for name, (holder, key) in fresh.items():
-        assert optimizer is not None
         room = None if holder.slot is None else optimizer.room_for_state(holder.slot, key)
         taken = holder.fit(tensors[name]) if room is None else room.copy_(tensors[name].reshape(-1))
         optimizer.inner.state[holder.param][key] = taken

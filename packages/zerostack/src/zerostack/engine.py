@@ -235,6 +235,9 @@ class Engine(Facts):
 
         Raises:
             CheckpointError: If the checkpoint is damaged or does not fit; nothing was changed.
+
+        Memory: what is read, until it has been taken over; of optimizer state that rests in a store 512 MiB at a time,
+        which is read twice for it.
         """
         self._reported_step = None
         self.flush()  # or updates under way would come over what is loaded

@@ -2,7 +2,8 @@
 
 In: an engine. Out: `ckpt_universal.save` of zero-core's description of it, plus counters, schedule, loss scale, random
 states and the loader's position; and back, on any number of ranks, at any stage and in another precision. Everything is
-read and checked on all ranks before anything of the engine changes.
+read and checked on all ranks before anything of the engine changes; optimizer state that rests in a store, of which
+there may be more than memory holds, in parts, and then once more.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +30,8 @@ log = logging.getLogger(__name__)
 
 _MODEL, _OPTIMIZER = "model.", "optimizer."
 _MASTER = ".master"
+PART_BYTES = 512 << 20
+"""Of optimizer state that is read at once where it rests in a store, on each rank."""
 
 
 # -- saving ---------------------------------------------------------------------------------------------------
@@ -178,17 +182,16 @@ def load(
     wanted, sources = _wanted(found, room | described, parts.optimizer if optimizer else None)
     anew = _without_state(engine, found) if optimizer and saved_signs is None else set()
     _check_names(engine, found, wanted, sources, values, anew, strict=strict, optimizer=optimizer)
-    into = {"model": _under(_MODEL, wanted), "optimizer": _under(_OPTIMIZER, wanted)}
-    ckpt.load(found.path, into=into, strict=False, only="*", rename=sources, group=parts.group)
-
-    tensors = {
-        name.removeprefix(_MODEL): shard.local.view(shard.global_shape)
-        if shard.local.numel() == torch.Size(shard.global_shape).numel()
-        else shard.local
-        for name, shard in wanted.items()
-        if name in described or name not in room
-    }
+    later = _parts_of_state(engine, {n: s for n, s in wanted.items() if n not in room}) if optimizer else []
+    in_parts = {name for part in later for name in part}
+    read = partial(_read, engine, found.path, sources)
+    wanted = read({name: shard for name, shard in wanted.items() if name not in in_parts})
+    for part in later:
+        read(part)  # to find out now what is damaged
+    tensors = _as_given({n: shard for n, shard in wanted.items() if n in described or n not in room})
     zero.load_sharded_state(parts.module, parts.optimizer if optimizer else None, tensors, strict=False)
+    for part in later:
+        zero.load_optimizer_state(parts.optimizer, _as_given(read(part)))
     if optimizer:
         zero.forget_optimizer_state(parts.optimizer, anew)
         scalars = {name: of for name, of in values["optimizer_scalars"].items() if name not in anew}
@@ -308,7 +311,46 @@ def _filled(room: Mapping[str, zero.Shard], wanted: Mapping[str, zero.Shard]) ->
 
 
 def _room(shape: tuple[int, ...], dtype: torch.dtype, start: int, numel: int) -> zero.Shard:
-    return zero.Shard(shape, dtype, (start,), torch.empty(numel, dtype=dtype))
+    """Without memory, which `_read` makes."""
+    return zero.Shard(shape, dtype, (start,), torch.empty(numel, dtype=dtype, device="meta"))
+
+
+def _parts_of_state(engine: Engine, wanted: Mapping[str, zero.Shard]) -> list[dict[str, zero.Shard]]:
+    """Optimizer state that is to be read a part at a time, as many parts on every rank; none where none is stored."""
+    units = zero.sharded(engine.parts.module).units
+    if not any(unit.stores.optimizer is not None for unit in units):
+        return []
+    parts: list[dict[str, zero.Shard]] = []
+    nbytes = PART_BYTES
+    for name in sorted(name for name in wanted if name.startswith(_OPTIMIZER)):
+        size = wanted[name].local.nbytes
+        if nbytes + size > PART_BYTES:
+            parts.append({})
+            nbytes = 0
+        parts[-1][name] = wanted[name]
+        nbytes += size
+    most = max(ranks.gather_json(len(parts), engine.parts.group))
+    return parts + [{} for _ in range(most - len(parts))]
+
+
+def _read(
+    engine: Engine, path: str, sources: Mapping[str, str], wanted: Mapping[str, zero.Shard]
+) -> dict[str, zero.Shard]:
+    """Ranges of a checkpoint, in memory; every rank calls it."""
+    real = {name: replace(s, local=torch.empty_like(s.local, device="cpu")) for name, s in wanted.items()}
+    into = {"model": _under(_MODEL, real), "optimizer": _under(_OPTIMIZER, real)}
+    ckpt.load(path, into=into, strict=False, only="*", rename=sources, group=engine.parts.group)
+    return real
+
+
+def _as_given(read: Mapping[str, zero.Shard]) -> dict[str, torch.Tensor]:
+    """By zero-core's names, whole tensors in their shape."""
+    return {
+        name.removeprefix(_MODEL): shard.local.view(shard.global_shape)
+        if shard.local.numel() == torch.Size(shard.global_shape).numel()
+        else shard.local
+        for name, shard in read.items()
+    }
 
 
 def _is_master(name: str) -> bool:

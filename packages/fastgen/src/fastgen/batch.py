@@ -149,16 +149,20 @@ def ragged_batch(plan: StepPlan, block_size: int, device: torch.device) -> Ragge
     num_blocks = max((len(part.sequence.block_table) for part in parts), default=0)
 
     words = np.zeros(shape.num_words + table_words(len(parts), num_blocks), dtype=np.int64)
-    tables_SB = words[shape.num_words :].view(np.int32).reshape(len(parts), -1 if parts else 0)
-    for row, part in zip(tables_SB, parts, strict=True):
-        row[: len(part.sequence.block_table)] = part.sequence.block_table
-    _write_tokens(
-        words[: 4 * shape.num_tokens].reshape(4, -1), parts, counts_S, starts_S1, tables_SB, block_size
-    )
-    words[4 * shape.num_tokens : shape.num_int64s] = list(chain.from_iterable(rows))
-    int32s = words[shape.num_int64s : shape.num_words].view(np.int32)
-    int32s[: len(parts) + 1] = starts_S1
-    int32s[len(parts) + 1 : -1] = [part.start + count for part, count in zip(parts, counts_S, strict=True)]
+    int32s = words[shape.num_int64s :].view(np.int32)
+    lens_S = [part.start + count for part, count in zip(parts, counts_S, strict=True)]
+    int32s[: 2 * len(parts) + 1] = starts_S1 + lens_S
+    tables = int32s[2 * (shape.num_words - shape.num_int64s) :]
+    width = len(tables) // max(len(parts), 1)
+    for first, part in zip(range(0, len(tables), max(width, 1)), parts, strict=True):
+        tables[first : first + len(part.sequence.block_table)] = part.sequence.block_table
+    wanted = list(chain.from_iterable(rows))
+    if shape.num_tokens == len(parts):  # one token of each: what a step mostly is
+        words[: shape.num_int64s] = _decoded_tokens(parts, block_size) + wanted
+    else:
+        into_4T = words[: 4 * shape.num_tokens].reshape(4, -1)
+        _write_tokens(into_4T, parts, counts_S, starts_S1, tables.reshape(len(parts), width), block_size)
+        words[4 * shape.num_tokens : shape.num_int64s] = wanted
 
     def tensor(array: Int64s) -> Tensor:
         made = torch.from_numpy(array)
@@ -178,6 +182,18 @@ def ragged_batch(plan: StepPlan, block_size: int, device: torch.device) -> Ragge
     )
 
 
+def _decoded_tokens(parts: list[Scheduled], block_size: int) -> list[int]:
+    """Input ids, positions, slots and greatest lengths of parts of one token each."""
+    ids, positions, slots, longest = [], [], [], []
+    for part in parts:
+        sequence, start = part.sequence, part.start
+        ids.append(sequence.token_ids[start])
+        positions.append(start)
+        slots.append(sequence.block_table[start // block_size] * block_size + start % block_size)
+        longest.append(sequence.num_prompt_tokens + sequence.request.params.max_tokens)
+    return ids + positions + slots + longest
+
+
 def _write_tokens(
     into_4T: Int64s,
     parts: list[Scheduled],
@@ -194,14 +210,6 @@ def _write_tokens(
         ids += part.drafts
     ids_T[:] = ids
     longest_S = [part.sequence.num_prompt_tokens + part.sequence.request.params.max_tokens for part in parts]
-    if len(ids) == len(parts):  # one token of each: what a step mostly is
-        positions_T[:] = [part.start for part in parts]
-        slots_T[:] = [
-            part.sequence.block_table[part.start // block_size] * block_size + part.start % block_size
-            for part in parts
-        ]
-        longest_T[:] = longest_S
-        return
     before_S = [part.start - first for part, first in zip(parts, starts_S1, strict=False)]
     sequence_T = np.repeat(np.arange(len(parts)), counts_S)
     np.add(np.arange(len(ids)), np.array(before_S)[sequence_T], out=positions_T)

@@ -15,7 +15,7 @@ from torch import Tensor
 from .jobs import Job
 from .lines import Line
 from .request import Sequence
-from .sampler import Row, choose
+from .sampler import Row, choose, greatest
 from .step_plan import Scheduled
 
 
@@ -47,6 +47,8 @@ def choose_tokens(
         One token for the last row and each draft; where a request begins several sequences, one for each; none for
         beams, which are chosen together (`beam_step`).
     """
+    if len(parts) == len(logits_LV) and all(_takes_greatest(part, lines[part.sequence]) for part, _ in parts):
+        return [[token] for token in greatest(logits_LV)]
     chosen: list[list[Row]] = []
     at: list[int] = []
     for part, rows in parts:
@@ -59,6 +61,13 @@ def choose_tokens(
         logits_LV = logits_LV[torch.tensor(at, dtype=torch.int64, device=logits_LV.device)]
     tokens = iter(choose(logits_LV, [row for own in chosen for row in own]))
     return [[next(tokens) for _ in own] for own in chosen]
+
+
+def _takes_greatest(part: Scheduled, line: Line) -> bool:
+    """Whether a part's one row is all that its token depends on: `Row` would say nothing more."""
+    sequence, params = part.sequence, part.sequence.request.params
+    is_steered = line.grammar is not None or sequence.num_output_tokens < params.min_tokens
+    return params.takes_greatest and not is_steered and not part.drafts
 
 
 def _rows(part: Scheduled, line: Line, seed: int) -> list[Row]:

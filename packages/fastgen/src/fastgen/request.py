@@ -10,6 +10,7 @@ import enum
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from .errors import ConfigError
 
@@ -66,6 +67,15 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     json_schema: str | None = None
     regex: str | None = None
+
+    @cached_property
+    def takes_greatest(self) -> bool:
+        """One sequence of the most likely tokens, by the model's own logits alone."""
+        has_penalties = (
+            self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+        )
+        is_one = self.num_sequences == 1 and not self.beam_width
+        return is_one and self.temperature == 0.0 and not (has_penalties or self.logit_bias)
 
     def __post_init__(self) -> None:
         checks: list[tuple[str, bool, str]] = [

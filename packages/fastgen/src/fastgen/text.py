@@ -6,7 +6,7 @@ spaces and parts of characters, so a few tokens before it are decoded along.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,6 +17,21 @@ _MOST_HELD = 16
 """Tokens that are waited for to become text, or each would be decoded with all before it."""
 _MOST_ALONG = 8
 """Tokens shown before that are decoded along with a new one: a second decode is needed only where they begin anew."""
+
+
+def decoder_of(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[int]], str]:
+    """Token ids to text, without special tokens: what `tokenizer.decode` does, without what it does for other input."""
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+    kind = type(tokenizer)
+    is_plain = (
+        isinstance(tokenizer, PreTrainedTokenizerFast)
+        and kind.decode is PreTrainedTokenizerBase.decode
+        and kind._decode is PreTrainedTokenizerFast._decode
+        and not tokenizer.clean_up_tokenization_spaces
+    )
+    decode = tokenizer.backend_tokenizer.decode if is_plain else tokenizer.decode
+    return lambda ids: str(decode(ids, skip_special_tokens=True))
 
 
 class TextStream:
@@ -32,6 +47,7 @@ class TextStream:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str] = ()) -> None:
         self._tokenizer = tokenizer
+        self._decode_ids = decoder_of(tokenizer)
         self._stops = tuple(stops)
         self._ids: list[int] = []
         self._begin = 0  # of the tokens that are decoded along
@@ -91,7 +107,7 @@ class TextStream:
         return len(self._ids)
 
     def _decode(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True)) if ids else ""
+        return self._decode_ids(ids) if ids else ""
 
     def _release(self) -> str:
         """What was held back, since it may have begun a stop."""

@@ -22,9 +22,9 @@ def page(found: dict[str, Found], options: argparse.Namespace) -> str:
     lines = [
         "# Serving on the CPU, bfloat16, Llama's shape",
         "",
-        f"{_measure.today()}; {hardware['processor']} ({hardware['instruction_set']}), "
+        f"{hardware['processor']} ({hardware['instruction_set']}), "
         f"{torch.get_num_threads()} threads; {', '.join(versions)}. Medians of {options.rounds} rounds in which "
-        "engines take turns; bold: our speed over theirs.",
+        "engines take turns, of one stream and of prompts alone as many as stand there; bold: our speed over theirs.",
         "",
         "| | " + " | ".join(found) + " |",
         "| --- |" + " --- |" * len(found),
@@ -36,6 +36,8 @@ def page(found: dict[str, Found], options: argparse.Namespace) -> str:
         except KeyError:  # that peer did not run
             return
 
+    row("measured", lambda f: str(f["date"]))
+    row("rounds of one stream, of prompts alone", lambda f: f"{f['rounds_alone']}")
     row("mixed load: requests", lambda f: f"{f['requests']}")
     row("tokens a second", lambda f: f"{f['fastgen_tokens_s']:.0f}")
     for peer, title in (

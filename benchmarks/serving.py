@@ -129,11 +129,9 @@ def alone(
     rounds: list[dict[str, float]] = []
     for number in range(2 * options.rounds + 1):
         say(f"{name}: alone, round {number} of {2 * options.rounds}")
-        before, stream, after = (
-            bandwidth(),
-            one_stream(engine, count),
-            bandwidth(),
-        )  # other guests take some of it
+        before = bandwidth()  # on both sides, for it changes with what else runs on the machine
+        stream = one_stream(engine, count)
+        after = bandwidth()
         bound = weight_bytes * 2 / (before + after)
         prompt = prompt_rate(engine, length)
         rounds.append({"stream_s": stream, "stream_bound_s": bound, "stream_share": bound / stream})
@@ -142,7 +140,7 @@ def alone(
             theirs, their_prompt = peer.stream(count), peer.prompt_rate(length)
             rounds[-1] |= {"llama_cpp_stream_s": theirs, "llama_cpp_prompt_tokens_s": their_prompt}
             rounds[-1] |= {"stream_ratio": theirs / stream, "prompt_ratio": prompt / their_prompt}
-    return medians(rounds[1:])  # the first one warmed up
+    return {"rounds_alone": len(rounds) - 1, **medians(rounds[1:])}  # the first one warmed up
 
 
 def medians(rounds: list[dict[str, float]]) -> dict[str, float]:
@@ -219,7 +217,7 @@ def main(arguments: Sequence[str]) -> int:
     found: dict[str, Found] = {}
     stem = options.out / ("serving_gaps" if options.gaps_alone else "serving")
     for name in options.models.split(","):
-        found[name] = measure(name, options)
+        found[name] = measure(name, options) | {"date": _measure.today()}
         if not options.quick:  # what is there if a later model does not come to its end
             options.out.mkdir(parents=True, exist_ok=True)
             stem.with_suffix(".md").write_text(page(found, options))

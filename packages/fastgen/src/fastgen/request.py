@@ -71,11 +71,13 @@ class SamplingParams:
     @cached_property
     def takes_greatest(self) -> bool:
         """One sequence of the most likely tokens, by the model's own logits alone."""
-        has_penalties = (
-            self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
-        )
         is_one = self.num_sequences == 1 and not self.beam_width
-        return is_one and self.temperature == 0.0 and not (has_penalties or self.logit_bias)
+        return is_one and self.temperature == 0.0 and not (self.has_penalties or self.logit_bias)
+
+    @cached_property
+    def has_penalties(self) -> bool:
+        """Logits depend on the tokens that have come."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
     def __post_init__(self) -> None:
         checks: list[tuple[str, bool, str]] = [

@@ -99,13 +99,13 @@ def steered(logits_LV: Tensor, rows: Sequence[Row]) -> Tensor:
     found = logits_LV
     for at, row in enumerate(rows):
         bias = row.params.logit_bias
-        if not (bias or _has_penalties(row.params) or row.banned or row.allowed is not None):
+        if not (bias or row.params.has_penalties or row.banned or row.allowed is not None):
             continue
         if found is logits_LV:
             found = logits_LV.clone()
         if bias:
             found[at, list(bias)] += torch.tensor(list(bias.values()), device=found.device)
-        if _has_penalties(row.params):
+        if row.params.has_penalties:
             _penalise(found[at], row)
         if row.banned:
             found[at, list(row.banned)] = -torch.inf
@@ -113,12 +113,6 @@ def steered(logits_LV: Tensor, rows: Sequence[Row]) -> Tensor:
             allowed = torch.from_numpy(row.allowed).to(found.device)
             found[at].masked_fill_(~allowed, -torch.inf)
     return found
-
-
-def _has_penalties(params: SamplingParams) -> bool:
-    return (
-        params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
-    )
 
 
 def _penalise(logits_V: Tensor, row: Row) -> None:

@@ -3,12 +3,14 @@
 //
 // A group is kGroup elements: four vectors, whose bytes fill one. Each instruction set has in its own file
 //   I32 nearest(F32), downward(F32)     to integers: ties to even; towards minus infinity
+//   F32 clamped(F32 x, F32 most)        x between -most and most
+//   F32 with_fraction(F32 x, F32 bits)  x plus 16 bits as a fraction
 //   F32 smaller, larger; I32 larger     of two, lane by lane; smallest, largest: of a vector
 //   F32 larger_magnitude(F32, F32)      without its sign, of two numbers
 //   I32 magnitude_bits(F32)             without the sign, as integers, which order like the numbers, NaN last
 //   I32 magnitudes_16(p), larger_16     the same for 2 kLanes 16-bit elements; largest_16: of a vector
 //   F32 load_i8, load_u8, load_u16      kLanes integers
-//   store_bytes, store_nibbles          a group of integers that fit
+//   store_bytes, store_nibbles          a group of integers that fit; half bytes that are signed have 8 added
 //   Nibbles                             kLanes half bytes as numbers; with kNibbleStride > 0 also strided
 //   Mask                                not_negative(F32), mask_bits, bits_mask, choose(mask, yes, no)
 #pragma once

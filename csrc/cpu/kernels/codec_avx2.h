@@ -7,11 +7,12 @@ using I32 = __m256i;
 
 inline I32 nearest(F32 x) { return _mm256_cvtps_epi32(x); }
 inline I32 downward(F32 x) { return _mm256_cvtps_epi32(_mm256_floor_ps(x)); }
-inline I32 add(I32 a, I32 b) { return _mm256_add_epi32(a, b); }
 inline I32 splat_int(int x) { return _mm256_set1_epi32(x); }
 inline F32 smaller(F32 a, F32 b) { return _mm256_min_ps(a, b); }
 inline F32 larger(F32 a, F32 b) { return _mm256_max_ps(a, b); }
 inline I32 larger(I32 a, I32 b) { return _mm256_max_epi32(a, b); }
+inline F32 clamped(F32 x, F32 most) { return smaller(larger(x, splat(0.0f) - most), most); }
+inline F32 with_fraction(F32 x, F32 bits) { return x + bits * splat(0x1p-16f); }
 inline I32 magnitude_bits(F32 x) { return _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0x7fffffff)); }
 inline F32 larger_magnitude(F32 a, F32 b) {
     const F32 bits = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
@@ -60,8 +61,11 @@ template <bool kSigned>
 inline void store_bytes(void* p, I32 a, I32 b, I32 c, I32 d) {
     _mm256_storeu_si256(static_cast<__m256i*>(p), group_bytes<kSigned>(a, b, c, d));
 }
+template <bool kSigned>
 inline void store_nibbles(void* p, I32 a, I32 b, I32 c, I32 d) {
-    const __m256i pairs = _mm256_maddubs_epi16(group_bytes<false>(a, b, c, d), _mm256_set1_epi16(0x1001));
+    __m256i all = group_bytes<kSigned>(a, b, c, d);
+    if (kSigned) all = _mm256_add_epi8(all, _mm256_set1_epi8(8));
+    const __m256i pairs = _mm256_maddubs_epi16(all, _mm256_set1_epi16(0x1001));
     const __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
     _mm_storeu_si128(static_cast<__m128i*>(p), bytes);
 }

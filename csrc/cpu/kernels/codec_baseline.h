@@ -14,10 +14,11 @@ inline I32 downward(F32 x) {
     const I32 towards_zero = __builtin_convertvector(x, I32);
     return towards_zero + (__builtin_convertvector(towards_zero, F32) > x);  // -1 where that was upwards
 }
-inline I32 add(I32 a, I32 b) { return a + b; }
 inline F32 smaller(F32 a, F32 b) { return a < b ? a : b; }
 inline F32 larger(F32 a, F32 b) { return a > b ? a : b; }
 inline I32 larger(I32 a, I32 b) { return a > b ? a : b; }
+inline F32 clamped(F32 x, F32 most) { return smaller(larger(x, -most), most); }
+inline F32 with_fraction(F32 x, F32 bits) { return x + bits * splat(0x1p-16f); }
 inline I32 magnitude_bits(F32 x) {
     I32 u;
     std::memcpy(&u, &x, sizeof u);
@@ -59,10 +60,15 @@ inline void store_bytes(void* p, I32 a, I32 b, I32 c, I32 d) {
     }
     std::memcpy(p, bytes, sizeof bytes);
 }
+template <bool kSigned>
 inline void store_nibbles(void* p, I32 a, I32 b, I32 c, I32 d) {
+    constexpr int kZero = kSigned ? 8 : 0;
     std::uint8_t bytes[kGroup], pairs[kGroup / 2];
-    store_bytes<false>(bytes, a, b, c, d);
-    for (int k = 0; k < kGroup / 2; ++k) pairs[k] = std::uint8_t(bytes[2 * k] | (bytes[2 * k + 1] << 4));
+    store_bytes<kSigned>(bytes, a, b, c, d);
+    for (int k = 0; k < kGroup / 2; ++k) {
+        const int low = std::int8_t(bytes[2 * k]) + kZero, high = std::int8_t(bytes[2 * k + 1]) + kZero;
+        pairs[k] = std::uint8_t(low | (high << 4));
+    }
     std::memcpy(p, pairs, sizeof pairs);
 }
 

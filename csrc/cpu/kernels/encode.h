@@ -104,7 +104,8 @@ class Random {
     void draw(std::uint64_t key, std::int64_t first, std::int64_t count) {
         if (!kStochastic) return;
         const std::int64_t counter = first / 4, counters = (first + count + 3) / 4 - counter;
-        for (std::int64_t k = 0; k < counters; ++k) bits_[k] = random_64(key, counter + k);
+        std::uint64_t state = random_state(key, counter);  // stepped, which saves a product for each
+        for (std::int64_t k = 0; k < counters; ++k, state += kRandomStep) bits_[k] = mixed(state);
         skipped_ = first % 4;
     }
     // Of element i of the run.
@@ -167,26 +168,37 @@ class Encode {
         std::memset(out, kBits == 4 && kSymmetric ? 0x88 : 0, std::size_t(count * kBits + 7) / 8);
         if (kBits == 4 && count % 2 == 1) out[count / 2] &= 15;
     }
-    I32 round(const Element* x, const std::uint16_t* random) const {
-        const F32 wide = Memory<S>::load(x);
-        F32 y = kSymmetric ? wide * inverse_ : (wide - minimum_) * inverse_;
-        I32 q;
-        if (kStochastic) {
-            y = smaller(larger(y, splat(kSymmetric ? -kHighest : 0)), splat(kHighest));
-            q = downward(y + load_u16(random) * splat(0x1p-16f));
-        } else {
-            q = nearest(y);
-        }
-        return kBits == 4 && kSymmetric ? add(q, splat_int(8)) : q;
+    I32 rounded(F32 x, F32 random) const {
+        F32 y = kSymmetric ? x * inverse_ : (x - minimum_) * inverse_;
+        if (!kStochastic) return nearest(y);
+        y = kSymmetric ? clamped(y, splat(kHighest)) : smaller(y, splat(kHighest));
+        return downward(with_fraction(y, random));
     }
     void group(const Element* x, const std::uint16_t* random, std::uint8_t* out) const {
         constexpr int kLine = 64 / sizeof(Element);
         for (int k = kLine; k < kGroup; k += 2 * kLine) prefetch_floats(x + k);
-        const auto part = [&](int k) { return round(x + k * kLanes, random + (kStochastic ? k * kLanes : 0)); };
+#if ACCEL_LEVEL >= 2
+        if constexpr (S == DType::bf16) return pairs(x, random, out);
+#endif
+        const auto part = [&](int k) {
+            return rounded(Memory<S>::load(x + k * kLanes), kStochastic ? load_u16(random + k * kLanes) : splat(0.0f));
+        };
         const I32 a = part(0), b = part(1), c = part(2), d = part(3);
-        if (kBits == 4) return store_nibbles(out, a, b, c, d);
-        store_bytes<kSymmetric>(out, a, b, c, d);
+        kBits == 4 ? store_nibbles<kSymmetric>(out, a, b, c, d) : store_bytes<kSymmetric>(out, a, b, c, d);
     }
+#if ACCEL_LEVEL >= 2
+    // A group of bf16 elements that stay where they lie, two in a lane.
+    void pairs(const std::uint16_t* x, const std::uint16_t* random, std::uint8_t* out) const {
+        I32 q[4];
+        for (int k = 0; k < 2; ++k) {
+            const Pairs wide(x + k * 2 * kLanes);
+            const Pairs bits = kStochastic ? Pairs(random + k * 2 * kLanes) : wide;
+            q[2 * k] = rounded(wide.first_bf16(), bits.first_u16());
+            q[2 * k + 1] = rounded(wide.second_bf16(), bits.second_u16());
+        }
+        kBits == 4 ? store_nibble_pairs<kSymmetric>(out, q) : store_byte_pairs<kSymmetric>(out, q);
+    }
+#endif
 };
 
 }  // namespace

@@ -253,6 +253,11 @@ class ShardedOptimizer(Optimizer):
         A stepper that keeps states in a form of its own puts them there, and takes them from there at the next step.
         """
 
+    @contextmanager
+    def being_replaced(self) -> Iterator[None]:
+        """Around a load of all parameters, masters and states: what was under way for them does not matter any more."""
+        yield
+
     def state_dict(self) -> dict[str, Any]:
         """This rank's part of the state, for the same world size and stage; see `sharded_state` for any other."""
         self.settle()

@@ -7,6 +7,7 @@ tensor; and back from tensors of the same ranges. A saver needs to know nothing 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,6 +97,13 @@ def load_sharded_state(
         ZeroConfigError: a name is missing or unexpected (`strict`), or a range has another size; nothing was changed
             on this rank.
     """
+    with optimizer.being_replaced() if strict and optimizer is not None else nullcontext():
+        _load_sharded_state(model, optimizer, tensors, strict=strict)
+
+
+def _load_sharded_state(
+    model: nn.Module, optimizer: ShardedOptimizer | None, tensors: Mapping[str, torch.Tensor], *, strict: bool
+) -> None:
     state = sharded(model)
     state.reducer.assemble()
     for unit in state.units:

@@ -71,6 +71,24 @@ class UnitStep:
     moving: Collection[int] = ()
 
 
+UNFINISHED = "unfinished"
+"""Key of a state, a number: steps that were taken are not all in it, and only the stepper that wrote it can go on."""
+
+
+def check_finished(slot: ShardSlot, state: dict[str, Any]) -> None:
+    """Refuse a state to which updates still belong that another stepper was about to make.
+
+    Raises:
+        ZeroStateError: it is one.
+    """
+    if UNFINISHED in state:
+        raise ZeroStateError(
+            f"the state of '{slot.name}' is unfinished: updates that wait belong to it (ZenFlow's), which this "
+            "optimizer would lose; load it into one of the kind that saved it, and flush() that before it is saved for "
+            "another"
+        )
+
+
 class ShardOptimizer(Protocol):
     """Steps flat shards given gradients."""
 
@@ -94,6 +112,7 @@ class TorchStepper:
         unscaled = isinstance(scale, float) and scale == 1.0
         for item in work:
             for slot in item.slots:
+                check_finished(slot, self.inner.state.get(slot.master, {}))
                 grad = item.grad[slot.place.start : slot.place.stop].to(slot.master.dtype)
                 slot.master.grad = grad if unscaled else grad * scale
         self.inner.step()
@@ -122,7 +141,9 @@ class FusedRule:
 
     def next_segment(self, inner: Optimizer, slot: ShardSlot) -> Any:
         """The segment of one slot's next step."""
-        step = int(_num_steps(inner.state.get(slot.master, {}))) + 1
+        state = inner.state.get(slot.master, {})
+        check_finished(slot, state)
+        step = int(_num_steps(state)) + 1
         return self.segment(slot.place.start, slot.place.stop, slot.group, step)
 
     def run(

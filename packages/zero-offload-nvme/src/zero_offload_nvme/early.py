@@ -138,8 +138,8 @@ class EarlySteps:
         if shadow is None or self._failure is not None or not slots or unit.is_arriving:
             return
         unit.take_edits()
+        operands = shadow.operands(slots, self.stepper.reduced_grad(lane))  # a state's first write is no edit
         early = EarlyStep(lane, self.assume(lane, slots, factor))
-        operands = shadow.operands(slots, self.stepper.reduced_grad(lane))
         start, stop = unit.local
         step = FlatStep(stop - start, operands, list(early.assumed.rates), factor, unit.has_separate_master)
         self._queue.append(_Queued(early, step, queued_on(unit.device)))
@@ -182,6 +182,11 @@ class EarlySteps:
                 self.drop_all()
                 self._failure = None
             raise failure
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether any step is under way, or has failed."""
+        return bool(self.under_way) or self._failure is not None
 
     def wait(self) -> None:
         """Return when the thread has nothing left to do, and all is written; raises what it met."""

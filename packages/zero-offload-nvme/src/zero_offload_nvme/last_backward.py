@@ -38,6 +38,8 @@ class LastBackwardStepper:
         self.exact = StoreStepper(inner, window_bytes=window_bytes)
         self.early = EarlySteps(self.exact, with_state=False, shadow_bytes=shadow_bytes)
         self._is_last = False
+        self._half_done = ""  # why states are those of no step
+        self._is_replaced = False
 
     @contextmanager
     def promised(self, units: Sequence[FlatUnit]) -> Iterator[None]:
@@ -70,16 +72,18 @@ class LastBackwardStepper:
             OSError: as `StoreStepper.step`, if the thread met it too.
             zero_core.ZeroStateError: a promise was broken; go on from a checkpoint.
         """
+        self._check_whole()
         self.exact.check()
         factor, items = float(scale), {item.unit.index: item for item in work}
         for index, early in self.early.under_way.items():
             now = self.early.assume(early.lane, items[index].slots if index in items else [], factor)
             if now != early.assumed:
-                raise ZeroStateError(
+                self._drop(
                     f"{early.lane.unit.label} was stepped during last_backward(), and since then something of what the "
                     f"step depends on has changed: {now.differences(early.assumed)}. Its state has moved on: go on "
                     "from a checkpoint, and leave last_backward() out, or use overlap='speculative'"
                 )
+                self._check_whole()
         self.early.wait()
         todo: list[UnitStep] = []
         for item in work:
@@ -105,15 +109,42 @@ class LastBackwardStepper:
 
     def settle(self) -> None:
         """States are about to be read or written: no step may be half done."""
+        if self._is_replaced:
+            return
+        self._check_whole()
         self.early.check()
         self.check_unchanged("the optimizer's state")
+
+    @contextmanager
+    def replaced(self) -> Iterator[None]:
+        """Around a load of all that a step writes: steps that are half done go, and what they did with it."""
+        self._drop(
+            "units have been stepped, and their step has not counted; go on from a checkpoint, all of it"
+        )
+        before, self._is_replaced = self._is_replaced, True
+        try:
+            yield
+        finally:
+            self._is_replaced = before
+        self._half_done = ""
 
     def close(self) -> None:
         """End the thread, and give room back; raises what it met, and if steps were half done."""
         try:
+            self._check_whole()
             self.check_unchanged("close()")
         finally:
             self.early.close()
+
+    def _drop(self, why: str) -> None:
+        """Have no step under way; what was, and what failed, has left states behind that are half done."""
+        if self.early.is_begun:
+            self._half_done = why
+        self.early.forget()
+
+    def _check_whole(self) -> None:
+        if self._half_done:
+            raise ZeroStateError(self._half_done)
 
     def _step(self, todo: list[UnitStep], scale: torch.Tensor | float) -> Iterator[UnitStep]:
         items = todo[:]

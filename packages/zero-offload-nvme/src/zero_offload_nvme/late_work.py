@@ -13,11 +13,17 @@ from contextlib import AbstractContextManager, nullcontext
 from threading import Event
 
 import torch
+from zero_core.flat_unit import FlatUnit
 from zero_core.late import LateArrivals
 
 from .background import Background, Job, after, queued_on
 from .store_stepper import FlatStep, StoreStepper, run
+from .window import Window
 from .zenflow_unit import ZenUnit
+
+# Note [Two windows]
+# While a late step goes on in the thread, units whose parameters alone rest in a store are stepped by whoever trains.
+# Blocks of the two must not meet in one window.
 
 
 class _Sums:
@@ -48,7 +54,7 @@ class LateWork:
     """See the module.
 
     Args:
-        stepper: whose rule and window the late step uses.
+        stepper: whose rule and window the late step uses; see Note [Two windows].
         arrivals: has the parameters of a unit wait for their values where they are used.
         device: of the units.
     """
@@ -65,6 +71,11 @@ class LateWork:
         self._sums.add()
         self._late: Job | None = None
         self._landing: Job | None = None
+        self._window: Window | None = None
+
+    def check_open(self) -> None:
+        """Raise if this is closed."""
+        self._background.check_open()
 
     def check(self) -> None:
         """Raise what a thread has met."""
@@ -104,8 +115,7 @@ class LateWork:
         for zen, work in coming:
             self._begin_arrival(zen, work)
         if self._adding:
-            sums = self._sums = _Sums(self._adding, self._device, self._landing)
-            self._adding = []
+            sums = _Sums(self._adding, self._device, self._landing)
 
             def add() -> None:
                 if sums.landing is not None:
@@ -113,6 +123,7 @@ class LateWork:
                 sums.add()
 
             self._submit(add)
+            self._sums, self._adding = sums, []
         if steps:
             self._begin_late_step(late, steps)
 
@@ -127,7 +138,7 @@ class LateWork:
         self._arrivals.expect(zen.unit, self._landing)
 
     def _begin_late_step(self, zens: Sequence[ZenUnit], steps: Sequence[FlatStep]) -> None:
-        window, landing = self._stepper.window_for(zens[0].unit), self._landing
+        window, landing = self.window_for(zens[0].unit), self._landing
 
         def work() -> None:
             if landing is not None:
@@ -139,6 +150,12 @@ class LateWork:
                     self._sums.add()
 
         self._late = self._submit(work)
+
+    def window_for(self, unit: FlatUnit) -> Window:
+        """The late steps' own."""
+        if self._window is None:
+            self._window = self._stepper.hand_over_window(unit)
+        return self._window
 
     def wait_for_sums(self) -> None:
         """Return when gradients that were given have been added."""

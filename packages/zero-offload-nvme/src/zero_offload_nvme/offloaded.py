@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -51,7 +51,8 @@ class OffloadedOptimizer(ShardedOptimizer):
     each state, and 4 for the master where that is separate. With "speculative" all of these twice, and the shard
     itself; with `last_backward` the shard alone twice. With "zenflow" besides, in host memory: 4 bytes an element
     for sums of gradients, and with `overlap_step` 4 more and the parameter's own size; on the device 16 bytes for each
-    element that is stepped at once.
+    element that is stepped at once; and `window_bytes` twice where parameters of some units rest in a store and their
+    states do not.
     Source: ZeRO-Offload (Ren et al., 2021), section 4; ZeRO-Infinity (Rajbhandari et al., 2021), section 5.2; ZenFlow
     (Lan et al., 2025); SuperOffload (Lian et al., 2026).
     """
@@ -94,7 +95,12 @@ class OffloadedOptimizer(ShardedOptimizer):
         if overlap == "zenflow":
             self._arrivals = state.late or LateArrivals(state.units)
             self._zenflow = ZenFlowStepper(
-                optimizer, zenflow or ZenFlow(), state.wire, self._arrivals, window_bytes=window_bytes
+                optimizer,
+                zenflow or ZenFlow(),
+                state.wire,
+                self._arrivals,
+                self._stored_parts,
+                window_bytes=window_bytes,
             )
         elif overlap == "speculative":
             _check_stores(state.units)
@@ -192,6 +198,12 @@ class OffloadedOptimizer(ShardedOptimizer):
         """See `zero_core.ShardedOptimizer.room_for_state`: in the store at once, and not in memory until a step."""
         return self._in_thread.exact.room_for(self.unit_of(slot), slot, key)
 
+    @contextmanager
+    def being_replaced(self) -> Iterator[None]:
+        """See `zero_core.ShardedOptimizer.being_replaced`; steps begun during backward do not count then."""
+        with nullcontext() if self._early is None else self._early.replaced():
+            yield
+
     def settle(self) -> None:
         """See `zero_core.ShardedOptimizer.settle`; waits for the thread, and raises what it met."""
         self._in_thread.settle()
@@ -210,12 +222,11 @@ class OffloadedOptimizer(ShardedOptimizer):
         if self._zenflow is None:
             return
         self._sharded.reducer.assemble()
-        units = [unit for unit in self._sharded.units if unit.index in self._claimed]
-        units = [unit for unit in units if unit.stores.optimizer is not None]
+        units = [unit for unit, _ in self._stored_parts()]
         for unit in units:
             unit.settle()
             unit.take_edits()
-        self._zenflow.flush([(unit, self.slots.get(unit.index, [])) for unit in units])
+        self._zenflow.flush()
         for unit in units:
             self._publisher.publish(unit, cast=False)
         self._publisher.finish()
@@ -247,9 +258,8 @@ class OffloadedOptimizer(ShardedOptimizer):
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See `zero_core.ShardedOptimizer.load_state_dict`."""
-        if self._early is not None:
-            self._early.early.forget()
-        super().load_state_dict(state_dict)
+        with self.being_replaced():
+            super().load_state_dict(state_dict)
         values = state_dict.get("values", {})
         for unit in self._ahead():
             if unit.name in values:
@@ -258,6 +268,11 @@ class OffloadedOptimizer(ShardedOptimizer):
                 unit.shard.copy_(values[unit.name])
             self._publisher.publish(unit, cast=False)
         self._publisher.finish()
+
+    def _stored_parts(self) -> list[tuple[FlatUnit, list[ShardSlot]]]:
+        """Units with optimizer state in a store that this steps, and this rank's slots of them."""
+        units = [unit for unit in self._sharded.units if unit.index in self._claimed]
+        return [(unit, self.slots.get(unit.index, [])) for unit in units if unit.stores.optimizer is not None]
 
     def _ahead(self) -> list[Any]:
         """Units whose masters may know values that the parameters have yet to take."""

@@ -7,6 +7,7 @@ each either committed as it was computed meanwhile, or stepped now. Numbers are 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 
 import torch
@@ -92,6 +93,12 @@ class SpeculativeStepper:
         """States are about to be read or written: what is under way no longer counts."""
         self.early.check()
         self.early.drop_all()
+
+    @contextmanager
+    def replaced(self) -> Iterator[None]:
+        """Around a load of all that a step writes: what is under way or failed does not matter any more."""
+        self.early.forget()
+        yield
 
     def close(self) -> None:
         """End the thread, and give room back; raises what it met."""

@@ -172,6 +172,11 @@ class StoreStepper:
             self._window = Window(elements, pin=unit.device.type != "cpu")
         return self._window
 
+    def hand_over_window(self, unit: FlatUnit) -> Window:
+        """The window, for a thread; steps that need one here have another from now on."""
+        window, self._window = self.window_for(unit), None
+        return window
+
     def operands(self, unit: FlatUnit, slots: Sequence[ShardSlot], grad: Operand) -> list[Operand]:
         """Master, gradient, states and (where there is one) the low-precision shard."""
         found = [self.master(unit), grad, *self.states(unit, slots)]

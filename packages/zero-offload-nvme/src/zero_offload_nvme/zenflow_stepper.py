@@ -47,6 +47,7 @@ class ZenFlowStepper:
         policy: what is stepped when.
         wire: the ranks that share one set of shards; every one of them makes a stepper.
         arrivals: of the units' parameters.
+        claimed: says which units have optimizer state in a store, and which slots of them this rank steps.
         window_bytes: as for `StoreStepper`.
 
     Raises:
@@ -56,7 +57,14 @@ class ZenFlowStepper:
     casts = True
 
     def __init__(
-        self, inner: Optimizer, policy: ZenFlow, wire: Wire, arrivals: LateArrivals, *, window_bytes: int
+        self,
+        inner: Optimizer,
+        policy: ZenFlow,
+        wire: Wire,
+        arrivals: LateArrivals,
+        claimed: Callable[[], Sequence[Part]],
+        *,
+        window_bytes: int,
     ) -> None:
         if type(inner) not in (AdamW, Adam):
             raise OffloadConfigError(
@@ -66,6 +74,7 @@ class ZenFlowStepper:
         self.policy = policy
         self.exact = StoreStepper(inner, window_bytes=window_bytes)
         self._wire = wire
+        self._claimed = claimed
         self._world_size = wire.group.size()
         # A window that ends by itself has every step measure what it took.
         may_be_late = policy.overlap_step and policy.update_interval != "auto"
@@ -84,16 +93,17 @@ class ZenFlowStepper:
         """
         self.exact.check()
         self._late.check()
+        self._late.check_open()
         self._late.forget()
         self._to_begin.clear()
         stored = [item for item in work if item.unit.stores.optimizer is not None]
-        is_new = self._units.agree(stored)
+        is_new, parts = self._units.agree(stored, self._claimed())
         if is_warming_up(self.policy, self._units.progress):
             yield from self.exact.step(work, scale)
             self._units.progress = self._units.progress.stepped(exact=True)
             return
         factor = float(scale)
-        self._resume([(item.unit, item.slots) for item in stored])
+        self._resume(parts)
         self._late.wait_for_sums()
         self._take_edits()
         self._is_whole = False
@@ -121,20 +131,14 @@ class ZenFlowStepper:
         self._units.settle()
 
     @torch.no_grad()
-    def flush(self, parts: Sequence[Part]) -> None:
+    def flush(self) -> None:
         """Apply all that waits, and go on as a plain optimizer that has yet to choose channels.
 
-        Args:
-            parts: units with optimizer state in a store, and this rank's slots of them; to be published afterwards.
+        What is claimed is to be published afterwards.
         """
         self._late.wait()
-        self._units.read_progress(parts)
-        state = self.exact.inner.state
-        waiting = [
-            (unit, [s for s in slots if "zenflow_num_steps" in state.get(s.master, {})])
-            for unit, slots in parts
-        ]
-        self._resume([part for part in waiting if part[1]])
+        self._units.read_progress(self._claimed())
+        self._resume(self._units.unfinished(self._claimed()))
         self._take_edits()
         self._land_now()
         active = list(self._units)
@@ -207,7 +211,7 @@ class ZenFlowStepper:
         if moving:
             for zen, _ in moving:
                 zen.waiting.prepare()
-            window = self.exact.window_for(zens[0].unit)
+            window = self._late.window_for(zens[0].unit)
             for position in run(self.exact.rule, window, [step for _, step in moving]):
                 for zen in left:
                     yield zen

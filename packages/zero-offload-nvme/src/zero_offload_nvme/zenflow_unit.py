@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from zero_core import ShardSlot, UnitStep
 from zero_core.flat_unit import FlatUnit
+from zero_core.steppers import UNFINISHED
 
 from .compact_rows import CompactRows, sum_of_squares
 from .importance import as_mask, from_mask, pick, rows_in
@@ -35,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 KEYS = (
     "zenflow_sum", "zenflow_next", "zenflow_chosen", "zenflow_held", "zenflow_late_step", "zenflow_under_way",
-    *Progress.KEYS,
+    UNFINISHED, *Progress.KEYS,
 )  # fmt: skip
 
 
@@ -61,6 +62,7 @@ class ZenUnit:
         self.waiting = WaitingRows(unit, stepper, policy)
         self.is_settled = True
         self._stepper = stepper
+        self._policy = policy
         self._num_steps: dict[int, int] = {}
         self._compact: CompactRows
         self._num_edits = unit.num_edits
@@ -167,6 +169,7 @@ class ZenUnit:
                 "zenflow_held": waiting.held.get(index, 0),
                 "zenflow_late_step": waiting.num_steps[index],
                 "zenflow_under_way": int(slot in waiting.under_way),
+                UNFINISHED: 1,
                 **progress.as_state(),
             }
         self.is_settled = True
@@ -189,6 +192,8 @@ class ZenUnit:
         for slot in self.slots:
             index, state = slot.place.index, self._stepper.inner.state[slot.master]
             self.chosen[index] = from_mask(slot.place, state.get("zenflow_chosen"))
+            if "zenflow_chosen" not in state and self._policy.topk_ratio == 1:  # there is nothing to choose
+                self.chosen[index].fill_(True)
             self._num_steps[index] = int(state.get("step", 0))
             waiting.num_steps[index] = int(state.get("zenflow_late_step", self._num_steps[index]))
             if state.get("zenflow_held"):

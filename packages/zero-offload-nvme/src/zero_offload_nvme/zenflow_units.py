@@ -14,6 +14,7 @@ import torch.distributed as dist
 from zero_core import ShardSlot, UnitStep
 from zero_core.collectives import PlainCollectives, Wire
 from zero_core.flat_unit import FlatUnit
+from zero_core.steppers import UNFINISHED
 
 from .row_publisher import RowPublisher, learn_choices
 from .store_stepper import StoreStepper
@@ -58,13 +59,18 @@ class ZenUnits:
         """Those in two forms, in order."""
         return iter([zen for _, zen in sorted(self.by_index.items()) if not zen.is_settled])
 
-    def agree(self, stored: Sequence[UnitStep]) -> bool:
+    def agree(self, stored: Sequence[UnitStep], claimed: Sequence[Part]) -> tuple[bool, list[Part]]:
         """How far training has come, as states say that may have been loaded; ranks without any hear it from others.
 
+        Args:
+            stored: what moves.
+            claimed: all that may, and this rank's slots of it.
+
         Returns:
-            Whether any rank has yet to take the form of its states from `inner.state`.
+            Whether any rank has yet to take the form of its states from `inner.state`; and what is to be in two forms:
+            what moves, and what has moved before in a window that was loaded.
         """
-        is_new = self.read_progress([(item.unit, item.slots) for item in stored])
+        is_new = self.read_progress(claimed)
         for item in stored:
             moved = self._moved.setdefault(item.unit.index, set())
             is_new |= not moved.issuperset(item.moving)
@@ -76,18 +82,37 @@ class ZenUnits:
             self._wire.all_reduce("progress", told, dist.ReduceOp.MAX).wait()
             is_new, *numbers = told.tolist()
             self.progress = Progress.from_numbers(numbers)
-        return bool(is_new)
+        parts = {item.unit.index: (item.unit, list(item.slots)) for item in stored}
+        for unit, slots in self._begun(claimed) if is_new else ():
+            known = parts.setdefault(unit.index, (unit, []))[1]
+            known += [slot for slot in slots if slot not in known]
+        return bool(is_new), list(parts.values())
+
+    def unfinished(self, parts: Sequence[Part]) -> list[Part]:
+        """Of these slots, those whose states belong to a window."""
+        state = self._stepper.inner.state
+        found = [(unit, [s for s in slots if UNFINISHED in state.get(s.master, {})]) for unit, slots in parts]
+        return [part for part in found if part[1]]
+
+    def _begun(self, claimed: Sequence[Part]) -> list[Part]:
+        """`unfinished`, with the units that are so on any rank; every rank calls it."""
+        mine = {unit.index: slots for unit, slots in self.unfinished(claimed)}
+        active = {zen.unit.index for zen in self}
+        flags = torch.tensor([unit.index in mine.keys() | active for unit, _ in claimed], dtype=torch.int32)
+        if self._world_size > 1:
+            flags = flags.to(self._wire.device)
+            self._wire.all_reduce("units in a window", flags, dist.ReduceOp.MAX).wait()
+        begun = [unit for (unit, _), flag in zip(claimed, flags.tolist(), strict=True) if flag]
+        return [(unit, mine.get(unit.index, [])) for unit in begun]
 
     def read_progress(self, parts: Sequence[Part]) -> bool:
         """Where states may have been loaded: how far training has come, as they say; whether they may."""
         if list(self):
             return False
-        for _, slots in parts:
-            for slot in slots:
-                state = self._stepper.inner.state.get(slot.master, {})
-                if "zenflow_num_steps" in state:
-                    self.progress = Progress.from_numbers([float(state[key]) for key in Progress.KEYS])
-                    return True
+        for _, slots in self.unfinished(parts):
+            state = self._stepper.inner.state[slots[0].master]
+            self.progress = Progress.from_numbers([float(state[key]) for key in Progress.KEYS])
+            return True
         # Plain states, of a warm-up or after a flush: an Adam's own count says how many steps there have been.
         states = [self._stepper.inner.state.get(slot.master, {}) for _, slots in parts for slot in slots]
         self.progress = Progress(num_steps=max((int(state.get("step", 0)) for state in states), default=0))

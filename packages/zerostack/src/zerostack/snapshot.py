@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -176,6 +177,28 @@ def load(
     found = ckpt.describe(root, name=tag, group=parts.group)
     values = _values_of(engine, found, needed=optimizer or scheduler or progress)
     _check_values(engine, values, optimizer=optimizer, scheduler=scheduler)
+    with parts.optimizer.being_replaced() if optimizer else nullcontext():
+        _load_tensors(engine, found, values, strict=strict, optimizer=optimizer)
+    if scheduler and parts.scheduler is not None and values["lr_scheduler"] is not None:
+        parts.scheduler.load_state_dict(_first(values["lr_scheduler"]["state"]))
+    if progress:
+        engine.progress = Progress(**values["progress"])
+        # Gradients are not saved, and another number of ranks may accumulate over another number of micro-batches.
+        engine.progress.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
+        if parts.loader is not None and values["loader"] is not None:
+            parts.loader.load_state_dict(values["loader"])
+        if "random" in found.values:
+            state = {"random": ckpt.RandomStates()}
+            ckpt.load(found.path, into=state, only="random*", group=parts.group)
+    engine.zero_grad()
+    return found.path, _first(values["client_state"])
+
+
+def _load_tensors(
+    engine: Engine, found: ckpt.Description, values: Mapping[str, Any], *, strict: bool, optimizer: bool
+) -> None:
+    """Parameters and buffers, and (as asked) what the optimizer keeps, loss scale included."""
+    parts = engine.parts
     described = _described(engine, optimizer=optimizer)
     saved_signs = values.get("compressed") if optimizer else None
     room = _of_optimizer(signs.room(parts.optimizer, saved_signs))
@@ -201,19 +224,6 @@ def load(
             group.update(saved)
         if (scaler := _adapting_scaler(engine)) is not None and values["scaler"] is not None:
             scaler.load_state_dict(values["scaler"])
-    if scheduler and parts.scheduler is not None and values["lr_scheduler"] is not None:
-        parts.scheduler.load_state_dict(_first(values["lr_scheduler"]["state"]))
-    if progress:
-        engine.progress = Progress(**values["progress"])
-        # Gradients are not saved, and another number of ranks may accumulate over another number of micro-batches.
-        engine.progress.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
-        if parts.loader is not None and values["loader"] is not None:
-            parts.loader.load_state_dict(values["loader"])
-        if "random" in found.values:
-            state = {"random": ckpt.RandomStates()}
-            ckpt.load(found.path, into=state, only="random*", group=parts.group)
-    engine.zero_grad()
-    return found.path, _first(values["client_state"])
 
 
 def _values_of(engine: Engine, found: ckpt.Description, *, needed: bool) -> dict[str, Any]:

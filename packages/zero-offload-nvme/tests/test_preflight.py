@@ -317,3 +317,40 @@ def test_stores_hold_what_was_planned_to_the_byte(tmp_path) -> None:
             beside = ("window", "in_flight")
             host = sum(nbytes for kind, nbytes in plan.nbytes["host"].items() if kind not in beside)
             assert (host, plan.total("nvme")) == bytes_held, (stage, tiers, ratio, dtype)
+
+
+def memory(rank: int, folder: str):
+    """Bytes of the window's buffers; the most that was held of gradients on their way to a drive."""
+    mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("dp",))
+    with off.NvmeStore(folder) as store:
+        net = torch.nn.Sequential(*[torch.nn.Linear(64, 64) for _ in range(3)])
+        model = zero.shard(net, mesh, stage=3, store=zero.Stores(params=store), units=[torch.nn.Linear])
+        opt = off.OffloadedOptimizer(model, torch.optim.AdamW(model.parameters()), window_bytes=1 << 16)
+        model(torch.ones(2, 64)).sum().backward()
+        opt.step()
+        window = opt._in_thread.exact._window
+        return sum(buffer.nbytes for room in window._rooms for buffer in room._buffers)
+
+
+def test_parameters_that_rest_alone_pass_through_a_window_too(tmp_path) -> None:
+    (made,) = run_ranks(memory, 1, str(tmp_path))
+    with torch.device("meta"):
+        net = torch.nn.Sequential(*[torch.nn.Linear(64, 64) for _ in range(3)])
+    tiers = off.Tiers(params="nvme", window_bytes=1 << 16)
+    plan = off.plan_tiers(net, stage=3, world=1, tiers=tiers, units=[torch.nn.Linear])
+    assert 0 < made <= plan.nbytes["host"]["window"]
+
+
+def test_gradients_on_their_way_and_what_waits_under_zenflow_are_counted() -> None:
+    def host(**options):
+        tiers = off.Tiers(params="nvme", **options)
+        return off.plan_tiers(1e6, stage=3, world=1, tiers=tiers).nbytes["host"]["in_flight"]
+
+    rests = host(optimizer="host")
+    pages = -(-2_000_000 // 4096) * 4096  # of bf16 gradients
+    assert host(optimizer="host", grads="nvme") - rests == pages
+    assert host(optimizer="host", grads="nvme", cache_bytes=1 << 20) == 2 << 20
+    assert host(optimizer="host", zenflow=off.ZenFlow(overlap_step=False)) - rests == 4e6
+    assert host(optimizer="host", zenflow=off.ZenFlow()) - rests == 10e6
+    with pytest.raises(off.OffloadConfigError, match="speculative, zenflow: a step has one overlap"):
+        off.Tiers(speculative=True, zenflow=off.ZenFlow())

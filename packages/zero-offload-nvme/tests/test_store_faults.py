@@ -31,6 +31,7 @@ from zero_offload_nvme import (
     OffloadMemoryError,
     OffloadStateError,
 )
+from zero_offload_nvme.maps import host_zeros
 
 saves = pytest.mark.skipif(find_spec("ckpt_universal") is None, reason="ckpt-universal is not installed")
 
@@ -96,7 +97,9 @@ def test_a_file_system_that_fills_up_meanwhile_keeps_what_was_set_aside(tmp_path
 def test_limits(tmp_path) -> None:
     with NvmeStore(tmp_path, limit_bytes=8192) as store:
         store.put("a", torch.ones(1024)).wait()
-        with pytest.raises(OffloadDiskError, match="'b' needs 8192 bytes, and 4096 of 8192 are free"):
+        with pytest.raises(
+            OffloadDiskError, match="'b' needs 8192 bytes in one piece, and of 8192 bytes 4096"
+        ):
             store.put("b", torch.ones(2048))
         store.release("a")
         store.put("b", torch.ones(2048)).wait()
@@ -107,8 +110,40 @@ def test_limits(tmp_path) -> None:
         host.release("a")
         host.put("b", torch.ones(2048))
         assert not any(host._free.values()), "memory of other sizes counts too"
-    with pytest.raises(OffloadMemoryError, match="the system gives no"):
+    with pytest.raises(
+        OffloadMemoryError, match=rf"'everything': the system gives no {1 << 60} bytes .* and \d+ are free"
+    ):
         HostStore().reserve("everything", 1 << 60, torch.uint8)
+    with pytest.raises(OffloadMemoryError, match=rf"the system gives no {1 << 60} bytes"):
+        host_zeros(1 << 58, torch.float32, pin=False)
+
+
+def test_a_drive_is_used_again_and_never_past_its_limit(tmp_path) -> None:
+    pages = 16
+    with NvmeStore(tmp_path, limit_bytes=pages * 4096) as store:
+        drive = store._files._drives[0]
+
+        def put(name: str, size: int) -> None:
+            store.put(name, torch.full((size * 1024,), float(size))).wait()
+
+        for size in range(1, pages + 1):  # of growing sizes, none of which fits where one was before
+            put("a", size)
+            assert drive.end <= pages * 4096
+            store.release("a")
+        for name in "abcd":
+            put(name, 4)
+        store.release("b")
+        store.release("d")
+        with pytest.raises(
+            OffloadDiskError, match="'e' needs 24576 bytes in one piece, and of 65536 bytes 32768 are free"
+        ):
+            put("e", 6)  # there are two pieces of 4
+        store.release("c")
+        put("e", 9)  # three that lie beside each other are one
+        put("f", 3)
+        for name, size in (("a", 4), ("e", 9), ("f", 3)):
+            assert torch.equal(store.view(name), torch.full((size * 1024,), float(size)))
+        assert store.used_bytes == drive.end == os.fstat(drive.descriptor).st_size == pages * 4096
 
 
 @pytest.mark.parametrize("make", [lambda path: HostStore(), NvmeStore])

@@ -12,6 +12,8 @@ import zero_core as zero
 import zerostack
 from zero_core.testing import run_ranks
 from zerostack import CheckpointError, ConfigError, snapshot
+from zerostack.offload import stores
+from zerostack.schema import Config
 from zerostack_models import Small, batch, config, train
 
 
@@ -137,6 +139,7 @@ def test_states_on_a_drive_are_read_in_parts(tmp_path):
 
 def refusals(rank, folder):
     disk = places(folder)["nvme"]
+    low = {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
     for stage, more, message in (
         (0, {"optimizer": disk}, "offload_optimizer: needs stage 1"),
         (2, {"param": disk}, "offload_param: needs stage 3"),
@@ -155,13 +158,25 @@ def refusals(rank, folder):
         (
             1,
             {"optimizer": {"device": "cpu", "super_offload": True, "ratio": 1e-9}},
-            "all of this model's is on the",
+            "1e-09 of .* trainable elements is less than any whole unit",
         ),
+        (
+            1,
+            {"optimizer": {"device": "cpu"}, "bf16": low},
+            "kernels step fp32 masters, and these are bfloat16",
+        ),
+        (1, {"optimizer": disk, "aio": {"queue_depth": 5000}}, r"aio\.queue_depth: expected at most 4096"),
         (1, {"optimizer": {"device": "cpu", "ratio": 2.0}}, "ratio"),
     ):
         with pytest.raises(ConfigError, match=message):
             made(stage, **more)
     model = Small()
+    offload = {"device": "cpu", "super_offload": True, "ratio": 1e-9}
+    with pytest.raises(ConfigError, match="less than any whole unit"):
+        zerostack.initialize(
+            model=model,
+            config=config(1) | {"zero_optimization": {"stage": 1, "offload_optimizer": offload}},
+        )
     for optimizer in (
         lambda params: torch.optim.Adafactor(params),
         lambda params: torch.optim.RMSprop(params),
@@ -171,6 +186,18 @@ def refusals(rank, folder):
         with pytest.raises(ConfigError, match="offload_optimizer"):
             zerostack.initialize(model=model, optimizer=optimizer, config=raw)
     zerostack.initialize(model=model, config=config(1))  # nothing has happened to it
+
+
+def test_pin_memory_is_each_sections_own():
+    for first, second in ((True, False), (False, True), (False, False)):
+        sections = {
+            "offload_optimizer": {"device": "cpu", "pin_memory": first},
+            "offload_param": {"device": "cpu", "pin_memory": second},
+        }
+        found = stores(Config.model_validate({"zero_optimization": {"stage": 3, **sections}}))
+        device = torch.accelerator.is_available()
+        assert (found.optimizer.pin, found.params.pin) == (first and device, second and device)
+        assert (found.optimizer is found.params) == (first == second)
 
 
 def test_what_cannot_be_is_refused_before_anything_moves(tmp_path):

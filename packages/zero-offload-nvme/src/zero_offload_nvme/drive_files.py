@@ -31,14 +31,14 @@ class Drive:
 
     Attributes:
         end: of the bytes that are set aside.
-        free: ranges given back: size -> offsets.
+        free: ranges given back, none beside another: offset -> size.
     """
 
     directory: str
     file: ak.TransferFile
     descriptor: int
     end: int = 0
-    free: dict[int, list[int]] = field(default_factory=dict)
+    free: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._close_descriptor = weakref.finalize(self, os.close, self.descriptor)
@@ -51,7 +51,33 @@ class Drive:
     @property
     def used(self) -> int:
         """Bytes of tensors."""
-        return self.end - sum(nbytes * len(offsets) for nbytes, offsets in self.free.items())
+        return self.end - sum(self.free.values())
+
+    def take(self, nbytes: int) -> int | None:
+        """Offset of the smallest free range that is large enough, of which the rest stays free; None: there is none."""
+        fitting = [(size, offset) for offset, size in self.free.items() if size >= nbytes]
+        if not fitting:
+            return None
+        size, offset = min(fitting)
+        del self.free[offset]
+        if size > nbytes:
+            self.free[offset + nbytes] = size - nbytes
+        return offset
+
+    def give_back(self, offset: int, nbytes: int) -> None:
+        """A range is free, together with those beside it."""
+        if not nbytes:
+            return
+        for start, size in list(self.free.items()):
+            if start + size == offset or offset + nbytes == start:
+                del self.free[start]
+                offset, nbytes = min(offset, start), nbytes + size
+        self.free[offset] = nbytes
+
+    @property
+    def tail(self) -> int:
+        """Where the free range at the end begins."""
+        return next((offset for offset, size in self.free.items() if offset + size == self.end), self.end)
 
 
 @dataclass(frozen=True)
@@ -99,7 +125,7 @@ class DriveFiles:
     Args:
         engine: opens the files.
         directories: one on each drive; made if need be.
-        limit_bytes: more than that is refused; None: what the file systems have free.
+        limit_bytes: more than that is never set aside; None: what the file systems have free.
 
     Attributes:
         used_bytes: of tensors, in pages.
@@ -145,23 +171,17 @@ class DriveFiles:
         if name in self._places:
             raise OffloadStateError(f"NvmeStore: {name!r} is there already; release it first")
         nbytes = _pages(numel * dtype.itemsize)
-        if self.limit_bytes is not None and self.used_bytes + nbytes > self.limit_bytes:
-            raise OffloadDiskError(
-                errno.ENOSPC,
-                f"NvmeStore: {name!r} needs {nbytes} bytes, and {self.limit_bytes - self.used_bytes} of "
-                f"{self.limit_bytes} are free; raise limit_bytes",
-            )
         drive, offset, is_fresh = self._room_for(name, nbytes)
         self._places[name] = place = Place(drive, offset, numel, dtype, is_fresh)
         self.used_bytes += nbytes
         return place
 
     def remove(self, name: str) -> None:
-        """Its range serves the next tensor of its size."""
+        """Its range serves other tensors."""
         place = self._places.pop(name)
         nbytes = _pages(place.nbytes)
         self.used_bytes -= nbytes
-        place.drive.free.setdefault(nbytes, []).append(place.offset)
+        place.drive.give_back(place.offset, nbytes)
 
     def swap(self, name: str, other: str) -> None:
         """Each of two tensors has the other's name from now on."""
@@ -177,18 +197,32 @@ class DriveFiles:
     def _room_for(self, name: str, nbytes: int) -> tuple[Drive, int, bool]:
         """Drive and offset of a range, and whether no tensor was there before."""
         drives = sorted(self._drives, key=lambda each: each.used)
+        if not nbytes:
+            return drives[0], drives[0].end, True
         for drive in drives:
-            if drive.free.get(nbytes):
-                return drive, drive.free[nbytes].pop(), False
-            offset = drive.end
+            found = drive.take(nbytes)
+            if found is not None:
+                return drive, found, False
+            offset, is_fresh = drive.tail, drive.tail == drive.end
             try:
-                _grow(drive, nbytes, name)
+                self._check_limit(name, offset + nbytes - drive.end, nbytes)
+                _grow(drive, offset + nbytes - drive.end, name, nbytes)
             except OffloadDiskError:
                 if drive is drives[-1]:
                     raise
             else:
-                return drive, offset, True
+                drive.free.pop(offset, None)
+                return drive, offset, is_fresh
         raise AssertionError("a store has a drive")
+
+    def _check_limit(self, name: str, more: int, nbytes: int) -> None:
+        if self.limit_bytes is None or sum(drive.end for drive in self._drives) + more <= self.limit_bytes:
+            return
+        raise OffloadDiskError(
+            errno.ENOSPC,
+            f"NvmeStore: {name!r} needs {nbytes} bytes in one piece, and of {self.limit_bytes} bytes "
+            f"{self.limit_bytes - self.used_bytes} are free; raise limit_bytes",
+        )
 
     def _check_open(self, name: str) -> None:
         if not self._drives:
@@ -217,12 +251,10 @@ def _open(engine: ak.TransferEngine, directory: str) -> Drive:
     return drive
 
 
-def _grow(drive: Drive, nbytes: int, name: str) -> None:
-    """Have the file system set bytes aside at the end of the file."""
-    if not nbytes:
-        return
+def _grow(drive: Drive, more: int, name: str, nbytes: int) -> None:
+    """Have the file system set more bytes aside at the end of the file, for a tensor of so many."""
     try:
-        os.posix_fallocate(drive.descriptor, drive.end, nbytes)
+        os.posix_fallocate(drive.descriptor, drive.end, more)
     except OSError as error:
         with suppress(OSError):
             os.ftruncate(drive.descriptor, drive.end)
@@ -233,4 +265,4 @@ def _grow(drive: Drive, nbytes: int, name: str) -> None:
             f"NvmeStore: {drive.directory}: {name!r} needs {nbytes} bytes, and {free} are free there: "
             f"{error.strerror}; make room, or choose another drive",
         ) from error
-    drive.end += nbytes
+    drive.end += more

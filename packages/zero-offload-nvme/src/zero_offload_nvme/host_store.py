@@ -12,7 +12,7 @@ from copy import copy
 import torch
 
 from .errors import OffloadMemoryError, OffloadStateError
-from .maps import pinned_empty
+from .maps import host_empty
 
 
 class Done:
@@ -182,13 +182,7 @@ class HostStore:
         spare = sum(size * len(tensors) for size, tensors in self._free.items())
         if self.limit_bytes is not None and self.used_bytes + spare + nbytes > self.limit_bytes:
             self._free.clear()  # memory of other sizes counts too
-        try:
-            make = pinned_empty if self.pin else torch.empty
-            return make(nbytes, dtype=torch.uint8)
-        except (RuntimeError, OSError) as error:
-            raise OffloadMemoryError(
-                f"HostStore: {name!r}: the system gives no {nbytes} bytes of host memory: {error}"
-            ) from error
+        return host_empty(nbytes, f"HostStore: {name!r}", pin=self.pin)
 
 
 def copy_later(to: torch.Tensor, source: torch.Tensor) -> Done | _Event:

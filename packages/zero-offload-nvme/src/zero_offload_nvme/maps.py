@@ -16,6 +16,9 @@ from typing import Any
 
 import torch
 
+from .errors import OffloadMemoryError
+from .free_bytes import host_free
+
 # Note [Pinned to the byte]
 # torch's pinned allocations have sizes of powers of two, and never go back to the system: a shard of 4.1 GiB would lock
 # 8 GiB, which no plan of memory knows of. So CUDA is given pages of ours to lock.
@@ -74,8 +77,26 @@ def pinned_empty(numel: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def host_zeros(numel: int, dtype: torch.dtype, *, pin: bool) -> torch.Tensor:
-    """Host memory of zeros, page-locked where a device copies from or to it."""
-    return pinned_empty(numel, dtype).zero_() if pin else torch.zeros(numel, dtype=dtype)
+    """Host memory of zeros, page-locked where a device copies from or to it.
+
+    Raises:
+        OffloadMemoryError: the system gives none.
+    """
+    return host_empty(numel * dtype.itemsize, "values that wait", pin=pin).view(dtype).zero_()
+
+
+def host_empty(nbytes: int, what: str, *, pin: bool) -> torch.Tensor:
+    """Host memory for something, uint8, uninitialised.
+
+    Raises:
+        OffloadMemoryError: the system gives none; says for what, bytes wanted and free.
+    """
+    try:
+        return pinned_empty(nbytes, torch.uint8) if pin else torch.empty(nbytes, dtype=torch.uint8)
+    except (RuntimeError, OSError) as error:
+        raise OffloadMemoryError(
+            f"{what}: the system gives no {nbytes} bytes of host memory, and {host_free()} are free: {error}"
+        ) from error
 
 
 def _map(

@@ -18,6 +18,7 @@ import torch
 
 from .drive_files import DriveFiles, Place
 from .drive_transfers import ReadAhead, Writes, Writing
+from .errors import OffloadConfigError
 from .host_store import DONE, Done
 
 # Note [Views of a drive]
@@ -70,7 +71,7 @@ class NvmeStore:
 
     Args:
         path: a directory, or several on as many drives: tensors go to the one with the least on it.
-        limit_bytes: more than that is refused; None: what the file systems have free.
+        limit_bytes: more than that is never set aside; None: what the file systems have free.
         cache_bytes: of tensors that `prefetch` may bring to memory ahead of their `fetch`, and of values on their way
             to the drive, for each.
         engine: moves the bytes; None makes one. `accel_kernels.tune(path)` finds what suits a drive.
@@ -81,7 +82,8 @@ class NvmeStore:
         accel_kernels.TransferError: bytes did not get through; names file, offset and bytes. A write that failed is
             told by whatever next asks for its range, again and again until the range is put anew or released.
 
-    Bytes per rank: on the drives, what is put, in pages; in memory `cache_bytes`, and what callers bring.
+    Bytes per rank: on the drives, what is put, in pages; in memory `cache_bytes` for what is read ahead, as much again
+    for what is on its way, and what callers bring.
     """
 
     in_memory = False
@@ -95,6 +97,8 @@ class NvmeStore:
         engine: ak.TransferEngine | None = None,
     ) -> None:
         paths = [path] if isinstance(path, (str, os.PathLike)) else list(path)
+        if not paths:
+            raise OffloadConfigError("NvmeStore(path=...): expected a directory, or several, got none")
         self.cache_bytes = cache_bytes
         self._own_engine = engine is None
         self.engine = engine or ak.TransferEngine()

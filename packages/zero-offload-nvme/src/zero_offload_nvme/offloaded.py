@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from zero_core import LossScaler, ShardedOptimizer, ShardSlot, ZeroStateError, sharded
+from zero_core import LossScaler, Precision, ShardedOptimizer, ShardSlot, ZeroStateError, sharded
 from zero_core.flat_unit import FlatUnit
 from zero_core.hooks import Lane
 from zero_core.late import LateArrivals
@@ -18,6 +18,7 @@ from .early import EarlyCount
 from .errors import OffloadConfigError
 from .last_backward import LastBackwardStepper
 from .speculation import SpeculativeStepper
+from .store_stepper import is_stored
 from .zenflow import ZenFlow
 from .zenflow_stepper import ZenFlowStepper
 
@@ -41,7 +42,7 @@ class OffloadedOptimizer(ShardedOptimizer):
             over. None: as much as it takes.
 
     Raises:
-        OffloadConfigError: an optimizer that no kernel steps block by block; `zenflow` without its `overlap`;
+        OffloadConfigError: an optimizer or masters that no kernel steps in blocks; `zenflow` without its `overlap`;
             "zenflow" or "speculative" without any optimizer state in a store, or with a store that has no `swap`.
         zero_core.ZeroConfigError: as `zero_core.ShardedOptimizer`.
 
@@ -87,6 +88,7 @@ class OffloadedOptimizer(ShardedOptimizer):
                 f"overlap={overlap!r}: expected optimizer state in a store, and all of this model's is on the device, "
                 "where nothing would be late; shard with store=HostStore() or Stores(optimizer=...)"
             )
+        _check_masters(optimizer, state.units, state.precision)
         self.overlap = overlap
         self._zenflow: ZenFlowStepper | None = None
         self._arrivals: LateArrivals | None = None
@@ -278,6 +280,18 @@ class OffloadedOptimizer(ShardedOptimizer):
         """Units whose masters may know values that the parameters have yet to take."""
         units = [unit for unit in self._sharded.units if unit.index in self._claimed]
         return [unit for unit in units if unit.has_separate_master and unit.stores.optimizer is not None]
+
+
+def _check_masters(optimizer: Optimizer, units: Sequence[FlatUnit], precision: Precision) -> None:
+    """Refuse masters that no kernel steps."""
+    given = {id(param) for group in optimizer.param_groups for param in group["params"]}
+    stepped = [unit for unit in units if is_stored(unit) and any(id(param) in given for param in unit.params)]
+    wrong = {str(precision.master_dtype(unit.dtype)) for unit in stepped} - {str(torch.float32)}
+    if wrong:
+        raise OffloadConfigError(
+            f"masters of {', '.join(sorted(wrong))}: kernels step torch.float32 block by block; shard with "
+            "Precision(master=torch.float32), or without a store"
+        )
 
 
 def _check_stores(units: Sequence[FlatUnit]) -> None:

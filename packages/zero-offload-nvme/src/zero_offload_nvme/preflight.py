@@ -22,6 +22,7 @@ from .free_bytes import Free, existing, free_bytes
 from .speeds import BYTES_STEPPED, measure_speeds
 from .tier_plan import plan_tiers
 from .tiers import KINDS, TIERS, Tier, TierPlan, Tiers
+from .zenflow import ZenFlow
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
@@ -137,6 +138,7 @@ def preflight(
     optimizer_ratio: float = 1.0,
     keep_first: bool = False,
     speculative: bool = False,
+    zenflow: ZenFlow | None = None,
     optimizer_kind: str = "adamw",
     precision: Precision | None = None,
     units: UnitChoice = None,
@@ -166,6 +168,7 @@ def preflight(
         optimizer_ratio: as `zero_core.Stores`.
         keep_first: likewise.
         speculative: as `Tiers`; bytes alone, the seconds are those of a step that begins after backward.
+        zenflow: likewise.
         optimizer_kind: as `zero_core.plan_memory`'s `optimizer`.
         precision: as for `zero_core.shard`.
         units: as for `zero_core.shard`.
@@ -206,6 +209,7 @@ def preflight(
         optimizer_ratio=optimizer_ratio,
         keep_first=keep_first,
         speculative=speculative,
+        zenflow=zenflow,
         device=device or _device(),
         window_bytes=window_bytes,
         cache_bytes=cache_bytes,

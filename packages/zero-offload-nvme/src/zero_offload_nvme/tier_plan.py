@@ -6,7 +6,8 @@ traffic of a step. The sizes are `zero_core.plan_memory`'s, unit by unit. Next: 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,7 @@ from zero_core.units import UnitChoice, find_units
 from .blocks import DEPTH, block_elements
 from .errors import OffloadConfigError
 from .tiers import KINDS, TIERS, Kind, Tier, TierPlan, Tiers, Traffic
+from .zenflow import ZenFlow
 
 STEPPED = ("adam", "adamw", "adagrad", "sgd", "sgd-momentum")
 """What `StoreStepper` has kernels for, as `zero_core.plan_memory` names it."""
@@ -125,15 +127,18 @@ def plan_tiers(
     most = max((len(list(_operands(job, unit, stores))) for unit in sized), default=1)
     block = block_elements(tiers.window_bytes, most)
     found, traffic = _Sum(), Traffic()
-    for unit, its in zip(sized, stores.of_units(sizes), strict=True):
+    parts = list(zip(sized, stores.of_units(sizes), strict=True))
+    for unit, its in parts:
         _hold(found, job, unit, its)
         if tiers.speculative:
             _hold_shadow(found, job, unit, its)
+        if tiers.zenflow is not None:
+            _hold_waiting(found, job, unit, its, tiers.zenflow)
         traffic += _traffic(job, unit, its, block)
     found.hold("device", "in_flight", whole.in_flight)
-    found.hold("host", "window", _window(job, sized, stores, block))
-    on_drive = found.nbytes["nvme"]["params"]
-    found.hold("host", "in_flight", min(tiers.cache_bytes, on_drive))
+    found.hold("host", "window", _windows(job, parts, block))
+    for kind in ("params", "grads"):  # what is read ahead; what is on its way to the drive
+        found.hold("host", "in_flight", min(tiers.cache_bytes, found.nbytes["nvme"][kind]))
     return TierPlan(stage=stage, world=world, tiers=tiers, nbytes=found.nbytes, traffic=traffic)
 
 
@@ -177,6 +182,15 @@ def _hold_shadow(found: _Sum, job: _Job, unit: _Sized, stores: zero.Stores) -> N
     found.hold(_tier(stores.optimizer), "in_flight", 4 * numel * num_states, num_states)
     params = "host" if stores.params is None else _tier(stores.params)
     found.hold(params, "in_flight", numel * unit.params.itemsize)
+
+
+def _hold_waiting(found: _Sum, job: _Job, unit: _Sized, stores: zero.Stores, policy: ZenFlow) -> None:
+    """Sums of gradients and values to come in full size, see `waiting_rows`; chosen rows in compact form."""
+    if stores.optimizer is None or not (unit.trainable and unit.numel):
+        return
+    numel = -(-unit.numel // job.world)
+    found.hold("host", "in_flight", numel * (4 + policy.overlap_step * (4 + unit.params.itemsize)))
+    found.hold("device", "in_flight", math.ceil(16 * numel * policy.topk_ratio))
 
 
 @dataclass(frozen=True)
@@ -228,21 +242,22 @@ def _traffic(job: _Job, unit: _Sized, stores: zero.Stores, block: int) -> Traffi
     )
 
 
-def _window(job: _Job, sized: list[_Sized], stores: zero.Stores, block: int) -> int:
+def _windows(job: _Job, parts: Sequence[tuple[_Sized, zero.Stores]], block: int) -> int:
     """Memory for blocks of what is neither in host memory nor on a device that the host is."""
-    if stores.optimizer is None or not job.tiers.optimizer_ratio:
-        return 0
-    passing = max(
-        (
-            sum(
-                each.tier == "nvme" or (each.tier == "device" and job.tiers.device != "cpu")
-                for each in _operands(job, unit, stores)
-            )
-            for unit in sized
-        ),
-        default=0,
-    )
-    return DEPTH * passing * block * 4
+    with_state, without = 0, 0  # of units with optimizer state in a store, and with parameters alone
+    for unit, stores in parts:
+        if stores.optimizer is None and stores.params is None:
+            continue
+        passing = sum(
+            each.tier == "nvme" or (each.tier == "device" and job.tiers.device != "cpu")
+            for each in _operands(job, unit, stores)
+        )
+        if stores.optimizer is None:
+            without = max(without, passing)
+        else:
+            with_state = max(with_state, passing)
+    both = job.tiers.zenflow is not None  # a late step and steps beside it, Note [Two windows]
+    return DEPTH * (with_state + without if both else max(with_state, without)) * block * 4
 
 
 def _tier(store: Any) -> Tier:

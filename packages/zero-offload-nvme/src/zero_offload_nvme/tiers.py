@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 import zero_core as zero
 
 from .errors import OffloadConfigError
+from .zenflow import ZenFlow
 
 Tier = Literal["device", "host", "nvme"]
 Kind = Literal["params", "grads", "master", "optimizer", "in_flight", "window"]
@@ -28,6 +29,7 @@ class Tiers:
         optimizer: separate masters and the optimizer's state (stages 1 to 3).
         optimizer_ratio, keep_first: as `zero_core.Stores`.
         speculative: with `OffloadedOptimizer(overlap="speculative")`, and as much room as it takes.
+        zenflow: with `OffloadedOptimizer(overlap="zenflow")`, and this policy.
         device: type of the device that computes; "cpu": the device's tier is host memory too.
         window_bytes: as `OffloadedOptimizer`.
         cache_bytes: as `NvmeStore`.
@@ -39,11 +41,14 @@ class Tiers:
     optimizer_ratio: float = 1.0
     keep_first: bool = False
     speculative: bool = False
+    zenflow: ZenFlow | None = None
     device: str = "cpu"
     window_bytes: int = 192 << 20
     cache_bytes: int = 256 << 20
 
     def __post_init__(self) -> None:
+        if self.speculative and self.zenflow is not None:
+            raise OffloadConfigError("speculative, zenflow: a step has one overlap; leave one of the two out")
         for name in ("params", "grads", "optimizer"):
             if getattr(self, name) not in TIERS:
                 raise OffloadConfigError(

@@ -94,12 +94,12 @@ def stores(config: Config) -> zero.Stores | None:
         OffloadDiskError: a folder cannot be written.
     """
     section = config.zero_optimization
-    made: dict[tuple[str, str | None], Store] = {}
+    made: dict[tuple[str, str | bool | None], Store] = {}
 
     def store(asked: Offload) -> Store | None:
         if asked.device == "none":
             return None
-        key = (asked.device, asked.nvme_path if asked.device == "nvme" else None)
+        key = (asked.device, asked.nvme_path if asked.device == "nvme" else asked.pin_memory)
         if key not in made:
             made[key] = _make(asked, config.aio)
         return made[key]

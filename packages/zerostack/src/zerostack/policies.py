@@ -14,6 +14,7 @@ import zero_core as zero
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from zero_core.units import find_units
 from zero_offload_nvme import OffloadConfigError, OffloadedOptimizer, StoreStepper, ZenFlow
 
 from . import schedules, signs
@@ -81,11 +82,18 @@ def is_offloaded(config: Config) -> bool:
     return not section.offload_optimizer.device == section.offload_param.device == "none"
 
 
-def check_offloaded(config: Config, optimizer: Optimizer, whole_tensors: bool | None) -> None:
+def check_offloaded(
+    config: Config,
+    optimizer: Optimizer,
+    whole_tensors: bool | None,
+    model: nn.Module,
+    placement: zero.Placement | None,
+) -> None:
     """Refuse, before the model changes, what cannot be stepped where it is to rest.
 
     Raises:
-        ConfigError: the state is to be offloaded, and no kernel steps this optimizer block by block.
+        ConfigError: the state is to be offloaded, and no kernel steps this optimizer block by block, or such masters;
+            or `super_offload` or ZenFlow is asked for, and the ratio leaves all optimizer state on the device.
     """
     if not is_offloaded(config):
         return
@@ -98,6 +106,28 @@ def check_offloaded(config: Config, optimizer: Optimizer, whole_tensors: bool | 
         StoreStepper(optimizer)
     except OffloadConfigError as error:
         raise ConfigError(f"offload_optimizer, offload_param: {error}") from error
+    policy = precision(config)
+    masters = {policy.master_dtype(param.dtype) for param in model.parameters() if param.requires_grad}
+    if masters - {torch.float32}:
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in masters))
+        raise ConfigError(
+            f"offload_optimizer, offload_param: kernels step fp32 masters, and these are {names}; leave "
+            "bf16_master_weights_and_grads out, or train without offload"
+        )
+    section = config.zero_optimization
+    if not (section.offload_optimizer.super_offload or section.uses_zenflow):
+        return
+    units = find_units(model, whole=None if placement is None else placement.whole_modules)
+    sizes = [sum(param.numel() for _, param in unit.params) * unit.trainable for unit in units]
+    ratio, keep_first = section.offload_optimizer.ratio, section.offload_optimizer.super_offload
+    stores: Any = "the device of offload_optimizer"  # of_units hands it on
+    planned = zero.Stores(optimizer=stores, optimizer_ratio=ratio, keep_first=keep_first).of_units(sizes)
+    if not any(size and each.optimizer is not None for size, each in zip(sizes, planned, strict=True)):
+        raise ConfigError(
+            f"offload_optimizer.ratio: {ratio} of {sum(sizes)} trainable elements is less than any whole unit that may "
+            "go, and all optimizer state would stay on the device; give a larger ratio, or leave super_offload and "
+            "zenflow out"
+        )
 
 
 def sharded_optimizer(

@@ -125,8 +125,8 @@ def _check_consistent(typed: Config) -> None:
     master, states = typed.bf16.bf16_master_weights_and_grads, typed.bf16.bf16_optimizer_states
     if master != states:
         raise ConfigError(
-            "bf16.bf16_master_weights_and_grads and bf16.bf16_optimizer_states must be given together: "
-            "bf16 masters with fp32 state need optimizer offload (package zero-offload-nvme)"
+            "bf16.bf16_master_weights_and_grads and bf16.bf16_optimizer_states must be given together: no step here "
+            "keeps fp32 states of bf16 masters, or the other way round"
         )
     if master and not typed.bf16.enabled:
         raise ConfigError("bf16.bf16_master_weights_and_grads needs bf16.enabled")

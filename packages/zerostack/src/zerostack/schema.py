@@ -292,9 +292,9 @@ class LoCoSection(Section):
 class Aio(Section):
     """How bytes travel between memory and drives."""
 
-    block_size: Annotated[Int, Field(ge=4096)] = 1 << 20
-    queue_depth: Count = 32
-    thread_count: Count = 1
+    block_size: Annotated[Int, Field(ge=4096, le=1 << 30)] = 1 << 20
+    queue_depth: Annotated[Int, Field(ge=1, le=4096)] = 32
+    thread_count: Annotated[Int, Field(ge=1, le=256)] = 1
     intra_op_parallelism: Count = 1
     single_submit: bool = False
     overlap_events: bool = True

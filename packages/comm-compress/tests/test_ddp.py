@@ -155,6 +155,38 @@ def test_what_is_lost_comes_back() -> None:
         assert with_feedback < 0.02
 
 
+class Sometimes(torch.nn.Module):
+    """A layer that only some inputs use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(64, 64) for _ in range(4))
+        self.last = torch.nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor, *, whole: bool) -> torch.Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return self.last(x) if whole else x
+
+
+def unused(rank: int) -> torch.Tensor:
+    """While a thread runs PowerSGD's collectives, DDP asks which parameters were used."""
+    ddp = DistributedDataParallel(Sometimes(), bucket_cap_mb=0.02, find_unused_parameters=True)
+    hook = cc.ddp_hook("powersgd", matrix_approximation_rank=2, start_powerSGD_iter=2)
+    ddp.register_comm_hook(None, hook)
+    for step in range(20):
+        ddp.zero_grad()
+        torch.manual_seed(10 * step + rank)
+        ddp(torch.randn(4, 64), whole=(step + rank) % 2 == 0).square().mean().backward()
+    return grads_of(ddp.module)
+
+
+def test_powersgd_beside_collectives_of_backward() -> None:
+    one, other = run_ranks(unused, 2, timeout_s=30)
+    assert torch.equal(one, other)
+
+
 # -- refusals and failures --------------------------------------------------------------------------------------
 
 

@@ -42,12 +42,17 @@ class CastHook:
 
 
 class PowerSGDHook:
-    """On the CPU one bucket after another: its collectives follow each other in callbacks, and gloo would mix them."""
+    """On the CPU one bucket after another, and in a process group of its own; every rank makes it.
+
+    Its collectives follow each other in callbacks, and gloo, which knows messages by their order alone, would mix those
+    of two buckets, and them with what backward itself sends over DDP's group (unused parameters, `SyncBatchNorm`).
+    """
 
     def __init__(self, kind: str, grid: Grid, state: powerSGD_hook.PowerSGDState) -> None:
         self.__name__ = self.__qualname__ = f"comm_compress_{kind}"
         self.grid = grid
         self.state = state
+        state.process_group = _for_a_thread(state.process_group)
         self.entry = Entry("all_reduce")
         self._worker = Worker()
 
@@ -70,3 +75,16 @@ class PowerSGDHook:
     def entries(self) -> Iterator[Entry]:
         """See `comm_compress.traffic`."""
         yield self.entry
+
+
+def _for_a_thread(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """A group of the same ranks whose messages on the CPU meet no others; every rank calls it."""
+    cpu = torch.device("cpu")
+    if cpu not in group._device_types:
+        return group
+    made: dist.ProcessGroup = dist.new_group(
+        dist.get_process_group_ranks(group),
+        timeout=group._get_backend(cpu).options._timeout,
+        use_local_synchronization=True,
+    )
+    return made

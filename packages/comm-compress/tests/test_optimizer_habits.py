@@ -224,6 +224,33 @@ def test_grad_scaler(kind: str) -> None:
     run_ranks(scaled, 2, kind)
 
 
+def digits(rank: int, kind: str, dtype: torch.dtype) -> None:
+    """Means of 16-bit gradients keep what fp32 has of them: those of a scaled loss, and where fp32 was asked for."""
+    scale = 2.0**24 if dtype == torch.float16 else 1.0
+    start = torch.linspace(-1, 1, 50).to(dtype)
+    low, exact = nn.Parameter(start.clone()), nn.Parameter(start.float())
+    reduce_dtype = None if dtype == torch.float16 else torch.float32
+    policy = cc.Compression(reduce_dtype=reduce_dtype)
+    optimizer, reference = (BUILD[kind]([each], compression=policy, eps=1e-12) for each in (low, exact))
+    for step in range(1, 4):
+        generator = torch.Generator().manual_seed(10 * step + rank)
+        grad = (1e-9 * scale * torch.randn(50, generator=generator)).to(dtype)
+        if scale != 1.0:
+            optimizer.grad_scale, optimizer.found_inf = torch.tensor(scale), torch.tensor(0.0)
+        low.grad, exact.grad = grad, grad.float() / scale
+        optimizer.step()
+        reference.step()
+        assert low.grad.dtype == dtype
+    assert torch.equal(optimizer._buckets[0].master, exact.detach())
+    assert not torch.equal(exact.detach(), start.float())
+
+
+@pytest.mark.parametrize("kind", list(BUILD))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_means_keep_their_digits(kind: str, dtype: torch.dtype) -> None:
+    run_ranks(digits, 2, kind, dtype)
+
+
 def out_of_order(rank: int) -> None:
     """What would throw away a clipped step under way is refused, and may be done after it."""
     one_bit, zero_one = ((Net(), BUILD[kind]) for kind in ("OneBitAdam", "ZeroOneAdam"))

@@ -275,8 +275,8 @@ class CompressedOptimizer(SavedOptimizer):
         round_ = self.begin(grads, scale=scale, overflow=overflow)
         for param, grad in zip(self._params, round_.grads, strict=True):
             if param.grad is None and grad is not None:
-                param.grad = grad
-        round_.seen = fingerprint(round_.grads)
+                param.grad = grad.to(param.dtype)
+        round_.seen = fingerprint([param.grad for param in self._params])
         return round_
 
     def _of_scaler(self) -> tuple[float, bool]:

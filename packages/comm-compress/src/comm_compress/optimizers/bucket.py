@@ -102,13 +102,20 @@ class Bucket:
         return flat
 
     def scatter(self, flat: Tensor, grads: list[Tensor | None], used: Collection[int] | None) -> None:
-        """Give gradients back: written into those that there are, made where another rank had one."""
+        """Give gradients back: written into those that there are, made where another rank had one.
+
+        Where `flat` has digits that a gradient would lose, it is written to all the same, for people to see, and a view
+        of `flat` takes its place in `grads`.
+        """
         for slot in self.moving(used):
             grad, view = grads[slot.index], self.view(flat, slot)
-            if grad is None:
-                grads[slot.index] = view.to(self.params[slot.position].dtype, copy=True)
-            else:
+            dtype = self.params[slot.position].dtype if grad is None else grad.dtype
+            if grad is not None:
                 grad.copy_(view)
+            if torch.promote_types(dtype, flat.dtype) != dtype:
+                grads[slot.index] = view
+            elif grad is None:
+                grads[slot.index] = view.to(dtype, copy=True)
 
     # -- masters ----------------------------------------------------------------------------------------------
 

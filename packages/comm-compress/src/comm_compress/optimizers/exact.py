@@ -48,7 +48,9 @@ def average(
     scaled: bool,
     used: Collection[int] | None,
 ) -> None:
-    """Replace gradients by their mean over ranks, in place, as under data parallelism; every rank calls it.
+    """Replace gradients by their mean over ranks, as under data parallelism; every rank calls it.
+
+    In place, and in `grads` by fp32 or other means of more digits where they travelled as such (`Bucket.scatter`).
 
     Args:
         buckets: all of them.

@@ -24,8 +24,9 @@ class Compression:
         variance_floor: the least root of a frozen variance, as a part of the root mean square of its parameter: a bit's
             worth of momentum over a root near zero would be a leap. A variance of exactly 0 (no gradient yet) takes
             that root mean square itself. 0: nothing but that, as in the papers.
-        reduce_dtype: of gradients on the wire where they travel as they are; None: their own, or fp32 for fp16
-            gradients under a `GradScaler`.
+        reduce_dtype: of gradients on the wire where they travel as they are, and of their means; None: their own, or
+            fp32 for fp16 gradients under a `GradScaler`. A wider one than theirs takes its size a parameter while a
+            step lasts.
         timeout_s: seconds after which a rank that does not come is an error (on the CPU; elsewhere the back end's
             watchdog decides).
 

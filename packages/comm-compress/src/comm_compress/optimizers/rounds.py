@@ -29,7 +29,8 @@ class Round:
     """One step under way.
 
     Attributes:
-        grads: by the parameters' indices: this rank's, or after an exact round the means.
+        grads: by the parameters' indices: this rank's, or after an exact round the means (in the dtype in which they
+            travelled where the gradients' own has fewer digits).
         parts: after an exact round whose buckets are sharded: the means of this rank's parts.
         scale: what gradients are still to be multiplied by.
         norm: 2-norm of the mean gradient; where that does not travel, an estimate (`common`). nan if not finite.

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from comm_compress.topology import Grid
+from comm_compress.traffic import Stopwatch
 from comm_compress.wire import BlockFormat
 from compress_lab import batch, build, loss_of, simulated_reduce, through
 from torch.nn.parallel import DistributedDataParallel
@@ -202,8 +203,14 @@ def test_options_that_do_not_belong(solo) -> None:
     for kind, options, message in (
         ("int3", {}, "kind: expected 'int8', 'int4', '1bit', 'fp16', 'bf16' or 'powersgd', got 'int3'"),
         ("int8", {"matrix_approximation_rank": 2}, "options of 'powersgd' alone"),
-        ("1bit", {"node_size": 1}, "node_size: an option of 'int8' and 'int4' alone"),
-        ("fp16", {"policy": "auto"}, "policy: an option of 'int8' and 'int4' alone"),
+        ("1bit", {"node_size": 1, "min_bytes": 0}, "min_bytes, node_size: no option of this kind"),
+        ("fp16", {"policy": "auto"}, "policy: no option of this kind"),
+        ("bf16", {"block_size": -5}, "block_size: no option of this kind"),
+        (
+            "powersgd",
+            {"timeout_s": 5.0, "shared_memory": False},
+            "shared_memory, timeout_s: no option of this kind",
+        ),
         ("int8", {"node_size": 3}, "node_size: expected a divisor of the group's 1 ranks (1), got 3"),
         ("powersgd", {"rank": 2}, "ddp_hook('powersgd')"),
     ):
@@ -255,3 +262,89 @@ def two_towers(rank: int) -> None:
 
 def test_two_models_on_one_group() -> None:
     run_ranks(two_towers, 2)
+
+
+def by_turns(rank: int, kind: str) -> None:
+    """One hook for two models: refused as soon as the first one comes again."""
+    towers, hook = [DistributedDataParallel(build()) for _ in range(2)], cc.ddp_hook(kind)
+    for tower in towers:
+        tower.register_comm_hook(None, hook)
+
+    def take_turns() -> None:
+        for step in range(4):
+            for tower in towers:
+                loss_of(tower, batch(rank, step)).backward()
+
+    with pytest.raises(RuntimeError, match="two DDP models by turns"):
+        take_turns()
+
+
+@pytest.mark.parametrize("kind", ["int8", "1bit"])
+def test_two_models_with_one_hook(kind: str) -> None:
+    run_ranks(by_turns, 2, kind)
+
+
+def in_fp64(rank: int) -> None:
+    """fp64 travels as it is, error feedback or not; signs of it there are none."""
+    for loco in (None, cc.LoCoPolicy()):
+        ddp = DistributedDataParallel(build().double())
+        ddp.register_comm_hook(None, cc.ddp_hook("int8", loco=loco, min_bytes=0))
+        plain = DistributedDataParallel(build().double())
+        for step in range(2):
+            for each in (ddp, plain):
+                each.zero_grad()
+                loss_of(each, batch(rank, step)).backward()
+            torch.testing.assert_close(grads_of(ddp), grads_of(plain), rtol=1e-14, atol=0)
+    ddp = DistributedDataParallel(build().double())
+    ddp.register_comm_hook(None, cc.ddp_hook("1bit"))
+    with pytest.raises(RuntimeError, match=r"bucket 0 .*expected fp32, bf16 or fp16, got torch\.float64"):
+        loss_of(ddp, batch(rank, 0)).backward()
+
+
+def test_gradients_in_fp64() -> None:
+    run_ranks(in_fp64, 2)
+
+
+def late(rank: int) -> float:
+    """Seconds in codecs of a rank that waits for another."""
+    ddp = DistributedDataParallel(build())
+    hook = cc.ddp_hook("1bit")
+    ddp.register_comm_hook(None, hook)
+    for step in range(3):
+        loss = loss_of(ddp, batch(rank, step))
+        time.sleep(0.3 * rank)
+        loss.backward()
+    return next(iter(hook.entries())).codec.seconds
+
+
+def test_waiting_is_no_codec_time() -> None:
+    assert run_ranks(late, 2)[0] < 0.3
+
+
+def test_without_a_process_group() -> None:
+    for call in (lambda: cc.ddp_hook("int8"), lambda: cc.allreduce_1bit(torch.ones(4))):
+        with pytest.raises(cc.CompressConfigError, match="init_process_group"):
+            call()
+
+
+class Event:
+    """Of an accelerator: a tenth of a second between any two."""
+
+    def __init__(self, *_: object, **__: object) -> None: ...
+
+    def record(self) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def elapsed_time(self, other: Event) -> float:
+        return 100.0
+
+
+def test_times_of_an_accelerator_do_not_pile_up(monkeypatch) -> None:
+    monkeypatch.setattr(torch, "Event", Event)
+    watch = Stopwatch()
+    for _ in range(3000):
+        with watch.running(torch.device("cuda")):
+            pass
+    assert len(watch._open) <= 1024
+    assert watch.seconds == pytest.approx(300.0)

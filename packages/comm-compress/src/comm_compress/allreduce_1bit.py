@@ -17,6 +17,7 @@ from accel_kernels import mean_signs, pack_signs, sign_bytes, unpack_signs
 from zero_core import Pending, PlainCollectives, Wire
 
 from .errors import CompressConfigError, CompressStateError
+from .topology import group_or_default
 from .wire_1bit import chunk_ranges
 
 Norm = Literal["l2", "l1"]
@@ -161,7 +162,7 @@ def start_allreduce_1bit(
 
 def allreduce_1bit(
     tensor: torch.Tensor,
-    group: dist.ProcessGroup,
+    group: dist.ProcessGroup | None = None,
     state: OneBitState | None = None,
     *,
     norm: Norm = "l2",
@@ -178,7 +179,7 @@ def allreduce_1bit(
     Args:
         tensor: [n], any n, fp32, bf16 or fp16, contiguous; read and written. Finite on all ranks: an infinity or NaN
             makes its chunk NaN everywhere, and leaves the residuals of that chunk as they were on the way.
-        group: any number of ranks; gloo for tensors on the CPU.
+        group: any number of ranks; gloo for tensors on the CPU. None: the default one.
         state: the residuals, updated; None starts without any.
         norm: what the scale keeps: the chunk's 2-norm, or its 1-norm.
         timeout_s: deadline on the CPU.
@@ -187,13 +188,14 @@ def allreduce_1bit(
         `state`, for the next call on this tensor.
 
     Raises:
-        CompressConfigError: the tensor is not flat.
+        CompressConfigError: the tensor is not flat, or there is no process group.
         CompressStateError: residuals of another size.
         zero_core.CollectiveError: a rank died, or did not come.
 
     Bytes this rank sends: `wire_1bit.sent_1bit`: n/4 (N-1)/N and scales, against 4n (N-1)/N of a bf16 mean.
     Source: Tang et al., 1-bit Adam, arXiv:2102.02888, algorithm 1 and figure 3.
     """
+    group = group_or_default(group, "allreduce_1bit")
     wire = Wire(group, PlainCollectives(group, timeout_s), tensor.device, timeout_s)
     if state is None:
         state = OneBitState.zeros(tensor.numel(), group.size(), group.rank(), tensor.device)

@@ -15,6 +15,21 @@ from torch.distributed.device_mesh import DeviceMesh
 from .errors import CompressConfigError
 
 
+def group_or_default(group: dist.ProcessGroup | None, who: str) -> dist.ProcessGroup:
+    """What was given, or the default process group.
+
+    Raises:
+        CompressConfigError: none was given, and torch.distributed is not initialised.
+    """
+    if group is not None:
+        return group
+    if not dist.is_initialized():
+        raise CompressConfigError(
+            f"{who}: expected group=, or torch.distributed initialised: call torch.distributed.init_process_group first"
+        )
+    return dist.distributed_c10d._get_default_group()
+
+
 @dataclass(frozen=True)
 class Grid:
     """PURE: ranks of a group, cut into nodes of neighbours: rank = node * node_size + place.

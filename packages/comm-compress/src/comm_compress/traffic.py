@@ -6,6 +6,7 @@ In: counts, made where messages are sent (`hops`) and where codecs run. Out: `tr
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,13 +17,16 @@ import torch
 from .errors import CompressConfigError
 from .wire import NOTHING, Sent
 
+_MOST_OPEN = 1024
+"""Pairs of an accelerator's events that are kept: the oldest of so many is long past, and nobody waits for it."""
+
 
 class Stopwatch:
     """Adds up times of one device: the processor's clock, or an accelerator's stream."""
 
     def __init__(self) -> None:
         self._seconds = 0.0
-        self._open: list[tuple[Any, Any]] = []
+        self._open: deque[tuple[Any, Any]] = deque()
 
     @contextmanager
     def running(self, device: torch.device) -> Iterator[None]:
@@ -41,15 +45,21 @@ class Stopwatch:
         finally:
             stop.record()
             self._open.append((start, stop))
+            while len(self._open) > _MOST_OPEN:
+                self._fold()
 
     @property
     def seconds(self) -> float:
         """So far; waits for an accelerator."""
         while self._open:
-            start, stop = self._open.pop()
-            stop.synchronize()
-            self._seconds += start.elapsed_time(stop) / 1e3
+            self._fold()
         return self._seconds
+
+    def _fold(self) -> None:
+        """Add the oldest time."""
+        start, stop = self._open.popleft()
+        stop.synchronize()
+        self._seconds += start.elapsed_time(stop) / 1e3
 
 
 @dataclass

@@ -20,14 +20,14 @@ from torch._C._distributed_c10d import GradBucket
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.distributed.device_mesh import DeviceMesh
 
-from .. import wire
+from .. import ops, wire
 from ..agreement import take_name
 from ..allreduce_1bit import OneBitState, start_allreduce_1bit
 from ..error_feedback import LoCo, LoCoPolicy
 from ..errors import CompressConfigError
 from ..group_collectives import GroupCollectives
 from ..settings import Settings
-from ..topology import Grid, grid_of
+from ..topology import Grid, grid_of, group_or_default
 from ..traffic import Entry
 from ..wire import Sent
 from ..wire_1bit import sent_1bit
@@ -44,12 +44,12 @@ def ddp_hook(
     *,
     node_size: int | None = None,
     mesh: DeviceMesh | None = None,
-    block_size: int = 256,
-    min_bytes: int = 1 << 14,
-    policy: Literal["always", "auto"] = "always",
+    block_size: int | None = None,
+    min_bytes: int | None = None,
+    policy: Literal["always", "auto"] | None = None,
     loco: LoCoPolicy | None = None,
-    timeout_s: float = 30.0,
-    shared_memory: bool = True,
+    timeout_s: float | None = None,
+    shared_memory: bool | None = None,
     **options: Any,
 ) -> "Hook":
     """Make a hook: `ddp.register_comm_hook(None, cc.ddp_hook("int8"))`; every rank calls it alike.
@@ -60,21 +60,22 @@ def ddp_hook(
         group: DDP's process group; None: the default one, as in DDP.
         node_size: "int8", "int4": neighbouring ranks that share a node, so that 1/node_size leaves it.
         mesh: nodes x ranks of a node, instead.
-        block_size: "int8", "int4": elements that share a scale.
-        min_bytes: "int8", "int4": buckets that have fewer bytes travel as they are.
-        policy: "int8", "int4": "auto" leaves compression off where measuring shows that it does not pay.
+        block_size: "int8", "int4": elements that share a scale; None: 256.
+        min_bytes: "int8", "int4": buckets that have fewer bytes travel as they are; None: 16 KiB.
+        policy: "int8", "int4": "auto" leaves compression off where it measurably does not pay; None: "always".
         loco: "int8", "int4": what is lost comes back, averaged. `LoCoPolicy(beta=0, reset_steps=0)` is plain error
             feedback.
-        timeout_s: deadline of a wait on the CPU ("fp16", "bf16", "powersgd": the group's own).
-        shared_memory: on the CPU, use memory that ranks of one machine share.
+        timeout_s: "int8", "int4", "1bit": deadline of a wait on the CPU; None: 30 s. The others have the group's own.
+        shared_memory: "int8", "int4", "1bit": on the CPU, use memory that ranks of one machine share; None: yes.
         options: "powersgd": of `torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook.PowerSGDState`.
 
     Returns:
-        the hook; `comm_compress.traffic(hook)` says what it has sent.
+        the hook, for one DDP model; `comm_compress.traffic(hook)` says what it has sent.
 
     Raises:
         CompressConfigError: a kind that is not known, an option that does not belong to it, a node size that does not
-            divide the group, ranks that were given other settings.
+            divide the group, ranks that were given other settings, no process group. From backward: the hook serves two
+            models, or "1bit" is given fp64.
 
     Residuals ("1bit", `loco`) are those of gradients as they come, under a `GradScaler` still scaled, and know of no
     step that it skips: what was owed before an overflow is lost, and after it counts by the old scale. Where that
@@ -84,34 +85,34 @@ def ddp_hook(
     4 n / N. "1bit": 4 n and 4 n / N.
     Source: ZeRO++ (Wang et al., 2023), section 3.3; 1-bit Adam (Tang et al., 2021), figure 3; LoCo (Xie et al., 2024).
     """
-    group = dist.group.WORLD if group is None else group
-    assert group is not None
+    group = group_or_default(group, f"ddp_hook({kind!r})")
+    given = {
+        "node_size": node_size,
+        "mesh": mesh,
+        "block_size": block_size,
+        "min_bytes": min_bytes,
+        "policy": policy,
+        "loco": loco,
+        "timeout_s": timeout_s,
+        "shared_memory": shared_memory,
+    }
+    asked: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if options and kind != "powersgd":
         raise CompressConfigError(f"ddp_hook({kind!r}): {', '.join(options)}: options of 'powersgd' alone")
     if kind in ("int8", "int4"):
-        settings = Settings(
-            weights=kind,
-            grads=kind,
-            node_size=node_size,
-            mesh=mesh,
-            block_size=block_size,
-            min_bytes=min_bytes,
-            policy=policy,
-            loco=loco,
-            timeout_s=timeout_s,
-            shared_memory=shared_memory,
-        )
+        settings = Settings(weights=kind, grads=kind, **asked)
         grid_of(group, node_size, mesh)
-        salt = _salt(kind, group, timeout_s)  # first: it finds ranks that make another kind
-        return _hook(kind, group, timeout_s, _Blocks(GroupCollectives(settings, group), salt))
-    given = {"node_size": node_size, "mesh": mesh, "loco": loco}
-    wrong = [name for name, value in given.items() if value is not None]
-    if wrong or policy != "always":
+        salt = _salt(kind, group, settings.timeout_s)  # first: it finds ranks that make another kind
+        return _hook(kind, group, settings.timeout_s, _Blocks(GroupCollectives(settings, group), salt))
+    wrong = asked.keys() - ({"timeout_s", "shared_memory"} if kind == "1bit" else set())
+    if wrong:
         raise CompressConfigError(
-            f"ddp_hook({kind!r}): {', '.join(wrong or ['policy'])}: an option of 'int8' and 'int4' alone; leave it out"
+            f"ddp_hook({kind!r}): {', '.join(sorted(wrong))}: no option of this kind; leave it out"
         )
     if kind == "1bit":
-        return _hook(kind, group, timeout_s, _Signs(group, timeout_s, _salt(kind, group, timeout_s)))
+        plain = zero.PlainCollectives(group, **asked)
+        salt = _salt(kind, group, plain.timeout_s)
+        return _hook(kind, group, plain.timeout_s, _Signs(group, plain, salt))
     grid = Grid(group.size(), 1)
     if kind in ("fp16", "bf16"):
         torchs = default_hooks.fp16_compress_hook if kind == "fp16" else default_hooks.bf16_compress_hook
@@ -164,12 +165,15 @@ class _Blocks:
         mean = buffer.new_empty(part)
         made.reduce_scatter(padded, mean, tag=tag).wait()
         wanted = mean
-        if self.feedback is not None:
-            wanted = self.feedback.compensate(name, mean)
+        feedback = (
+            self.feedback if buffer.dtype in ops.FLOATS else None
+        )  # others travel as they are, and lose nothing
+        if feedback is not None:
+            wanted = feedback.compensate(name, mean)
             mean.copy_(wanted)
         made.gather_weights(lambda: mean, padded, tag=tag, version=None).wait()
-        if self.feedback is not None:
-            self.feedback.keep(name, wanted, padded.view(size, -1)[rank])
+        if feedback is not None:
+            feedback.keep(name, wanted, padded.view(size, -1)[rank])
         if padded is not buffer:
             buffer.copy_(padded[: buffer.numel()])
 
@@ -186,9 +190,9 @@ class _Blocks:
 class _Signs:
     """`allreduce_1bit`, with residuals for each bucket."""
 
-    def __init__(self, group: dist.ProcessGroup, timeout_s: float, salt: str) -> None:
+    def __init__(self, group: dist.ProcessGroup, plain: zero.PlainCollectives, salt: str) -> None:
         self.group = group
-        self.timeout_s = timeout_s
+        self.plain = plain
         self.salt = salt
         self.entry = Entry("all_reduce_1bit")
         self._wire: zero.Wire | None = None
@@ -196,10 +200,13 @@ class _Signs:
 
     def run(self, buffer: torch.Tensor, name: str) -> None:
         """Replace `buffer` by an approximation of the mean over ranks."""
+        if buffer.dtype not in ops.FLOATS:
+            raise CompressConfigError(
+                f"ddp_hook('1bit'): {name}: expected fp32, bf16 or fp16, got {buffer.dtype}; take another kind"
+            )
         size, rank, numel = self.group.size(), self.group.rank(), buffer.numel()
         if self._wire is None:
-            plain = zero.PlainCollectives(self.group, self.timeout_s)
-            self._wire = zero.Wire(self.group, plain, buffer.device, self.timeout_s)
+            self._wire = zero.Wire(self.group, self.plain, buffer.device, self.plain.timeout_s)
             self._wire.salt = self.salt
         if name not in self._states:
             self._states[name] = OneBitState.zeros(numel, size, rank, buffer.device, name)
@@ -210,6 +217,7 @@ class _Signs:
         for _ in range(2):
             while not reduction.is_ready():
                 time.sleep(1e-4)
+            reduction.arrive()
             with self.entry.codec.running(buffer.device):
                 reduction.advance()
 
@@ -228,11 +236,22 @@ class _Averaging:
     ways: _Blocks | _Signs
     wire: zero.Wire
     known: dict[int, _Bucket] = field(default_factory=dict)
+    gone: set[_Bucket] = field(default_factory=set)
 
     def run(self, buffer: torch.Tensor, bucket: _Bucket) -> torch.Tensor:
-        """Replace `buffer` by the mean over ranks; returns it."""
+        """Replace `buffer` by the mean over ranks; returns it.
+
+        Raises:
+            CompressConfigError: two models take turns.
+        """
         number, numel = bucket[0], buffer.numel()
         if self.known.setdefault(number, bucket) != bucket:  # DDP has dealt parameters out anew
+            if bucket in self.gone:
+                raise CompressConfigError(
+                    "this hook serves two DDP models by turns, which would lose each other's residuals; make a hook "
+                    "for each"
+                )
+            self.gone |= set(self.known.values())
             self.ways.reset()
             self.known = {number: bucket}
         name = f"bucket {number} of {numel} elements"

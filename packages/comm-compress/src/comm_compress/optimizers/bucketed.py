@@ -19,6 +19,7 @@ from zero_core import PlainCollectives, Wire
 from ..agreement import take_name
 from ..allreduce_1bit import OneBitState
 from ..errors import CompressConfigError, CompressStateError
+from ..topology import group_or_default
 from .bucket import Bucket
 from .kinds import Held
 from .layout import Member, plan_buckets
@@ -110,13 +111,7 @@ class BucketedOptimizer(Optimizer):
         Raises:
             CompressConfigError: none was given, and torch.distributed is not initialised.
         """
-        if self._group is None:
-            if not dist.is_initialized():
-                raise CompressConfigError(
-                    f"{type(self).__name__}: expected group=, or torch.distributed initialised: call "
-                    "torch.distributed.init_process_group before the first step"
-                )
-            self._group = dist.distributed_c10d._get_default_group()
+        self._group = group_or_default(self._group, type(self).__name__)
         return self._group
 
     def _wire(self) -> Wire:

@@ -130,9 +130,12 @@ class CompressedOptimizer(SavedOptimizer):
         grads = self._gradients()
         if round_ is None or round_.seen != fingerprint(grads):
             round_ = self._begin(grads, scale=scale, overflow=overflow)
-        elif scale != 1.0:
+        elif (
+            getattr(self, "grad_scale", None) is not None
+        ):  # a factor of 1 too: ranks have their own, and all raise
             raise CompressStateError(
-                "clip_grad_norm saw gradients that are still scaled; call scaler.unscale_(optimizer) before it"
+                "clip_grad_norm saw gradients that are still scaled; call scaler.unscale_(optimizer) before it (torch "
+                "does not unscale those of fp16 parameters: keep parameters in fp32, and compute under autocast)"
             )
         self.finish(round_)
         return loss

@@ -77,6 +77,7 @@ class SavedOptimizer(BucketedOptimizer):
             (place, state.find_plain(place, by_name))
             for bucket, keys in self._keyed(given["progress"])
             for place in state.places(bucket, keys, own[1], own[0])
+            if not state.is_parameter(place, by_name)
         ]
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         self._take_over(given["progress"], by_name)

@@ -8,6 +8,7 @@ from typing import Any
 import comm_compress as cc
 import pytest
 import torch
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from optimizer_models import BUILD, SMALL, Net, loss_of, same, values
 from zero_core.testing import run_ranks
 
@@ -212,6 +213,39 @@ def refuse(rank: int) -> None:
 
 def test_states_of_others_are_refused() -> None:
     run_ranks(refuse, 2)
+
+
+def by_torchs_numbers(rank: int) -> None:
+    """State dicts have torch's numbers of parameters; torch's checkpoint, which would take a step first, is refused."""
+    model = torch.nn.ModuleDict({"frozen": torch.nn.Linear(2, 2, bias=False), "live": torch.nn.Linear(3, 5)})
+    model["frozen"].requires_grad_(False)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.copy_(torch.randn(param.shape))
+    optimizer = cc.OneBitAdam(model.parameters(), freeze_step=2)
+    for _ in range(3):
+        model["live"](torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    saved = through_a_file(optimizer.state_dict())
+    assert {key: each["exp_avg"].shape for key, each in saved["state"].items()} == {1: (5, 3), 2: (5,)}
+    optimizer.load_state_dict(saved)
+    momenta = {key: each["exp_avg"].clone() for key, each in saved["state"].items()}
+    for ask in (
+        lambda: get_optimizer_state_dict(model, optimizer),
+        lambda: set_optimizer_state_dict(model, optimizer, saved),
+    ):
+        with pytest.raises(cc.CompressStateError, match=r"save optimizer\.state_dict\(\) of every rank"):
+            ask()
+    assert optimizer.num_steps == 3
+    assert all(param.grad is None for param in model.parameters())
+    now = optimizer.state_dict()["state"]
+    assert all(torch.equal(now[key]["exp_avg"], momentum) for key, momentum in momenta.items())
+
+
+def test_torchs_numbers_and_torchs_checkpoint() -> None:
+    run_ranks(by_torchs_numbers, 2)
 
 
 # -- with other parameters, or other options --------------------------------------------------------------------

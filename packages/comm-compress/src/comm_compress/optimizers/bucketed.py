@@ -7,6 +7,7 @@ way to the other ranks. Next: `saved` saves and loads them, `base` steps them.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -24,6 +25,25 @@ from .bucket import Bucket
 from .kinds import Held
 from .layout import Member, plan_buckets
 from .policy import FLOATS, Compression
+
+
+class Elsewhere(defaultdict[Tensor, Any]):
+    """What stands for `Optimizer.state`, which buckets have: to ask whether there is any is refused.
+
+    `torch.distributed.checkpoint.state_dict` does, before it takes a step to have some; it would then leave out what
+    belongs to no parameter, and of what each rank has its own of, keep one rank's.
+    """
+
+    def __init__(self, what: str) -> None:
+        super().__init__(dict)
+        self._what = what
+
+    def __bool__(self) -> bool:
+        raise CompressStateError(
+            f"{self._what}: expected nobody to ask for Optimizer.state (as get_optimizer_state_dict and "
+            "set_optimizer_state_dict do), since buckets have it, and parts are each rank's own; save "
+            "optimizer.state_dict() of every rank (merge_states makes one of them), or optimizer.sharded_state()"
+        )
 
 
 class BucketedOptimizer(Optimizer):
@@ -46,6 +66,7 @@ class BucketedOptimizer(Optimizer):
         compression: Compression | None,
     ) -> None:
         super().__init__(params, defaults)
+        self.state = Elsewhere(type(self).__name__)
         self.compression = compression or Compression()
         self.num_steps = 0
         self.names: list[str] = []

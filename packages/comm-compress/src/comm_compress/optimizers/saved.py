@@ -16,7 +16,7 @@ from zero_core import Shard
 from ..errors import CompressStateError
 from . import exact, state
 from .bucket import Bucket
-from .bucketed import BucketedOptimizer
+from .bucketed import BucketedOptimizer, Elsewhere
 from .kinds import Held
 
 
@@ -30,8 +30,8 @@ class SavedOptimizer(BucketedOptimizer):
     def state_dict(self) -> dict[str, Any]:
         """This rank's state, which is for this rank alone: see `merge_states` for any other number of ranks.
 
-        As torch's: "state" by the parameters' indices, "param_groups"; and "compression": rank, world, the parameters'
-        names, how tensors are held, and how far training has come. Tensors are live memory.
+        As torch's: "state" by the numbers that "param_groups" have of the parameters; and "compression": rank, world,
+        names by these numbers, how tensors are held, and how far training has come. Tensors are live memory.
         """
         self._plan()
         self._take_edits()
@@ -39,9 +39,13 @@ class SavedOptimizer(BucketedOptimizer):
         keys = self._keyed(self.progress())
         world, rank = self.group.size(), self.group.rank()
         held = {key: how.value for _, each in keys for key, how in each.items()}
-        where = {"rank": rank, "world": world, "names": list(self.names), "held": held}
+        all_params = [param for group in self.param_groups for param in group["params"]]
+        number_of = {id(param): number for number, param in enumerate(all_params)}
+        numbers = [number_of[id(param)] for param in self._params]
+        names = dict(zip(numbers, self.names, strict=True))
+        where = {"rank": rank, "world": world, "names": names, "held": held}
         return {
-            "state": state.to_plain(keys, world, rank),
+            "state": state.to_plain(keys, world, rank, numbers),
             "param_groups": groups,
             "compression": {**where, "progress": self.progress()},
         }
@@ -71,8 +75,7 @@ class SavedOptimizer(BucketedOptimizer):
                 f"load_state_dict: expected the state of rank {own[0]} of {own[1]}, got that of rank {given['rank']} "
                 f"of {given['world']}; save each rank's, and load merge_states([...]) on another number of ranks"
             )
-        # Indices are those of parameters in the order in which they came to need gradients, which may be another here.
-        by_name = {given["names"][index]: values for index, values in state_dict["state"].items()}
+        by_name = {given["names"][number]: values for number, values in state_dict["state"].items()}
         found = [
             (place, state.find_plain(place, by_name))
             for bucket, keys in self._keyed(given["progress"])
@@ -80,6 +83,7 @@ class SavedOptimizer(BucketedOptimizer):
             if not state.is_parameter(place, by_name)
         ]
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
+        self.state = Elsewhere(type(self).__name__)
         self._take_over(given["progress"], by_name)
         for place, values in found:
             place.local().copy_(values)

@@ -88,23 +88,27 @@ def own_room(place: Place, old_world: int, world: int, rank: int) -> dict[str, S
 # -- plain state dicts ----------------------------------------------------------------------------------------
 
 
-def to_plain(buckets: Sequence[tuple[Bucket, Keys]], world: int, rank: int) -> dict[int, dict[str, Any]]:
-    """This rank's state by the parameters' indices.
+def to_plain(
+    buckets: Sequence[tuple[Bucket, Keys]], world: int, rank: int, numbers_of: Sequence[int]
+) -> dict[int, dict[str, Any]]:
+    """This rank's state by the numbers of the parameters.
 
-    A piece that is all of its parameter has the parameter's shape; another is 1-D, with its first element's place in
+    `numbers_of` has them by the parameters' indices: torch counts those that need no gradient, too. A piece that is all of its parameter has the parameter's shape; another is 1-D, with its first element's place in
     the flattened parameter under `<key>_start`. Numbers are numbers.
     """
     state: dict[int, dict[str, Any]] = {}
     for bucket, keys in buckets:
         for slot in bucket.plan.slots:
-            state[slot.index] = {key: numbers[slot.position] for key, numbers in bucket.numbers.items()}
+            known = {key: numbers[slot.position] for key, numbers in bucket.numbers.items()}
+            state[numbers_of[slot.index]] = known
         for place in places(bucket, keys, world, rank):
             slot, local = bucket.plan.slots[place.position], place.local()
+            known = state[numbers_of[slot.index]]
             if local.numel() == slot.numel:
-                state[slot.index][place.key] = local.view(slot.shape)
+                known[place.key] = local.view(slot.shape)
             else:
-                state[slot.index][place.key] = local
-                state[slot.index][f"{place.key}_start"] = place.first
+                known[place.key] = local
+                known[f"{place.key}_start"] = place.first
     return state
 
 

@@ -56,6 +56,31 @@ def test_edits_are_stepped_from(kind: str, dtype: torch.dtype) -> None:
     assert same(one, other)
 
 
+def other_memory(rank: int, shard: bool, dtype: torch.dtype) -> None:
+    """Memory that parameters are given is seen; what is written through `.data`, once `take_values` says so."""
+    param = torch.nn.Parameter(torch.ones(4, dtype=dtype))
+    optimizer = cc.OneBitAdam([param], lr=1e-3, shard=shard)
+
+    def step() -> None:
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    torch.nn.utils.vector_to_parameters(torch.full((4,), 7.0, dtype=dtype), [param])
+    step()
+    assert (param.detach() - 7.0).abs().max() < 0.1
+    param.data.fill_(5.0)
+    optimizer.take_values()
+    step()
+    assert (param.detach() - 5.0).abs().max() < 0.1
+
+
+@pytest.mark.parametrize(("shard", "dtype"), [(True, torch.float32), (False, torch.bfloat16)])
+def test_parameters_that_are_given_other_memory(shard: bool, dtype: torch.dtype) -> None:
+    run_ranks(other_memory, 2, shard, dtype)
+
+
 def save_edited(rank: int) -> None:
     """A state that is saved right after an edit knows of it."""
     for saved_as_ranges in (False, True):
@@ -95,6 +120,8 @@ def edit_apart(rank: int, dtype: torch.dtype) -> None:
         optimizer.state_dict()
     with refused:
         optimizer.synchronize()
+    with pytest.raises(cc.CompressStateError, match=r"take_values: .* call synchronize"):
+        optimizer.take_values()
     with refused, optimizer.shared_values():
         pass
     loss_of(model, rank, ALONE_AFTER + 1).backward()

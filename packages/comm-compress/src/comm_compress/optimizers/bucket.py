@@ -32,7 +32,7 @@ class Bucket:
     flat: dict[str, Tensor] = field(default_factory=dict)
     numbers: dict[str, list[float]] = field(default_factory=dict)
     master_span: tuple[int, int] = (0, 0)
-    _versions: list[int] = field(default_factory=list)
+    _noted: list[tuple[int, int]] = field(default_factory=list)
 
     @property
     def device(self) -> torch.device:
@@ -132,13 +132,16 @@ class Bucket:
         self.note()
 
     def edits(self) -> list[Slot]:
-        """The slots whose parameters others have written to since the last step, where there is a master to tell."""
+        """The slots whose parameters others have written to since the last step, where there is a master to tell.
+
+        Or given other memory; what is written in place through `param.data` cannot be seen (`take_values`).
+        """
         if self.master is None:
             return []
         return [
             slot
             for slot in self.plan.slots
-            if self.params[slot.position]._version != self._versions[slot.position]
+            if _as_it_is(self.params[slot.position]) != self._noted[slot.position]
         ]
 
     def take(self, slots: Sequence[Slot]) -> None:
@@ -173,4 +176,9 @@ class Bucket:
 
     def note(self) -> None:
         """The parameters say what the master says: what is written to them from now on is an edit."""
-        self._versions = [param._version for param in self.params]
+        self._noted = [_as_it_is(param) for param in self.params]
+
+
+def _as_it_is(param: Tensor) -> tuple[int, int]:
+    """How often it was written to, and where it lies: vector_to_parameters and the like exchange `param.data`."""
+    return param._version, param.data_ptr()

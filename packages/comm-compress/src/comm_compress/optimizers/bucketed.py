@@ -113,7 +113,11 @@ class BucketedOptimizer(Optimizer):
 
     @torch.no_grad()
     def take_values(self) -> None:
-        """Something has written parameters in a way that cannot be seen at them: step from what they are now."""
+        """Something has written parameters in a way that cannot be seen at them: step from what they are now.
+
+        Such as `param.data.clamp_(...)`, where masters are kept: parameters that are not fp32, `shard=True`, or
+        `ZeroOneAdam` from `var_freeze_step` on.
+        """
         for bucket in self._buckets:
             bucket.take_values()
         self._note()

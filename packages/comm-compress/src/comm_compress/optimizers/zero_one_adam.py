@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..errors import CompressStateError
 from .base import CompressedOptimizer
 from .bucket import Bucket
 from .drift import NUMBERS, drift_on, forget, land, own_values, refuse_edits
@@ -176,6 +177,19 @@ class ZeroOneAdam(CompressedOptimizer):
         finally:
             with torch.no_grad():
                 self._show_own()
+
+    def take_values(self) -> None:
+        """See `BucketedOptimizer.take_values`.
+
+        Raises:
+            CompressStateError: each rank has values of its own, so that it is not known what all have in common.
+        """
+        if self._since_sync:
+            raise CompressStateError(
+                f"take_values: expected the same values on all ranks, got {self._since_sync} step(s) that each went "
+                "alone; call synchronize() before parameters are written"
+            )
+        super().take_values()
 
     # -- what is kept -----------------------------------------------------------------------------------------
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import zlib
-from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -40,8 +39,6 @@ def compress_fsdp(
     Raises:
         CompressConfigError: this torch's FSDP2 takes no collectives of others; `model` has no such module; `secondary`
             or `frozen`. Later, from a backward: FSDP2 asks for another reduction than a sum or a mean.
-
-    With `reshard_after_forward=n` backward gathers among n ranks, as FSDP2 has it, and compressed too.
     """
     fsdp = importlib.import_module("torch.distributed.fsdp")
     sharded: type[Any] | None = getattr(fsdp, "FSDPModule", None)
@@ -64,7 +61,7 @@ def compress_fsdp(
         raise CompressConfigError(
             "compress_fsdp: no module of the model was sharded by fully_shard; call that first"
         )
-    made = FsdpCompression(collectives, group)
+    made = FsdpCompression(collectives(group))
     for number, module in enumerate(modules):
         module.set_custom_all_gather(made.gather(number))
         module.set_custom_reduce_scatter(made.reduce(number))
@@ -74,46 +71,23 @@ def compress_fsdp(
 class FsdpCompression:
     """What `compress_fsdp` has put in: for each module an `AllGather` and a `ReduceScatter` of FSDP2's."""
 
-    def __init__(self, quantized: QuantizedCollectives, group: dist.ProcessGroup) -> None:
+    def __init__(self, collectives: GroupCollectives) -> None:
         api = importlib.import_module("torch.distributed.fsdp._fully_shard._fsdp_api")
-        self.collectives = quantized(group)
-        self.num_reduced: Counter[int] = Counter()
-        self._quantized = quantized
-        self._of_some: dict[tuple[int, ...], GroupCollectives] = {}
+        self.collectives = collectives
         self._gather = type("QuantizedAllGather", (_Gather, api.AllGather), {})
         self._reduce = type("QuantizedReduceScatter", (_Reduce, api.ReduceScatter), {})
 
     def gather(self, module: int) -> Any:
         """For the module of this number."""
-        return self._gather(self, module)
+        return self._gather(self.collectives, module)
 
     def reduce(self, module: int) -> Any:
         """For the module of this number."""
-        return self._reduce(self, module)
-
-    def among(self, group: dist.ProcessGroup) -> GroupCollectives:
-        """The collectives of some of the ranks (`reshard_after_forward=n`); every one of them calls it.
-
-        Raises:
-            CompressConfigError: other ranks.
-        """
-        ranks = tuple(dist.get_process_group_ranks(group))
-        all_ranks = dist.get_process_group_ranks(self.collectives.group)
-        if list(ranks) == all_ranks:
-            return self.collectives
-        if not set(ranks) <= set(all_ranks):
-            raise CompressConfigError(
-                f"compress_fsdp: FSDP2 works over ranks {list(ranks)}, and group= has ranks {all_ranks}; pass the "
-                "group that the mesh has"
-            )
-        if ranks not in self._of_some:
-            self._of_some[ranks] = self._quantized(group)
-        return self._of_some[ranks]
+        return self._reduce(self.collectives, module)
 
     def entries(self) -> Iterator[Entry]:
         """See `comm_compress.traffic`."""
-        for each in (self.collectives, *self._of_some.values()):
-            yield from each.entries()
+        yield from self.collectives.entries()
 
 
 class _Comm:
@@ -122,15 +96,20 @@ class _Comm:
     So messages may have the same tag at every call: by it residuals are found again, and passes told apart.
     """
 
-    def __init__(self, made: FsdpCompression, module: int) -> None:
-        self.made = made
+    def __init__(self, collectives: GroupCollectives, module: int) -> None:
+        self.collectives = collectives
         self._module = module
 
     def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """As FSDP2 does by default."""
         return torch.empty(*size, dtype=dtype, device=device)
 
-    def _tag(self, numel: int) -> int:
+    def _tag(self, group: dist.ProcessGroup, numel: int) -> int:
+        if dist.get_process_group_ranks(group) != dist.get_process_group_ranks(self.collectives.group):
+            raise CompressConfigError(
+                f"compress_fsdp: FSDP2 works over ranks {dist.get_process_group_ranks(group)}, and group= has ranks "
+                f"{dist.get_process_group_ranks(self.collectives.group)}; pass the group that the mesh has"
+            )
         return zlib.crc32(f"{type(self).__name__} {self._module} {numel}".encode()) & 0x7FFFFFFF
 
 
@@ -143,10 +122,8 @@ class _Gather(_Comm):
         async_op: bool = False,
     ) -> None:
         """Fill `output_tensor`; on an accelerator on the current stream, which FSDP2 has chosen for that."""
-        tag, among = self._tag(output_tensor.numel()), self.made.among(group)
-        # Forward and backward of a step gather the same values, and go the same way while ways are compared.
-        version = self.made.num_reduced[self._module]
-        among.gather_weights(lambda: input_tensor, output_tensor, tag=tag, version=version).wait()
+        tag = self._tag(group, output_tensor.numel())
+        self.collectives.gather_weights(lambda: input_tensor, output_tensor, tag=tag, version=None).wait()
 
 
 class _Reduce(_Comm):
@@ -165,13 +142,7 @@ class _Reduce(_Comm):
                 f"compress_fsdp: expected a sum or a mean of gradients, FSDP2 asks for {getattr(op, 'op', op)}; leave "
                 "set_gradient_divide_factor out, or call set_force_sum_reduction_for_comms(True)"
             )
-        among = self.made.among(group)
-        if among is not self.made.collectives:
-            raise CompressConfigError(
-                f"compress_fsdp: FSDP2 reduces over {group.size()} ranks, and group= has others too; pass the group "
-                "that the mesh has"
-            )
-        self.made.num_reduced[self._module] += 1
-        among.reduce_scatter(input_tensor, output_tensor, tag=self._tag(input_tensor.numel())).wait()
+        tag = self._tag(group, input_tensor.numel())
+        self.collectives.reduce_scatter(input_tensor, output_tensor, tag=tag).wait()
         if is_sum:
             output_tensor.mul_(group.size())

@@ -9,7 +9,6 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -132,6 +131,7 @@ class ZeroOneAdam(CompressedOptimizer):
         self._next_update = 1
         self._num_syncs = 0
         self._since_sync = 0
+        self._alone: set[int] = set()
         self._flushing = False
         self._owed: dict[str, list[tuple[Tensor, Tensor]]] = {}
         super().__init__(params, defaults, group, compression)
@@ -152,7 +152,7 @@ class ZeroOneAdam(CompressedOptimizer):
             self._between_steps("synchronize")
             self._take_edits()
             nothing: list[Tensor | None] = [None] * len(self._params)
-            verdict = agree(self._wire(), nothing, 1.0, touched=self._touched())
+            verdict = agree(self._wire(), nothing, 1.0, touched=self._alone)
             self._flushing = True
             try:
                 round_ = Round(Travel.SIGNS, nothing, verdict, 1.0)
@@ -234,6 +234,7 @@ class ZeroOneAdam(CompressedOptimizer):
         self._num_syncs = progress["num_syncs"]
         self._since_sync = progress["since_sync"]
         self._keeps_common = bool(progress["keeps_common"])
+        self._alone = set(range(len(self._params))) if self._since_sync else set()
 
     def _loaded(self) -> None:
         if not self._keeps_common and self.intervals.local_step_clipper > 1:
@@ -248,26 +249,7 @@ class ZeroOneAdam(CompressedOptimizer):
         return masters if self._since_sync else super()._alike()
 
     def _touched(self) -> set[int]:
-        """What this rank has moved since the last synchronization: all that has a momentum, with a gradient or without.
-
-        What has been frozen since is among them, what never had a gradient is not.
-        """
-        if not self._since_sync:
-            return set()
-        return {
-            slot.index
-            for bucket in self._buckets
-            for slot in bucket.plan.slots
-            if bucket.numbers["mass"][slot.position] or self._params[slot.index].requires_grad
-            if bool(bucket.flat["exp_avg"][slot.start : slot.stop].any())
-        }
-
-    def _trained(self, used: frozenset[int] | None) -> frozenset[int] | None:
-        """Of these (None: of all), what is not frozen."""
-        frozen = {index for index, param in enumerate(self._params) if not param.requires_grad}
-        if not frozen:
-            return used
-        return (frozenset(range(len(self._params))) if used is None else used) - frozen
+        return self._alone
 
     # -- steps ------------------------------------------------------------------------------------------------
 
@@ -311,14 +293,13 @@ class ZeroOneAdam(CompressedOptimizer):
             denominator[slot.start : slot.stop].add_(self.param_groups[slot.group]["eps"])
 
     def _step_alone(self, round_: Round) -> None:
-        used = self._trained(None)
-        round_.verdict = replace(round_.verdict, used=used)
+        self._alone |= {index for index, grad in enumerate(round_.grads) if grad is not None}
         for bucket in self._buckets:
             if "drift" not in bucket.flat:
                 bucket.flat["drift"] = torch.zeros_like(bucket.flat["exp_avg"])
             self._momentum(bucket, round_, bucket.flat["exp_avg"])
-            drift_on(bucket, self.param_groups, used, bucket.flat["drift"])
-            bucket.count(used)
+            drift_on(bucket, self.param_groups, None, bucket.flat["drift"])
+            bucket.count(None)
         self._since_sync += 1
         self._show_own()
 
@@ -326,9 +307,8 @@ class ZeroOneAdam(CompressedOptimizer):
         moved = bucket.flat["drift"] if self._since_sync else torch.zeros_like(bucket.flat["exp_avg"])
         used, name = round_.verdict.used, bucket.plan.name
         if not self._flushing:
-            moving = self._trained(used)
             self._momentum(bucket, round_, bucket.flat["exp_avg"])
-            drift_on(bucket, self.param_groups, moving, moved)
+            drift_on(bucket, self.param_groups, used, moved)
         still = [slot for slot in bucket.moving(used) if not bucket.numbers["mass"][slot.position]]
         self._owed[name] = kept(residuals(bucket, self._signs[name], self._wire()), still)
         bucket.scale(moved)
@@ -355,6 +335,7 @@ class ZeroOneAdam(CompressedOptimizer):
         if round_.travel is Travel.SIGNS:
             self._num_syncs += 1
             self._since_sync = 0
+            self._alone.clear()
             for bucket in self._buckets:
                 forget(bucket)
         if self.variance is Variance.UPDATED and self.num_steps >= self.intervals.var_freeze_step:

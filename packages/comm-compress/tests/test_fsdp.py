@@ -19,14 +19,19 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def sharded(world: int, param_dtype: torch.dtype | None, reduce_dtype: torch.dtype | None):
+def sharded(
+    world: int,
+    param_dtype: torch.dtype | None,
+    reduce_dtype: torch.dtype | None,
+    reshard: bool | int | None = None,
+):
     model = build()
     for block in model.blocks:
         block.scale = torch.nn.Parameter(torch.ones(1))  # FSDP2 shards no scalars
     mesh = init_device_mesh("cpu", (world,))
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
     for block in model.blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     return model, mesh.get_group()
 
@@ -99,6 +104,26 @@ def each_alone(rank: int) -> None:
 
 def test_each_alone() -> None:
     run_ranks(each_alone, 2)
+
+
+def second_shards(rank: int) -> None:
+    """`reshard_after_forward=n`: backward has forward's values, from the node alone."""
+    found = []
+    for reshard in (True, 2):
+        model, group = sharded(4, None, None, reshard)
+        options = {"weights": "int4", "grads": "int8", "node_size": 2, "min_bytes": 0}
+        made = cc.compress_fsdp(model, cc.QuantizedCollectives(**options), group)
+        found.append((losses(model, rank), cc.traffic(made)))
+    (every, far), (again, near) = found
+    assert again == every
+    assert far.line("gather_again").calls == 0
+    assert near.line("gather_again").calls == 2 * 4  # two blocks, four steps
+    assert near.line("gather_again").sent.across == 0
+    assert near.line("gather").calls == far.line("gather").calls - 2 * 4
+
+
+def test_second_shards_of_fsdp() -> None:
+    run_ranks(second_shards, 4)
 
 
 def refuse(rank: int) -> list[str]:

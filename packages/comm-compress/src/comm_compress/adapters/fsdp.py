@@ -1,7 +1,8 @@
 """Compressed all-gathers and reduce-scatters for torch's FSDP2 (`fully_shard`).
 
 In: FSDP2's flat buffers, from `set_custom_all_gather` and `set_custom_reduce_scatter`. Out: the same buffers, filled.
-FSDP2 keeps a node's second shard itself (`reshard_after_forward=int`), so hpZ is not for here.
+FSDP2 keeps a node's second shard itself (`reshard_after_forward=int`), so hpZ is not for here: what a gather has
+brought, quantized, is gathered again among the ranks of the node as it is.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import nn
 from ..errors import CompressConfigError
 from ..group_collectives import GroupCollectives
 from ..traffic import Entry
+from ..wire import Sent
 from .quantized import QuantizedCollectives
 
 
@@ -114,6 +116,10 @@ class _Comm:
 
 
 class _Gather(_Comm):
+    def __init__(self, collectives: GroupCollectives, module: int) -> None:
+        super().__init__(collectives, module)
+        self._has_gathered = False
+
     def __call__(
         self,
         output_tensor: torch.Tensor,
@@ -122,8 +128,25 @@ class _Gather(_Comm):
         async_op: bool = False,
     ) -> None:
         """Fill `output_tensor`; on an accelerator on the current stream, which FSDP2 has chosen for that."""
+        if self._has_gathered and group.size() < self.collectives.group.size():
+            self._again(output_tensor, input_tensor, group)
+            return
         tag = self._tag(group, output_tensor.numel())
         self.collectives.gather_weights(lambda: input_tensor, output_tensor, tag=tag, version=None).wait()
+        self._has_gathered = True
+
+    def _again(
+        self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: dist.ProcessGroup
+    ) -> None:
+        """What a gather among all ranks has brought, from those that FSDP2 has dealt it out to."""
+        grid, whole, entry = self.collectives.grid, self.collectives.group, self.collectives.gathers.again
+        ranks = [dist.get_group_rank(whole, rank) for rank in dist.get_process_group_ranks(group)]
+        near = sum(grid.node_of(rank) == grid.node_of(whole.rank()) for rank in ranks)
+        nbytes = input_tensor.numel() * input_tensor.element_size()
+        sent = Sent(inside=(near - 1) * nbytes, across=(len(ranks) - near) * nbytes)
+        entry.begin(sent)
+        entry.sent += sent
+        dist.all_gather_into_tensor(output_tensor, input_tensor, group=group)
 
 
 class _Reduce(_Comm):

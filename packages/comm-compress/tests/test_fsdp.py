@@ -6,6 +6,7 @@ import comm_compress as cc
 import pytest
 import torch
 import torch.distributed as dist
+from comm_compress import trials
 from comm_compress.topology import Grid
 from comm_compress.wire import BlockFormat
 from compress_lab import SimulatedCollectives, batch, build, loss_of
@@ -185,6 +186,30 @@ def feedback_and_auto(rank: int) -> tuple[int, str]:
     for _ in range(4):
         losses(model, rank)
     return num_owed, str(cc.traffic(made))
+
+
+def ways(rank: int, reshard: bool) -> list[set[bool]]:
+    """By step, while it is measured: whether gathers went compressed."""
+    model, group = sharded(2, None, None, reshard)
+    made = cc.compress_fsdp(model, cc.QuantizedCollectives(min_bytes=0, policy="auto"), group)
+    gathers, seen = made.collectives.gathers, []
+    run = gathers.run
+
+    def spy(*args, form, **more):
+        seen[-1].add(form is not None)
+        return run(*args, form=form, **more)
+
+    gathers.run = spy
+    for step in range(trials.NUM_PASSES):
+        seen.append(set())
+        loss_of(model, batch(rank, step)).backward()
+    return seen
+
+
+@pytest.mark.parametrize("reshard", [True, False])
+def test_auto_measures_whole_steps(reshard: bool) -> None:
+    for seen in run_ranks(ways, 2, reshard):
+        assert seen == [{True}, {False}] * (trials.NUM_PASSES // 2)
 
 
 def test_loco_and_auto_know_messages_again() -> None:

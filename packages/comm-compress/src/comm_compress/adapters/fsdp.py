@@ -76,20 +76,37 @@ class FsdpCompression:
     def __init__(self, collectives: GroupCollectives) -> None:
         api = importlib.import_module("torch.distributed.fsdp._fully_shard._fsdp_api")
         self.collectives = collectives
+        self._passes = _Passes()
         self._gather = type("QuantizedAllGather", (_Gather, api.AllGather), {})
         self._reduce = type("QuantizedReduceScatter", (_Reduce, api.ReduceScatter), {})
 
     def gather(self, module: int) -> Any:
         """For the module of this number."""
-        return self._gather(self.collectives, module)
+        return self._gather(self.collectives, module, self._passes)
 
     def reduce(self, module: int) -> Any:
         """For the module of this number."""
-        return self._reduce(self.collectives, module)
+        return self._reduce(self.collectives, module, self._passes)
 
     def entries(self) -> Iterator[Entry]:
         """See `comm_compress.traffic`."""
         yield from self.collectives.entries()
+
+
+class _Passes:
+    """Numbers the passes of a model, each a forward (or several) with the backward after it."""
+
+    def __init__(self) -> None:
+        self._number = 0
+        self._in_backward = False
+
+    def number(self, *, reduces: bool = False) -> int:
+        """Of the pass that a gather, or a reduction, belongs to."""
+        in_backward = reduces or torch._C._current_graph_task_id() != -1  # of autograd, on this thread
+        if self._in_backward and not in_backward:
+            self._number += 1
+        self._in_backward = in_backward
+        return self._number
 
 
 class _Comm:
@@ -98,9 +115,10 @@ class _Comm:
     So messages may have the same tag at every call: by it residuals are found again, and passes told apart.
     """
 
-    def __init__(self, collectives: GroupCollectives, module: int) -> None:
+    def __init__(self, collectives: GroupCollectives, module: int, passes: _Passes) -> None:
         self.collectives = collectives
         self._module = module
+        self._passes = passes
 
     def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """As FSDP2 does by default."""
@@ -116,8 +134,8 @@ class _Comm:
 
 
 class _Gather(_Comm):
-    def __init__(self, collectives: GroupCollectives, module: int) -> None:
-        super().__init__(collectives, module)
+    def __init__(self, collectives: GroupCollectives, module: int, passes: _Passes) -> None:
+        super().__init__(collectives, module, passes)
         self._has_gathered = False
 
     def __call__(
@@ -132,7 +150,8 @@ class _Gather(_Comm):
             self._again(output_tensor, input_tensor, group)
             return
         tag = self._tag(group, output_tensor.numel())
-        self.collectives.gather_weights(lambda: input_tensor, output_tensor, tag=tag, version=None).wait()
+        version = self._passes.number()  # while policy="auto" measures, forward and backward go one way
+        self.collectives.gather_weights(lambda: input_tensor, output_tensor, tag=tag, version=version).wait()
         self._has_gathered = True
 
     def _again(
@@ -166,6 +185,7 @@ class _Reduce(_Comm):
                 "set_gradient_divide_factor out, or call set_force_sum_reduction_for_comms(True)"
             )
         tag = self._tag(group, input_tensor.numel())
+        self._passes.number(reduces=True)
         self.collectives.reduce_scatter(input_tensor, output_tensor, tag=tag).wait()
         if is_sum:
             output_tensor.mul_(group.size())

@@ -133,6 +133,7 @@ def refuse(rank: int) -> list[str]:
     for call in (
         lambda: cc.compress_fsdp(torch.nn.Linear(2, 2), cc.QuantizedCollectives(), group),
         lambda: cc.compress_fsdp(model, cc.QuantizedCollectives(node_size=1, secondary=True), group),
+        lambda: cc.compress_fsdp(model, cc.QuantizedCollectives(frozen="int4"), group),
     ):
         with pytest.raises(cc.CompressConfigError) as raised:
             call()
@@ -163,6 +164,7 @@ def test_refusals() -> None:
             (
                 "no module of the model was sharded",
                 "reshard_after_forward",
+                "FSDP2 does not say what is trained",
                 "FSDP2 works over ranks [0, 1], and group= has ranks",
                 "expected a sum or a mean of gradients",
                 "has no FSDPModule.set_custom_all_gather and set_custom_reduce_scatter",

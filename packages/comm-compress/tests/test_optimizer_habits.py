@@ -285,7 +285,7 @@ def test_nothing_comes_between_clipping_and_its_step() -> None:
 def unscale_first(rank: int) -> None:
     model = Net()
     optimizer = cc.OneBitAdam(model.parameters())
-    scaler = torch.amp.GradScaler("cpu")
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0 if rank else 1.0)  # each rank's own
     scaler.scale(loss_of(model, rank, 1)).backward()
     optimizer.clip_grad_norm(1.0)
     with pytest.raises(cc.CompressStateError, match=r"call scaler.unscale_\(optimizer\) before it"):
@@ -301,7 +301,7 @@ def unscale_first(rank: int) -> None:
 
 
 def test_clipping_wants_unscaled_gradients() -> None:
-    run_ranks(unscale_first, 1)
+    run_ranks(unscale_first, 2)
 
 
 # -- odd parameters -----------------------------------------------------------------------------------------------

@@ -8,8 +8,9 @@ from typing import Any
 import comm_compress as cc
 import pytest
 import torch
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+import torch.distributed as dist
 from optimizer_models import BUILD, SMALL, Net, loss_of, same, values
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from zero_core.testing import run_ranks
 
 # In warm-up; at the freeze (or the last update of the variance); compressed (0/1 Adam: between synchronizations).
@@ -314,3 +315,21 @@ def another_clipper(rank: int) -> None:
 
 def test_another_local_step_clipper() -> None:
     run_ranks(another_clipper, 2)
+
+
+def sharded_from_now_on(rank: int, kind: str) -> None:
+    """In fp32 a parameter was its own master: a run may begin to shard them where it is resumed."""
+    (first, plain), saved = make(kind), [None, None]
+    steps(first, plain, rank, 1, 3)
+    dist.all_gather_object(saved, plain.state_dict())
+    second, sharded = make(kind, shard=True)
+    second.load_state_dict(first.state_dict())
+    sharded.load_state_dict(cc.merge_states(saved))
+    for model, optimizer in ((first, plain), (second, sharded)):
+        steps(model, optimizer, rank, 4, 6)
+    same(values(second), values(first))
+
+
+@pytest.mark.parametrize("kind", ["OneBitAdam", "OneBitLamb"])
+def test_sharding_may_begin_where_a_run_is_resumed(kind: str) -> None:
+    run_ranks(sharded_from_now_on, 2, kind)

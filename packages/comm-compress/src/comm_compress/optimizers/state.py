@@ -93,8 +93,9 @@ def to_plain(
 ) -> dict[int, dict[str, Any]]:
     """This rank's state by the numbers of the parameters.
 
-    `numbers_of` has them by the parameters' indices: torch counts those that need no gradient, too. A piece that is all of its parameter has the parameter's shape; another is 1-D, with its first element's place in
-    the flattened parameter under `<key>_start`. Numbers are numbers.
+    `numbers_of` has them by the parameters' indices: torch counts those that need no gradient, too. A piece that is all
+    of its parameter has the parameter's shape; another is 1-D, with its first element's place in the flattened
+    parameter under `<key>_start`. Other numbers are numbers.
     """
     state: dict[int, dict[str, Any]] = {}
     for bucket, keys in buckets:

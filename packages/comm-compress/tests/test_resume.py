@@ -295,6 +295,50 @@ def test_parameters_are_known_by_name(kind: str) -> None:
     run_ranks(unfrozen_later, 2, kind)
 
 
+def without_gradients(rank: int) -> None:
+    """0/1 Adam, alone: what moves by its momentum lands with the others, what is frozen stays; resumed bit for bit."""
+
+    def make() -> tuple[list[torch.nn.Parameter], cc.ZeroOneAdam]:
+        params = [torch.nn.Parameter(torch.ones(4)) for _ in range(4)]
+        intervals = {"var_freeze_step": 3, "local_step_scaler": 1, "local_step_clipper": 4}
+        return params, cc.ZeroOneAdam(params, lr=1e-2, weight_decay=0.1, **intervals)
+
+    def train(params: list[torch.nn.Parameter], optimizer: cc.ZeroOneAdam, step: int) -> None:
+        always, paused, frozen, late = params
+        frozen.requires_grad_(step < 6)
+        for param, has in ((always, True), (paused, step < 6), (frozen, step < 6), (late, step == 8 and rank == 1)):
+            param.grad = torch.full((4,), 1.0 + rank) if has else None
+        optimizer.step()
+
+    params, optimizer = make()
+    saved = {}
+    seen = []
+    for step in range(1, 16):
+        train(params, optimizer, step)
+        seen.append([float(param.detach()[0]) for param in params])
+        saved[step] = through_a_file(([param.detach() for param in params], optimizer.state_dict()))
+        assert (optimizer.steps_since_sync == 0) == (step in (1, 2, 3, 7, 11, 15))
+    _, paused, frozen, late = (torch.tensor(each) for each in zip(*seen, strict=True))
+    synchronized = [2, 6, 10, 14]
+    assert (paused[synchronized].diff() < 0).all()  # carried on, and not back
+    assert (frozen[6:] == frozen[6]).all()
+    assert frozen[6] < frozen[2]
+    assert (late[:10] == 1).all()
+    assert late[10] < 1
+    for step in (5, 8, 9, 11):
+        others, resumed = make()
+        for other, value in zip(others, saved[step][0], strict=True):
+            other.data.copy_(value)
+        resumed.load_state_dict(saved[step][1])
+        for after in range(step + 1, 16):
+            train(others, resumed, after)
+        assert all(torch.equal(other, param) for other, param in zip(others, params, strict=True))
+
+
+def test_parameters_without_gradients_between_synchronizations() -> None:
+    run_ranks(without_gradients, 2)
+
+
 def another_clipper(rank: int) -> None:
     """0/1 Adam that stepped alone goes on as one that never does, and the other way round."""
     for before, after in ((3, 1), (1, 3)):

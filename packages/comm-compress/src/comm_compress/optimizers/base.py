@@ -200,9 +200,6 @@ class CompressedOptimizer(SavedOptimizer):
             return round_
         if travel is not Travel.EXACT:
             round_.norm = self._common.norm(verdict.mean_square, wire.group.size())
-            if travel is Travel.NOTHING:
-                # All move, by their momentum at least.
-                round_.verdict = Verdict(True, verdict.mean_square, None)
             return round_
         dtype, round_.scale, parts = self.compression.reduce_dtype, 1.0, self._steps_parts()
         scaled = verdict.scaled

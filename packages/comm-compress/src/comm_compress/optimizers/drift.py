@@ -20,6 +20,7 @@ from .rules import Group
 NUMBERS: Mapping[str, float] = {
     "mass": 0.0,  # sum of rates since the last synchronization, each with the weight decay after it
     "decay": 1.0,  # all weight decay since then
+    "alone": 0,  # steps since then that a rank moved it alone
 }
 """What is kept of each parameter meanwhile, and what it is at first."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +22,7 @@ from .bucket import Bucket
 from .drift import NUMBERS, drift_on, forget, land, own_values, refuse_edits
 from .intervals import Intervals
 from .kinds import Held
+from .layout import Slot
 from .moves import move
 from .options import adam_defaults
 from .policy import Compression
@@ -69,7 +71,8 @@ class ZeroOneAdam(CompressedOptimizer):
     Between synchronizations ranks have parameters of their own: `shared_values` shows what they have in common (to
     save it, say), `synchronize` makes them alike (at the end, or before something else writes parameters, which is
     refused otherwise). Where a step sends nothing, ranks agree on nothing: a rank whose gradient is not finite leaves
-    that gradient out, and parameters without one count as having zeros.
+    that gradient out, and parameters without one count as having zeros, but for those that have yet to move, which all
+    ranks must have agreed on, and frozen ones.
 
     Raises:
         CompressConfigError: an argument that cannot be honoured.
@@ -131,7 +134,6 @@ class ZeroOneAdam(CompressedOptimizer):
         self._next_update = 1
         self._num_syncs = 0
         self._since_sync = 0
-        self._alone: set[int] = set()
         self._flushing = False
         self._owed: dict[str, list[tuple[Tensor, Tensor]]] = {}
         super().__init__(params, defaults, group, compression)
@@ -152,7 +154,7 @@ class ZeroOneAdam(CompressedOptimizer):
             self._between_steps("synchronize")
             self._take_edits()
             nothing: list[Tensor | None] = [None] * len(self._params)
-            verdict = agree(self._wire(), nothing, 1.0, touched=self._alone)
+            verdict = agree(self._wire(), nothing, 1.0, touched=self._touched())
             self._flushing = True
             try:
                 round_ = Round(Travel.SIGNS, nothing, verdict, 1.0)
@@ -234,7 +236,6 @@ class ZeroOneAdam(CompressedOptimizer):
         self._num_syncs = progress["num_syncs"]
         self._since_sync = progress["since_sync"]
         self._keeps_common = bool(progress["keeps_common"])
-        self._alone = set(range(len(self._params))) if self._since_sync else set()
 
     def _loaded(self) -> None:
         if not self._keeps_common and self.intervals.local_step_clipper > 1:
@@ -249,7 +250,18 @@ class ZeroOneAdam(CompressedOptimizer):
         return masters if self._since_sync else super()._alike()
 
     def _touched(self) -> set[int]:
-        return self._alone
+        return {
+            slot.index
+            for bucket in self._buckets
+            for slot in bucket.plan.slots
+            if bucket.numbers["alone"][slot.position] or self._has_yet_to_move(bucket, slot)
+        }
+
+    def _has_yet_to_move(self, bucket: Bucket, slot: Slot) -> bool:
+        """Whether this rank alone has had its first gradients; ranks move it once they have agreed that it is used."""
+        if bucket.numbers["step"][slot.position]:
+            return False
+        return bool(bucket.flat["exp_avg"][slot.start : slot.stop].any())
 
     # -- steps ------------------------------------------------------------------------------------------------
 
@@ -293,13 +305,22 @@ class ZeroOneAdam(CompressedOptimizer):
             denominator[slot.start : slot.stop].add_(self.param_groups[slot.group]["eps"])
 
     def _step_alone(self, round_: Round) -> None:
-        self._alone |= {index for index, grad in enumerate(round_.grads) if grad is not None}
+        # The same on all ranks, without a word: by their momentum, what has been moved before, and is not frozen.
+        moving = {
+            slot.index
+            for bucket in self._buckets
+            for slot in bucket.plan.slots
+            if bucket.numbers["step"][slot.position] and bucket.params[slot.position].requires_grad
+        }
+        given = {index for index, grad in enumerate(round_.grads) if grad is not None}
+        round_.verdict = replace(round_.verdict, used=frozenset(moving | given))
         for bucket in self._buckets:
             if "drift" not in bucket.flat:
                 bucket.flat["drift"] = torch.zeros_like(bucket.flat["exp_avg"])
             self._momentum(bucket, round_, bucket.flat["exp_avg"])
-            drift_on(bucket, self.param_groups, None, bucket.flat["drift"])
-            bucket.count(None)
+            drift_on(bucket, self.param_groups, moving, bucket.flat["drift"])
+            bucket.count(moving)
+            bucket.count(moving, "alone")
         self._since_sync += 1
         self._show_own()
 
@@ -335,7 +356,6 @@ class ZeroOneAdam(CompressedOptimizer):
         if round_.travel is Travel.SIGNS:
             self._num_syncs += 1
             self._since_sync = 0
-            self._alone.clear()
             for bucket in self._buckets:
                 forget(bucket)
         if self.variance is Variance.UPDATED and self.num_steps >= self.intervals.var_freeze_step:

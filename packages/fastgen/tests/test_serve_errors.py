@@ -27,6 +27,8 @@ def served() -> Iterator[Served]:
 
 REFUSED: list[tuple[str, dict[str, Any], int, str]] = [
     ("completions", {"prompt": "x" * 201}, 400, "got 201"),
+    ("completions", {"prompt": "x" * 10_000}, 400, "characters, got 10000"),
+    ("chat/completions", {"n": 9}, 400, "at most 8 sequences"),
     ("completions", {"prompt": [1, -2]}, 400, "prompt"),
     ("completions", {"prompt": [1, 100_000]}, 400, "token ids below"),
     ("completions", {"prompt": []}, 400, "prompt"),
@@ -315,6 +317,8 @@ MANY = 1_000_000
     ("path", "body"),
     [
         ("chat/completions", {"messages": [0] * MANY}),
+        ("chat/completions", {"messages": [{"role": "user"}] * (MANY // 4)}),
+        ("chat/completions", {"messages": [{"role": "tool", "content": [{"type": "text", "text": ""}] * (MANY // 5)}]}),
         ("completions", {"prompt": [1] * MANY + ["a"]}),
         ("completions", {"prompt": "x", **{f"k{number}": 1 for number in range(MANY // 4)}}),
         ("completions", {"prompt": "x", "metadata": {f"k{number}": 1 for number in range(MANY // 4)}}),
@@ -329,6 +333,21 @@ def test_a_million_faults_are_told_as_one(path: str, body: dict[str, Any]) -> No
         assert reply.status == 400
         assert len(reply.body) < 2000
         assert served.complete(max_tokens=1).status == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [("completions", {"prompt": ["x"] * 9}), ("chat/completions", {"n": 9}), ("embeddings", {"input": ["x"] * 9})],
+)
+def test_too_many_prompts_are_not_tokenized(
+    served: Served, path: str, body: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def encode(*args: object, **kwargs: object) -> None:
+        raise AssertionError("expected a refusal before")
+
+    monkeypatch.setattr(type(served.engine.tokenizer), "encode", encode)
+    reply = served.chat(**body) if path == "chat/completions" else served.ask("POST", f"/v1/{path}", body)
+    assert (reply.status, "at most 8" in reply.error["message"]) == (400, True)
 
 
 def test_what_cannot_be_written_ends_a_stream_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

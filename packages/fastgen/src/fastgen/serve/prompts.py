@@ -91,6 +91,9 @@ class Prompts:
         self._served_name = served_name
         self._adapters = frozenset(adapters)
         self._limits = limits
+        self._most_prompt_tokens = min(max_model_len - 1, limits.prompt_tokens or max_model_len)
+        # Longer texts are too many tokens, whatever they say; to tokenize them would take seconds.
+        self._most_characters = self._most_prompt_tokens * max(map(len, tokenizer.get_vocab()))
         self._template = ChatTemplate(tokenizer)
 
     def completion(self, request: CompletionRequest) -> Asked:
@@ -106,9 +109,11 @@ class Prompts:
             prompt_logprobs=request.logprobs if request.echo else None,
         )
         wanted = None if request.max_tokens is None else max(1, request.max_tokens)
-        prompts = self._token_ids(request.prompt)
-        jobs = [self._job(request, ids, params, wanted, DEFAULT_MAX_TOKENS, len(prompts)) for ids in prompts]
-        return self._asked(request, jobs)
+        prompts = _several(request.prompt)
+        self._check_sequences(len(prompts) * params.num_sequences)
+        token_ids = [self._token_ids(prompt) for prompt in prompts]
+        jobs = [self._job(request, ids, params, wanted, DEFAULT_MAX_TOKENS, len(prompts)) for ids in token_ids]
+        return Asked(jobs, request.model or self._served_name)
 
     def chat(self, request: ChatRequest) -> Asked:
         """Read a request for a chat completion."""
@@ -118,20 +123,21 @@ class Prompts:
         params = self._params(request, _stops(request), schema)
         if request.logprobs:
             params = replace(params, logprobs=request.top_logprobs or 0)
-        token_ids = self._encode(self._template.render(request, tools), special=False)
+        self._check_sequences(params.num_sequences)
+        token_ids = self._token_ids(self._template.render(request, tools), special=False)
         wanted = request.max_completion_tokens or request.max_tokens
         job = self._job(request, token_ids, params, wanted, self._max_model_len)
         names = tuple(tool["function"]["name"] for tool in tools)
-        return self._asked(request, [job], names)
+        return Asked([job], request.model or self._served_name, names)
 
     def embedding(self, request: EmbeddingRequest) -> list[list[int]]:
         """Read a request for embeddings: the token ids of each text."""
         if self._adapter(request.model) is not None:
             raise bad("model", f"expected {self._served_name!r}: adapters give no embeddings")
-        prompts = [self._checked(ids) for ids in self._token_ids(request.input)]
+        prompts = _several(request.input)
         if len(prompts) > self._limits.inputs:
             raise bad("input", f"expected at most {self._limits.inputs} texts, got {len(prompts)}")
-        return prompts
+        return [self._token_ids(prompt) for prompt in prompts]
 
     def text_of(self, token_ids: Sequence[int]) -> str:
         """A prompt's text, for `echo`."""
@@ -163,7 +169,6 @@ class Prompts:
         num_prompts: int = 1,
     ) -> Job:
         """A prompt with as many tokens of output as it may have."""
-        token_ids = self._checked(token_ids)
         room = self._max_model_len - len(token_ids)
         most = min(room, self._limits.max_tokens or room)
         scored = self._most_scored(params, len(token_ids), num_prompts)
@@ -195,11 +200,9 @@ class Prompts:
         most = self._limits.logprobs // (num_prompts * params.num_sequences * (params.logprobs + 1))
         return most if params.prompt_logprobs is None else most - num_prompt_tokens
 
-    def _asked(self, request: Sampling, jobs: list[Job], tools: tuple[str, ...] = ()) -> Asked:
-        num_sequences = len(jobs) * jobs[0].params.num_sequences
+    def _check_sequences(self, num_sequences: int) -> None:
         if num_sequences > self._limits.sequences:
             raise bad("n", f"expected at most {self._limits.sequences} sequences in all, got {num_sequences}")
-        return Asked(jobs, request.model or self._served_name, tools)
 
     def _adapter(self, model: str | None) -> str | None:
         if model is None or model == self._served_name:
@@ -211,27 +214,33 @@ class Prompts:
             )
         return model
 
-    def _token_ids(self, prompt: str | list[str] | list[int] | list[list[int]]) -> list[list[int]]:
-        several = isinstance(prompt, list) and not isinstance(prompt[0], int)
-        prompts: list[Any] = list(prompt) if several else [prompt]
-        return [self._encode(each) if isinstance(each, str) else each for each in prompts]
+    def _token_ids(self, prompt: str | list[int], *, special: bool = True) -> list[int]:
+        token_ids = self._encode(prompt, special) if isinstance(prompt, str) else prompt
+        if not 1 <= len(token_ids) <= self._most_prompt_tokens:
+            raise _misfit("tokens", len(token_ids), self._most_prompt_tokens)
+        return token_ids
 
-    def _encode(self, text: str, *, special: bool = True) -> list[int]:
+    def _encode(self, text: str, special: bool) -> list[int]:
+        if len(text) > self._most_characters:
+            raise _misfit("characters", len(text), self._most_characters)
         token_ids = list(self._tokenizer.encode(text, add_special_tokens=special))
         if not token_ids and isinstance(self._tokenizer.bos_token_id, int):
             return [self._tokenizer.bos_token_id]
         return token_ids
 
-    def _checked(self, token_ids: list[int]) -> list[int]:
-        most = min(self._max_model_len - 1, self._limits.prompt_tokens or self._max_model_len)
-        if not 1 <= len(token_ids) <= most:
-            raise ApiError(
-                400,
-                f"expected a prompt of 1 to {most} tokens, got {len(token_ids)}",
-                code="context_length_exceeded" if token_ids else "empty_prompt",
-                param="prompt",
-            )
-        return token_ids
+
+def _misfit(unit: str, size: int, most: int) -> ApiError:
+    return ApiError(
+        400,
+        f"expected a prompt of 1 to {most} {unit}, got {size}",
+        code="context_length_exceeded" if size else "empty_prompt",
+        param="prompt",
+    )
+
+
+def _several(prompt: str | list[str] | list[int] | list[list[int]]) -> list[Any]:
+    """One prompt or many, as many: each a text or token ids."""
+    return list(prompt) if isinstance(prompt, list) and not isinstance(prompt[0], int) else [prompt]
 
 
 def _stops(request: Sampling) -> tuple[str, ...]:

@@ -6,7 +6,8 @@ in `answer_schemas`.
 
 Note [One fault]
 A body may hold millions of values, each of them wrong, and to collect so many errors takes a while in which the event
-loop does nothing else: lists end at their first fault, objects of many fields are refused as a whole.
+loop does nothing else: lists end at their first fault, objects of many fields and long conversations are refused as a
+whole.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, m
 
 MOST_FIELDS = 100
 MOST_BIASES = 1024
+MOST_TURNS = 10_000
 EMPTY: tuple[JsonValue, ...] = (None, [], {})
 T = TypeVar("T")
 
@@ -42,6 +44,19 @@ def _at_most(count: int) -> BeforeValidator:
         return value
 
     return BeforeValidator(check)
+
+
+def _few_turns(value: object) -> object:
+    """Refuses conversations of more turns, parts and calls; see Note [One fault]."""
+    if not isinstance(value, list):
+        return value
+    count = len(value)
+    for turn in value[:MOST_TURNS]:
+        parts = (turn.get("content"), turn.get("tool_calls")) if isinstance(turn, dict) else ()
+        count += sum(len(each) for each in parts if isinstance(each, list))
+    if count > MOST_TURNS:
+        raise ValueError(f"expected at most {MOST_TURNS} turns, parts of content and calls, got {count}")
+    return value
 
 
 Several = Annotated[list[T], Field(fail_fast=True)]
@@ -233,7 +248,7 @@ class NamedTool(Strict):
 class ChatRequest(Sampling):
     """`POST /v1/chat/completions`."""
 
-    messages: SomeOf[Message]
+    messages: Annotated[SomeOf[Message], Field(max_length=MOST_TURNS), BeforeValidator(_few_turns)]
     max_tokens: Int | None = Field(None, ge=1, lt=2**31)
     max_completion_tokens: Int | None = Field(
         None, ge=1, lt=2**31, description="The newer name of max_tokens."

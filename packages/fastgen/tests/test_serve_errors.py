@@ -318,7 +318,10 @@ MANY = 1_000_000
     [
         ("chat/completions", {"messages": [0] * MANY}),
         ("chat/completions", {"messages": [{"role": "user"}] * (MANY // 4)}),
-        ("chat/completions", {"messages": [{"role": "tool", "content": [{"type": "text", "text": ""}] * (MANY // 5)}]}),
+        (
+            "chat/completions",
+            {"messages": [{"role": "tool", "content": [{"type": "text", "text": ""}] * (MANY // 5)}]},
+        ),
         ("completions", {"prompt": [1] * MANY + ["a"]}),
         ("completions", {"prompt": "x", **{f"k{number}": 1 for number in range(MANY // 4)}}),
         ("completions", {"prompt": "x", "metadata": {f"k{number}": 1 for number in range(MANY // 4)}}),
@@ -337,7 +340,11 @@ def test_a_million_faults_are_told_as_one(path: str, body: dict[str, Any]) -> No
 
 @pytest.mark.parametrize(
     ("path", "body"),
-    [("completions", {"prompt": ["x"] * 9}), ("chat/completions", {"n": 9}), ("embeddings", {"input": ["x"] * 9})],
+    [
+        ("completions", {"prompt": ["x"] * 9}),
+        ("chat/completions", {"n": 9}),
+        ("embeddings", {"input": ["x"] * 9}),
+    ],
 )
 def test_too_many_prompts_are_not_tokenized(
     served: Served, path: str, body: dict[str, Any], monkeypatch: pytest.MonkeyPatch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 from fake_engine import tiny_tokenizer
@@ -27,6 +28,11 @@ TEXTS = [
     ('{"answer": 42}', '{"answer": 42}', []),
     ("[see above] it rains", "[see above] it rains", []),
     ("a <tool_call>not json</tool_call> b", "a <tool_call>not json</tool_call> b", []),
+    (
+        "<tool_call>a</tool_call><tool_call>" + CALL + "</tool_call> c",
+        "<tool_call>a</tool_call> c",
+        ["weather"],
+    ),
     ("1 <tool, 2 < 3", "1 <tool, 2 < 3", []),
     (f"cut: <tool_call>{CALL}", "cut: ", ["weather"]),
     ("", "", []),
@@ -51,6 +57,17 @@ def test_text_does_not_wait_where_no_call_can_be() -> None:
     assert reader.add("It rains. ") == "It rains. "
     assert reader.add("Look <tool") == "Look "
     assert reader.add("box") == "<toolbox"
+
+
+@pytest.mark.parametrize(
+    "pieces", [["<tool_call>x", " " * 60_000, "y"], [" "] * 60_000, ["<tool_call>"] * 20_000, ["a"] * 60_000]
+)
+def test_long_texts_take_no_longer_a_character(pieces: list[str]) -> None:
+    begun = time.perf_counter()
+    reader = ToolReader(["weather"])
+    shown = "".join(map(reader.add, pieces))
+    assert (shown + reader.finish()[0], reader.finish()[1]) == ("".join(pieces), [])
+    assert time.perf_counter() - begun < 2.0
 
 
 def test_the_schema_of_a_call() -> None:

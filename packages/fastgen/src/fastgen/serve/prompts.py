@@ -112,7 +112,9 @@ class Prompts:
         prompts = _several(request.prompt)
         self._check_sequences(len(prompts) * params.num_sequences)
         token_ids = [self._token_ids(prompt) for prompt in prompts]
-        jobs = [self._job(request, ids, params, wanted, DEFAULT_MAX_TOKENS, len(prompts)) for ids in token_ids]
+        jobs = [
+            self._job(request, ids, params, wanted, DEFAULT_MAX_TOKENS, len(prompts)) for ids in token_ids
+        ]
         return Asked(jobs, request.model or self._served_name)
 
     def chat(self, request: ChatRequest) -> Asked:

@@ -7,10 +7,10 @@ list of objects with `name` and `arguments` or `parameters` (Llama 3, Mistral). 
 
 from __future__ import annotations
 
+import enum
 import json
-import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from pydantic import JsonValue
@@ -18,7 +18,6 @@ from pydantic import JsonValue
 from .schemas import FunctionSpec
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
-BLOCK = re.compile(rf"{OPEN}\s*(.*?)\s*(?:{CLOSE}|\Z)", re.DOTALL)
 
 # Of JSON schemas: what stands below these keywords is no schema; below those are schemas by name.
 VALUES = frozenset({"const", "enum", "default", "examples"})
@@ -34,8 +33,17 @@ class Call:
     arguments: str
 
 
+class _Come(enum.Enum):
+    """What has come of a text: it may be JSON as a whole, or a block may have begun in it."""
+
+    SPACE = enum.auto()
+    JSON = enum.auto()
+    TEXT = enum.auto()
+    BLOCK = enum.auto()
+
+
 class ToolReader:
-    """Tells text from calls in one sequence, as its text comes in.
+    """Tells text from calls in one sequence, as its text comes in; each character is looked at once.
 
     Args:
         names: functions that may be called; calls of others are text.
@@ -43,33 +51,38 @@ class ToolReader:
 
     def __init__(self, names: Sequence[str]) -> None:
         self._names = frozenset(names)
-        self._text = ""
-        self._given = 0
+        self._come = _Come.SPACE
+        self._held: list[str] = []
 
     def add(self, text: str) -> str:
         """Text to pass on; what may be (part of) a call is held back."""
-        self._text += text
-        end = len(self._text) if not self._may_be_call() else self._given
-        end = min(end, _first_marker(self._text))
-        shown, self._given = self._text[self._given : max(end, self._given)], max(end, self._given)
-        return shown
+        self._held.append(text)
+        if self._come is _Come.SPACE and (first := text.lstrip()[:1]):
+            self._come = _Come.JSON if first in "{[" else _Come.TEXT
+        if self._come is not _Come.TEXT:
+            return ""
+        held = "".join(self._held)
+        end = _first_marker(held)
+        if held.startswith(OPEN, end):
+            self._come = _Come.BLOCK
+        self._held = [held[end:]]
+        return held[:end]
 
     def finish(self) -> tuple[str, list[Call]]:
         """At the end: the text that was held back and is none, and the calls."""
-        rest = self._text[self._given :]
-        calls = self._calls_in(self._text) if self._may_be_call() else []
+        rest = "".join(self._held)
+        calls = self._calls_in(rest) if self._come is _Come.JSON else []
         if calls:
             return "", calls
-        for block in BLOCK.finditer(rest):
-            found = self._calls_in(block[1])
+        kept, begin = [], 0
+        for start, stop, inside in _blocks(rest):
+            found = self._calls_in(inside)
             if found:
                 calls += found
-                rest = rest.replace(block[0], "", 1)
-        return rest.rstrip() if calls else rest, calls
-
-    def _may_be_call(self) -> bool:
-        """Whether all of the text may be JSON that calls."""
-        return self._text.lstrip()[:1] in {"", "{", "["}
+                kept.append(rest[begin:start])
+                begin = stop
+        text = "".join([*kept, rest[begin:]])
+        return text.rstrip() if calls else text, calls
 
     def _calls_in(self, text: str) -> list[Call]:
         try:
@@ -89,6 +102,17 @@ class ToolReader:
         # Halves of UTF-16 pairs, which no encoding takes, as JSON escapes them.
         arguments = arguments.encode(errors="backslashreplace").decode()
         return Call(f"call_{uuid.uuid4().hex[:24]}", name, arguments)
+
+
+def _blocks(text: str) -> Iterator[tuple[int, int, str]]:
+    """Where each block begins and ends, and what is in it; the last may lack its end."""
+    start = text.find(OPEN)
+    while start >= 0:
+        close = text.find(CLOSE, start)
+        end = close if close >= 0 else len(text)
+        stop = min(end + len(CLOSE), len(text))
+        yield start, stop, text[start + len(OPEN) : end].strip()
+        start = text.find(OPEN, stop)
 
 
 def _first_marker(text: str) -> int:

@@ -11,6 +11,7 @@ from fake_engine import tiny_tokenizer
 from fastgen import CachePolicy, EngineConfig, SamplingParams, SchedulePolicy, build_engine
 from fastgen.engine import Engine
 from fastgen.output import Output
+from fastgen.ranks.leader import Leader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 TOKENIZER = tiny_tokenizer()
@@ -50,6 +51,13 @@ def engine_of(
     schedule = SchedulePolicy(token_budget=budget, max_sequences=sequences)
     config = replace(EngineConfig(cache=cache, schedule=schedule, device=torch.device("cpu")), **changes)  # type: ignore[arg-type]
     return build_engine(model or tiny_llama(), config, tokenizer=TOKENIZER)
+
+
+def embedded(engine: Engine | Leader, ids: list[int]) -> list[float]:
+    """A text's vector, however many forwards it takes."""
+    while (vector := engine.embed(ids)) is None:
+        pass
+    return vector
 
 
 def prompts(count: int, seed: int = 0, longest: int = 60) -> list[list[int]]:

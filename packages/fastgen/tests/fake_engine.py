@@ -90,6 +90,8 @@ class FakeEngine:
         self.seen: list[dict[str, Any]] = []
         self.prepared: list[tuple[str | None, str]] = []
         self.step_s = step_s
+        self.embed_forwards = 1
+        self.did: list[str] = []
         self.fail_next: Exception | None = None
         self.num_aborted = 0
         self._max_waiting = max_waiting
@@ -151,6 +153,7 @@ class FakeEngine:
             raise self.fail_next
         if self.step_s:
             time.sleep(self.step_s)
+        self.did.append("step")
         outputs = []
         self._batch_tokens = 0
         for running in list(self.requests.values()):
@@ -176,9 +179,12 @@ class FakeEngine:
             **self._totals,
         )
 
-    def embed(self, prompt_ids: list[int]) -> list[float]:
+    def embed(self, prompt_ids: list[int]) -> list[float] | None:
         if max(prompt_ids) >= len(self.tokenizer):
             raise RequestError("expected known token ids")
+        self.did.append("embed")
+        if self.did.count("embed") % self.embed_forwards:
+            return None
         return [float(len(prompt_ids)), 0.5, -1.25]
 
     def _advance(self, running: Running, line: Line) -> Output:

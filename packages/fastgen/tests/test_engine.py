@@ -7,8 +7,8 @@ from dataclasses import replace
 import llguidance
 import pytest
 import torch
-from engine_lab import engine_of, expected, prompts, run, tiny_llama, tokens
-from fastgen import EngineConfig, RequestError, SamplingParams, Speculation, build_engine
+from engine_lab import embedded, engine_of, expected, prompts, run, tiny_llama, tokens
+from fastgen import CacheError, EngineConfig, RequestError, SamplingParams, Speculation, build_engine, runner
 
 COUNT = 24
 GREEDY = SamplingParams(max_tokens=COUNT, temperature=0.0, ignore_eos=True)
@@ -232,7 +232,7 @@ def test_a_schema_is_compiled_once_and_none_is_spoiled_by_its_use(monkeypatch):
 
 def test_embeddings_have_unit_length_and_depend_on_the_text():
     engine = engine_of()
-    first, again, other = engine.embed([1, 2, 3]), engine.embed([1, 2, 3]), engine.embed([3, 2, 1])
+    first, again, other = (embedded(engine, ids) for ids in ([1, 2, 3], [1, 2, 3], [3, 2, 1]))
     assert first == again != other
     assert sum(each * each for each in first) == pytest.approx(1.0, abs=1e-5)
 
@@ -246,8 +246,20 @@ def test_the_budget_is_measured_where_none_is_given():
 
 def test_embeddings_in_chunks_are_those_of_one_forward():
     ids = prompts(1, longest=60)[0] + [7] * 70
-    whole, chunked = (engine_of(budget=budget).embed(ids) for budget in (256, 16))
+    whole, chunked = (embedded(engine_of(budget=budget), ids) for budget in (256, 16))
     torch.testing.assert_close(torch.tensor(chunked), torch.tensor(whole), rtol=1e-4, atol=1e-5)
+
+
+def test_embeddings_take_a_forward_of_the_budget_at_a_time_and_give_way_to_others(monkeypatch):
+    engine = engine_of(budget=16)
+    text, other = [7] * 40, [5] * 3
+    assert [engine.embed(text) is None for _ in range(3)] == [True, True, False]
+    assert engine.embed(text) is None
+    assert engine.embed(other) is not None  # which takes the place of the one before
+    assert [engine.embed(text) is None for _ in range(3)] == [True, True, False]
+    monkeypatch.setattr(runner, "free_memory", lambda device: 1000)
+    with pytest.raises(CacheError, match="a text of 40 tokens, got 1000"):
+        engine.embed(text)
 
 
 def test_no_sequence_is_longer_than_the_cache(caplog):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_lab import TOKENIZER, prompts, run, tiny_llama, tokens
+from engine_lab import TOKENIZER, embedded, prompts, run, tiny_llama, tokens
 from fake_engine import FakeEngine
 from fastgen import CachePolicy, EngineConfig, SamplingParams, SchedulePolicy, Speculation, build_engine
 from fastgen.errors import ConfigError, ModelError, RankError, RequestError
@@ -94,7 +94,7 @@ def _refused_calls_are_refused_everywhere(leader: Leader) -> None:
     leader.abort("left")
     leader.abort("unknown")
     assert leader.stats().blocks_used == 0
-    assert leader.embed(ids) == pytest.approx(leader.embed(ids))
+    assert embedded(leader, ids) == pytest.approx(embedded(leader, ids))
     leader.add("after", ids, SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True))
     told = []
     while leader.has_work:

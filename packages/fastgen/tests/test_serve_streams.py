@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import threading
 import time
@@ -133,6 +134,22 @@ def test_refusals_reach_the_caller_and_leave_nothing() -> None:
         assert loop.num_open == 0
 
     with_loop(engine, use, max_queued=2)
+
+
+def test_embeddings_and_steps_take_turns() -> None:
+    engine = FakeEngine(step_s=0.005)
+    engine.embed_forwards = 3
+
+    async def use(loop: EngineLoop) -> None:
+        stream = await loop.open("r", [Job([1], SamplingParams(max_tokens=1000, ignore_eos=True))])
+        await stream.read()
+        vectors = await asyncio.gather(*(loop.embed([[1] * size, [2]]) for size in (3, 4, 5)))
+        assert [[vector[0] for vector in each] for each in vectors] == [[3.0, 1.0], [4.0, 1.0], [5.0, 1.0]]
+        stream.close()
+
+    with_loop(engine, use)
+    assert engine.did.count("embed") == 18
+    assert not any(pair == ("embed", "embed") for pair in itertools.pairwise(engine.did))
 
 
 def test_an_engine_that_fails_ends_everything() -> None:

@@ -182,13 +182,20 @@ class Engine:
             )
         self._adapters.load(name, directory)
 
-    def embed(self, prompt_ids: list[int]) -> list[float]:
-        """The last token's hidden state, of unit length."""
+    def embed(self, prompt_ids: list[int]) -> list[float] | None:
+        """One forward of a text: the last token's hidden state, of unit length; None: call again with the same.
+
+        A text has a cache of its own from its first forward to its last, and one text at a time has.
+
+        Raises:
+            RequestError: it is too long, or none.
+            CacheError: there is no memory for it.
+        """
         self._check(prompt_ids, SamplingParams(), None)
         if not 0 < len(prompt_ids) <= self.max_model_len:
             raise RequestError(f"input: expected 1 to {self.max_model_len} tokens, got {len(prompt_ids)}")
-        found: list[float] = self.runner.embed(prompt_ids, self.scheduler.policy.token_budget or 1).tolist()
-        return found
+        found = self.runner.embed(prompt_ids, self.scheduler.policy.token_budget or 1)
+        return None if found is None else found.tolist()  # type: ignore[no-any-return]
 
     def stats(self) -> Stats:
         """What it is busy with."""

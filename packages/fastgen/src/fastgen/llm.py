@@ -233,7 +233,7 @@ def build_engine(
     replays: Replays | None = None
     if config.replay and loaded.decoder.replayable:
         replays = Replays(loaded.decoder, cache, loaded.device, max_model_len)
-    runner = Runner(loaded.decoder, cache, loaded.device, guesser, replays)
+    runner = Runner(loaded.decoder, cache, loaded.device, guesser, replays, parallel)
     if config.schedule.token_budget is None:
         longest = min(max_model_len, _MEASURED_LEN)
         measured = runner.saturation_tokens(_MOST_BUDGET, longest, parallel.least)

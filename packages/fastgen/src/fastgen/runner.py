@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .batch import RaggedBatch, ragged_batch
-from .kv_cache import KVCache
+from .errors import CacheError
+from .kv_cache import KVCache, free_memory
 from .models.causal import CausalModel
+from .parallel import TensorParallel
 from .replays import Replays
 from .request import Request, SamplingParams, Sequence
 from .speculation import Guesser
@@ -21,6 +24,14 @@ from .step_plan import Scheduled, StepPlan
 
 _LEAST_GAIN = 1.1
 _LONGEST_S = 0.5
+
+
+@dataclass(frozen=True)
+class Text:
+    """One that is being embedded: how far it has come, and its own cache."""
+
+    sequence: Sequence
+    cache: KVCache
 
 
 class Runner:
@@ -32,6 +43,7 @@ class Runner:
         device: of both.
         guesser: is told of every forward; None: nobody guesses.
         replays: makes forwards of the same shapes again; None: every forward is made from Python.
+        parallel: ranks that share the model.
     """
 
     def __init__(
@@ -41,12 +53,15 @@ class Runner:
         device: torch.device,
         guesser: Guesser | None = None,
         replays: Replays | None = None,
+        parallel: TensorParallel | None = None,
     ) -> None:
         self.decoder = decoder
         self.cache = cache
         self.device = device
         self.guesser = guesser
         self.replays = replays
+        self.parallel = parallel or TensorParallel()
+        self._text: Text | None = None
 
     def run(self, plan: StepPlan) -> tuple[Tensor, RaggedBatch]:
         """One forward: logits `[L, vocab]`, valid until the next, and the batch that says whose they are."""
@@ -59,22 +74,46 @@ class Runner:
         logits_LV = self.replays.run(batch) if self.replays else self.decoder(batch, self.cache)
         return logits_LV, batch
 
-    def embed(self, prompt_ids: list[int], most: int) -> Tensor:
-        """The last token's hidden state, `[width]` float32, of unit length; in a cache of its own.
+    def embed(self, prompt_ids: list[int], most: int) -> Tensor | None:
+        """One forward of a text: the last token's hidden state, `[width]` float32, of unit length; None: call again.
+
+        Another text takes the place of one that has not come to its end.
 
         Args:
             prompt_ids: one or more.
             most: tokens of a forward, for which there is memory.
+
+        Raises:
+            CacheError: there is no memory for a text so long, in a cache of its own.
         """
-        blocks = -(-len(prompt_ids) // self.cache.block_size)
-        own = KVCache(self.cache.layout, blocks, self.cache.block_size, self.device)
-        sequence = _alone(prompt_ids, list(range(blocks)))
-        for start in range(0, len(prompt_ids), most):
-            plan = StepPlan([Scheduled(sequence, start, min(most, len(prompt_ids) - start))])
-            hidden_TE = self.decoder.hidden(ragged_batch(plan, own.block_size, self.device), own)
+        if self._text is None or self._text.sequence.token_ids != prompt_ids:
+            self._text = None  # its memory is free before the next one's is asked for
+            self._text = self._begun(prompt_ids)
+        sequence, own = self._text.sequence, self._text.cache
+        count = min(most, sequence.num_uncomputed)
+        plan = StepPlan([Scheduled(sequence, sequence.num_computed, count)])
+        hidden_TE = self.decoder.hidden(ragged_batch(plan, own.block_size, self.device), own)
+        sequence.num_computed += count
+        if sequence.num_uncomputed:
+            return None
+        self._text = None
         hidden_E = hidden_TE[-1].float()
         unit_E: Tensor = hidden_E / hidden_E.norm().clamp_min(1e-12)
         return unit_E
+
+    def _begun(self, prompt_ids: list[int]) -> Text:
+        layout, block_size = self.cache.layout, self.cache.block_size
+        blocks = -(-len(prompt_ids) // block_size)
+        wanted, free = (
+            blocks * block_size * layout.token_bytes,
+            int(self.parallel.least(free_memory(self.device))),
+        )
+        if wanted > free:
+            raise CacheError(
+                f"embedding: expected {wanted} bytes of memory for a text of {len(prompt_ids)} tokens, got {free}; "
+                "shorten it, or leave more beside the KV cache with CachePolicy(max_bytes=...)"
+            )
+        return Text(_alone(prompt_ids, list(range(blocks))), KVCache(layout, blocks, block_size, self.device))
 
     def saturation_tokens(
         self, most: int, longest: int, agree: Callable[[float], float] = lambda seconds: seconds

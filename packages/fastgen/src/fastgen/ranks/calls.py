@@ -80,7 +80,7 @@ class Embed:
 
     prompt_ids: list[int]
 
-    def make(self, engine: Engine) -> list[float]:
+    def make(self, engine: Engine) -> list[float] | None:
         """Make the call."""
         return engine.embed(self.prompt_ids)
 

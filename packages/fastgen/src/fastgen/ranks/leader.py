@@ -149,7 +149,7 @@ class Leader:
         with self._same_everywhere(call, at_once=True):
             call.make(self._engine)
 
-    def embed(self, prompt_ids: list[int]) -> list[float]:
+    def embed(self, prompt_ids: list[int]) -> list[float] | None:
         """See `Engine.embed`."""
         call = checked(Embed(list(prompt_ids)))
         with self._same_everywhere(call, at_once=True):

@@ -60,8 +60,8 @@ class Engine(Protocol):
     def load_adapter(self, name: str, directory: str) -> None:
         """Load a LoRA adapter that requests may choose by `name`."""
 
-    def embed(self, prompt_ids: list[int]) -> list[float]:
-        """A vector for a text; `RequestError` where the model has none."""
+    def embed(self, prompt_ids: list[int]) -> list[float] | None:
+        """One forward of a text: its vector, or None: call again; `RequestError` or `CacheError` where it has none."""
 
 
 @runtime_checkable

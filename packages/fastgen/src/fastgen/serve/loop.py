@@ -44,6 +44,7 @@ class EngineLoop:
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._embedding = asyncio.Lock()
         self._answers: set[asyncio.Future[Any]] = set()
         self._streams: dict[str, Stream] = {}
         self._unstarted: set[str] = set()
@@ -119,9 +120,8 @@ class EngineLoop:
         return stream
 
     async def embed(self, prompts: Sequence[list[int]]) -> list[list[float]]:
-        """A vector for each prompt, made between steps."""
-        self._check()
-        return [await self._call(partial(self._engine.embed, ids)) for ids in prompts]
+        """A vector for each prompt; one forward of one of them between two steps."""
+        return [await self._embed(ids) for ids in prompts]
 
     def fail_all(self, error: Exception) -> None:
         """End every stream with `error`."""
@@ -142,6 +142,13 @@ class EngineLoop:
             self._unstarted.discard(request_id)
             if self._watch is not None:
                 self._watch.ended(request_id, stream.num_unfinished(request_id), time.perf_counter())
+
+    async def _embed(self, ids: list[int]) -> list[float]:
+        async with self._embedding:
+            self._check()
+            while (vector := await self._call(partial(self._engine.embed, ids))) is None:
+                pass
+            return vector
 
     async def _call(self, function: Callable[[], T]) -> T:
         """Run `function` in the engine's thread, between two steps."""

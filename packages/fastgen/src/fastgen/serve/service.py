@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ..errors import ConfigError, OverloadedError, RequestError
+from ..errors import CacheError, ConfigError, OverloadedError, RequestError
 from .admission import Admission
 from .answer_schemas import Embeddings, Health, ServerStats, dumped
 from .answers import Answers, has_many_logprobs
@@ -202,7 +202,7 @@ def describe(error: Exception) -> ApiError:
     """What a client is told of an error."""
     if isinstance(error, ApiError):
         return error
-    if isinstance(error, OverloadedError):
+    if isinstance(error, (OverloadedError, CacheError)):
         return overloaded(str(error))
     if isinstance(error, (RequestError, ConfigError)):
         return ApiError(400, str(error), code="invalid_request")

@@ -7,8 +7,17 @@ from dataclasses import replace
 import llguidance
 import pytest
 import torch
-from engine_lab import embedded, engine_of, expected, prompts, run, tiny_llama, tokens
-from fastgen import CacheError, EngineConfig, RequestError, SamplingParams, Speculation, build_engine, runner
+from engine_lab import TOKENIZER, embedded, engine_of, expected, prompts, run, tiny_llama, tokens
+from fastgen import (
+    CacheError,
+    EngineConfig,
+    FinishReason,
+    RequestError,
+    SamplingParams,
+    Speculation,
+    build_engine,
+    runner,
+)
 
 COUNT = 24
 GREEDY = SamplingParams(max_tokens=COUNT, temperature=0.0, ignore_eos=True)
@@ -228,6 +237,22 @@ def test_a_schema_is_compiled_once_and_none_is_spoiled_by_its_use(monkeypatch):
     assert compiled == ['{"type": "boolean"}']
     with pytest.raises(RequestError, match="json_schema"):
         engine.prepare(SamplingParams(json_schema='{"type": "nonsense"}'))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_grammar_that_becomes_too_complex_has_not_come_to_its_end(temperature):
+    params = SamplingParams(max_tokens=40, regex="(?:a?){500}a{500}", temperature=temperature, seed=1)
+    (*_, last) = run(engine_of(), {"x": ([5], params)})["x"]
+    assert last.finish_reason is FinishReason.LENGTH
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_where_a_grammar_allows_only_ends_they_come_and_min_tokens_hold(temperature):
+    (end,) = TOKENIZER.encode("a")
+    params = SamplingParams(
+        max_tokens=20, min_tokens=10, regex="a{15}", stop_token_ids=(end,), temperature=temperature, seed=1
+    )
+    assert tokens(run(engine_of(), {"x": ([5], params)})["x"]) == [end] * 10
 
 
 def test_embeddings_have_unit_length_and_depend_on_the_text():

@@ -82,7 +82,7 @@ def _rows(part: Scheduled, line: Line, seed: int) -> list[Row]:
             [*sequence.token_ids, *part.drafts[:ahead]] if ahead else sequence.token_ids,
             sequence.num_prompt_tokens,
             sequence.num_output_tokens + ahead,
-            line.banned(ahead),
+            line.banned(ahead, allowed),
             allowed,
         )
         for ahead in range(1 + len(part.drafts))

@@ -116,9 +116,14 @@ class Grammar:
         return bits.astype(np.bool_)
 
     def advance(self, token_id: int) -> bool:
-        """A token has been chosen; True: the text is complete."""
+        """A token has been chosen; True: the text is complete, or the grammar has `failed`."""
         self._matcher.consume_token(token_id)
         return bool(self._matcher.is_stopped())
+
+    @property
+    def failed(self) -> bool:
+        """It became too complex for its library, which says then that it is complete."""
+        return bool(self._matcher.is_error())
 
     def fork(self) -> Grammar:
         """Another that goes on from here."""

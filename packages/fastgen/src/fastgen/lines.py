@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
+
 from .grammar import Grammar
 from .output import Output, TokenLogprobs
 from .request import FinishReason, Sequence
@@ -32,12 +35,13 @@ class Line:
     new_text: str = ""
     new_logprobs: list[TokenLogprobs] = field(default_factory=list)
 
-    def banned(self, ahead: int = 0) -> tuple[int, ...]:
-        """Tokens that may not come yet, after so many more than there are."""
+    def banned(self, ahead: int = 0, allowed: npt.NDArray[np.bool_] | None = None) -> tuple[int, ...]:
+        """Tokens that may not come yet, after so many more than there are; none where a grammar allows no others."""
         params = self.sequence.request.params
         if self.sequence.num_output_tokens + ahead >= params.min_tokens:
             return ()
-        return (*self.eos_ids, *params.stop_token_ids)
+        ends = (*self.eos_ids, *params.stop_token_ids)
+        return ends if allowed is None or np.delete(allowed, list(ends)).any() else ()
 
     def push(self, token_id: int, logprobs: TokenLogprobs | None) -> FinishReason | None:
         """Append a token; why the sequence ends with it, if it does."""
@@ -47,13 +51,14 @@ class Line:
         if logprobs is not None:
             self.new_logprobs.append(logprobs)
         complete = self.grammar is not None and self.grammar.advance(token_id)
+        failed = complete and self.grammar is not None and self.grammar.failed
         may_stop = sequence.num_output_tokens >= params.min_tokens
-        if may_stop and self.ends(token_id):
+        if may_stop and self.ends(token_id) and not failed:
             return FinishReason.STOP
         self.new_text += self.text.push(token_id, may_stop=may_stop)
-        if self.text.stopped or complete:
+        if self.text.stopped or (complete and not failed):
             return FinishReason.STOP
-        return FinishReason.LENGTH if sequence.num_tokens >= self.longest else None
+        return FinishReason.LENGTH if failed or sequence.num_tokens >= self.longest else None
 
     def ends(self, token_id: int) -> bool:
         """The token is an end, which has no text."""

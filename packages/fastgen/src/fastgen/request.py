@@ -21,7 +21,8 @@ class SamplingParams:
 
     Attributes:
         max_tokens: at most so many new tokens.
-        min_tokens: no end before so many, by token or text; a complete `json_schema` or `regex` ends all the same.
+        min_tokens: no end before so many, by token or text; a complete `json_schema` or `regex` ends all the same, and
+            tokens at which a sequence ends may come where it allows no others.
         temperature: 0 takes the most likely token.
         top_k: only the k most likely; 0 for all.
         top_p: only the most likely that together have this probability.
@@ -135,7 +136,7 @@ class Status(enum.Enum):
 
 
 class FinishReason(enum.Enum):
-    """Why a sequence has ended."""
+    """Why a sequence has ended: at its end; before it, for want of tokens or since its grammar became too complex."""
 
     STOP = "stop"
     LENGTH = "length"

@@ -25,10 +25,13 @@ from server_lab import Reply, Served, serving, wait_until
 
 PROGRAM = """
 import sys
+import time
 from fake_engine import FakeEngine
 from fastgen.serve import Limits, Server, ServerConfig
 config = ServerConfig(port=0, limits=Limits(drain_timeout_s=float(sys.argv[1])))
-Server(FakeEngine(step_s=0.02), config).run(lambda url: print(url, flush=True))
+engine = FakeEngine(step_s=0.02)
+engine.prepare = lambda params: time.sleep(60) if params.json_schema else None
+Server(engine, config).run(lambda url: print(url, flush=True))
 """
 
 
@@ -93,6 +96,20 @@ def test_what_does_not_finish_in_time_is_told_so() -> None:
         assert (whole.status, "shutting down" in whole.error["message"]) == (503, True)
         last = json.loads(streamed.body.decode().strip().split("\n\n")[-1].removeprefix("data: "))
         assert "shutting down" in last["error"]["message"]
+        assert running.popen.wait(10) == 0
+
+
+def test_what_is_not_begun_in_time_is_told_so_and_keeps_nobody() -> None:
+    with process(drain_timeout_s=0.3) as running:
+        replies: list[Reply] = []
+        asking = threading.Thread(
+            target=lambda: replies.append(running.served.complete(response_format={"type": "json_object"}))
+        )
+        asking.start()
+        wait_until(lambda: running.served.get("/stats").json["requests"] == 1)
+        running.popen.send_signal(signal.SIGTERM)
+        asking.join()
+        assert (replies[0].status, "shutting down" in replies[0].error["message"]) == (503, True)
         assert running.popen.wait(10) == 0
 
 

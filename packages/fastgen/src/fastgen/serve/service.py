@@ -12,7 +12,6 @@ import asyncio
 import time
 import uuid
 from collections.abc import Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any, TypeVar
 
@@ -35,6 +34,7 @@ from .prompts import Asked, Prompts
 from .schemas import ChatRequest, CompletionRequest, EmbeddingRequest, Sampling
 from .sse import EventStream, late, while_connected
 from .stream import Stream
+from .threads import Threads
 from .token_text import TokenText
 
 T = TypeVar("T")
@@ -66,7 +66,8 @@ class Service:
             limits=config.limits,
         )
         self._tokens = TokenText(engine.tokenizer)
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="fastgen-tokenizer")
+        self._reader = Threads(1, "fastgen-tokenizer")
+        self._over = asyncio.Event()
 
     async def complete(self, request: CompletionRequest, http: Request) -> Response:
         """`POST /v1/completions`."""
@@ -119,6 +120,7 @@ class Service:
         self.admission.stop()
         finished = await self.admission.wait_idle(timeout_s)
         self.loop.fail_all(overloaded("the server is shutting down", retry_after_s=10))
+        self._over.set()  # for those that have no stream yet
         return finished
 
     async def wait_idle(self, timeout_s: float) -> bool:
@@ -134,7 +136,7 @@ class Service:
     async def close(self) -> None:
         """End the threads; calling it again does nothing."""
         await self.loop.close()
-        self._reader.shutdown(wait=False, cancel_futures=True)
+        self._reader.close()
 
     # -- generating ----------------------------------------------------------------------------------------
 
@@ -182,14 +184,14 @@ class Service:
         return await self._read(dump) if has_many_logprobs(pieces) else dump()
 
     async def _read(self, read: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._reader, read)
+        return await self._reader.run(read)
 
     async def _within(self, http: Request, work: Coroutine[Any, Any, T], arrived_s: float) -> T:
-        """Run `work` while the client is there and time is left."""
+        """Run `work` while the client is there, time is left and the server is not told to end."""
         timeout_s = self.config.limits.request_timeout_s
         left_s = max(0.0, arrived_s + timeout_s - time.perf_counter())
         try:
-            return await while_connected(http.receive, work, left_s)
+            return await while_connected(http.receive, work, left_s, self._over)
         except Exception as error:
             raise describe(error) from error
 

@@ -17,7 +17,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from .answer_schemas import Answer, dumped
 from .answers import Answers, has_many_logprobs
-from .errors import ApiError, internal
+from .errors import ApiError, internal, overloaded
 from .stream import Stream
 
 logger = logging.getLogger(__name__)
@@ -26,26 +26,35 @@ T = TypeVar("T")
 
 
 async def while_connected(
-    receive: Receive, work: Coroutine[Any, Any, T], timeout_s: float | None = None
+    receive: Receive,
+    work: Coroutine[Any, Any, T],
+    timeout_s: float | None = None,
+    over: asyncio.Event | None = None,
 ) -> T:
     """Run `work` as long as its client is there.
 
     Raises:
-        ApiError: 499 if the client went away, 504 after `timeout_s`; `work` is cancelled then.
+        ApiError: 499 if the client went away, 504 after `timeout_s`, 503 if the server is `over`; `work` is cancelled
+            then.
     """
     working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_disconnected(receive))
+    ends: set[asyncio.Future[Any]] = {leaving}
+    if over is not None:
+        ends.add(asyncio.ensure_future(over.wait()))
     try:
-        await asyncio.wait({working, leaving}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({working, *ends}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             return working.result()
         if leaving.done():
             raise ApiError(499, "the client went away")
+        if over is not None and over.is_set():
+            raise overloaded("the server is shutting down", retry_after_s=10)
         raise late(timeout_s or 0.0)
     finally:
-        working.cancel()
-        leaving.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
+        for each in (working, *ends):
+            each.cancel()
+        await asyncio.gather(working, *ends, return_exceptions=True)
 
 
 def late(timeout_s: float) -> ApiError:

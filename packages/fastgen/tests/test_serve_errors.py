@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 from fake_engine import FakeEngine
 from fastgen.errors import ConfigError
-from fastgen.serve import Limits, ServerConfig
+from fastgen.serve import Limits, ServerConfig, service
 from fastgen.serve.chat_answers import ChatAnswers
 from fastgen.serve.guard import without_port
 from server_lab import Reply, Served, serving, wait_until
@@ -355,6 +356,20 @@ def test_too_many_prompts_are_not_tokenized(
     monkeypatch.setattr(type(served.engine.tokenizer), "encode", encode)
     reply = served.chat(**body) if path == "chat/completions" else served.ask("POST", f"/v1/{path}", body)
     assert (reply.status, "at most 8" in reply.error["message"]) == (400, True)
+
+
+def test_schemas_that_take_long_hold_up_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "COMPILE_TIMEOUT_S", 0.3)
+    engine, done = FakeEngine(), threading.Event()
+    monkeypatch.setattr(engine, "prepare", lambda params: done.wait(20))
+    with serving(engine) as served:
+        for _ in range(service.COMPILERS):
+            refused = served.complete(regex="a")
+            assert (refused.status, refused.error["code"]) == (400, "schema_too_complex")
+            assert served.complete(max_tokens=1).status == 200
+        assert served.complete(response_format={"type": "json_object"}).status == 503
+        done.set()
+        assert served.complete(regex="a").status == 200
 
 
 def test_what_cannot_be_written_ends_a_stream_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

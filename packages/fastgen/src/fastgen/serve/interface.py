@@ -32,7 +32,7 @@ class Engine(Protocol):
         """Whether `step` has something to do."""
 
     def prepare(self, params: SamplingParams) -> None:
-        """What `add` would take long for, in another thread than the others; `RequestError` as there."""
+        """Compile a schema or expression, in any thread and in several at once; `RequestError` as in `add`."""
 
     def room(self, num_prompt_tokens: int, num_sequences: int) -> int:
         """Tokens that each of so many sequences may add to such a prompt, in any thread; 0: `add` refuses it."""

@@ -2,7 +2,7 @@
 
 Holds the loop, the limits and the numbers, and stops in order. A request takes a place (`admission`), its prompt is
 read in the reader's thread (`prompts`), the engine is asked (`loop`), and what comes back is sent whole or as
-events (`answers`, `sse`); many log-probabilities the reader's thread writes. Whatever happens on the way, the stream
+events (`answers`, `sse`); many log-probabilities the reader's thread writes, schemas are compiled in others. Whatever happens on the way, the stream
 is closed and the place is free again at the end.
 """
 
@@ -19,6 +19,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ..errors import CacheError, ConfigError, OverloadedError, RequestError
+from ..request import SamplingParams
 from .admission import Admission
 from .answer_schemas import Embeddings, Health, ServerStats, dumped
 from .answers import Answers, has_many_logprobs
@@ -38,6 +39,9 @@ from .threads import Threads
 from .token_text import TokenText
 
 T = TypeVar("T")
+COMPILE_TIMEOUT_S = 10.0
+"""Of a schema: most take milliseconds, a few would take days, and nobody can interrupt them."""
+COMPILERS = 2
 
 
 class Service:
@@ -67,6 +71,7 @@ class Service:
         )
         self._tokens = TokenText(engine.tokenizer)
         self._reader = Threads(1, "fastgen-tokenizer")
+        self._compilers = Threads(COMPILERS, "fastgen-grammar")
         self._over = asyncio.Event()
 
     async def complete(self, request: CompletionRequest, http: Request) -> Response:
@@ -137,6 +142,7 @@ class Service:
         """End the threads; calling it again does nothing."""
         await self.loop.close()
         self._reader.close()
+        self._compilers.close()
 
     # -- generating ----------------------------------------------------------------------------------------
 
@@ -168,12 +174,33 @@ class Service:
         self, read: Callable[[], tuple[Asked, Answers]], arrived_s: float, stack: ExitStack
     ) -> tuple[Stream, Answers]:
         asked, answers = await self._read(read)
-        await self._read(
-            lambda: self._engine.prepare(asked.jobs[0].params)
-        )  # they differ in `max_tokens` at most
+        await self._prepare(asked.jobs[0].params)  # they differ in `max_tokens` at most
         stream = await self.loop.open(uuid.uuid4().hex, asked.jobs, arrived_s=arrived_s)
         stack.callback(stream.close)
         return stream, answers
+
+    async def _prepare(self, params: SamplingParams) -> None:
+        """Compile a schema beside all else, or refuse it; requests without one do not wait for those with one."""
+        if params.json_schema is None and params.regex is None:
+            return
+        begun = False
+
+        def prepare() -> None:
+            nonlocal begun
+            begun = True
+            self._engine.prepare(params)
+
+        try:
+            await asyncio.wait_for(self._compilers.run(prepare), COMPILE_TIMEOUT_S)
+        except (asyncio.TimeoutError, TimeoutError) as error:
+            if not begun:
+                raise overloaded("all threads that compile schemas are busy; try again later") from error
+            raise ApiError(
+                400,
+                "expected a schema or regular expression that is compiled within "
+                f"{COMPILE_TIMEOUT_S:g} s, got one that takes longer; simplify it",
+                code="schema_too_complex",
+            ) from error
 
     async def _whole(self, stream: Stream, answers: Answers) -> str:
         pieces = await stream.read_all()

@@ -40,6 +40,7 @@ def test_what_is_no_prompt_has_no_beginning() -> None:
         b'{"prompt": null}',
         b'{"prompt": []}',
         b'{"prompt": "short"}',
+        b'{"prompt": "x", "regex": ' + b"[" * 200_000 + b"]" * 200_000 + b"}",
     ):
         assert beginnings(body) == []
 

@@ -21,7 +21,7 @@ def beginnings(body: bytes) -> list[int]:
     """A hash for each beginning of a request's prompt, the shortest first; none of what is no such request."""
     try:
         asked = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         return []
     if not isinstance(asked, dict):
         return []

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from fake_engine import FakeEngine
 from fastgen.errors import ConfigError
-from fastgen.serve import Limits, ServerConfig, service
+from fastgen.serve import Limits, Server, ServerConfig, service
 from fastgen.serve.chat_answers import ChatAnswers
 from fastgen.serve.guard import without_port
 from server_lab import Reply, Served, serving, wait_until
@@ -309,6 +309,13 @@ def test_limits_that_are_none(wrong: dict[str, Any]) -> None:
         Limits(**wrong)
     with pytest.raises(ConfigError, match="api_keys"):
         ServerConfig(api_keys=("",))
+
+
+@pytest.mark.parametrize("names", [{}, {"served_name": "mine"}])
+def test_an_adapter_that_is_called_as_the_model(names: dict[str, str]) -> None:
+    own = names.get("served_name", "tiny")
+    with pytest.raises(ConfigError, match=f"expected names beside the model's own, got '{own}'"):
+        Server(FakeEngine(), ServerConfig(adapters=("pirate", own), **names))
 
 
 MANY = 1_000_000

@@ -50,12 +50,20 @@ class Service:
     Args:
         engine: nobody else may use it meanwhile.
         config: see `ServerConfig`.
+
+    Raises:
+        ConfigError: an adapter is called as the model is.
     """
 
     def __init__(self, engine: Engine, config: ServerConfig) -> None:
         self.config = config
         self.created = int(time.time())
         self.served_name = config.served_name or engine.model_name
+        if self.served_name in config.adapters:
+            raise ConfigError(
+                f"adapters: expected names beside the model's own, got {self.served_name!r}, which is the model's; "
+                "call one of them otherwise"
+            )
         self.max_model_len = engine.max_model_len
         self.metrics = Metrics(lambda: self.loop.stats)
         self.loop = EngineLoop(engine, watch=self.metrics, max_queued=config.limits.queued)

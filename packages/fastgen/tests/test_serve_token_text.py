@@ -4,6 +4,13 @@ from __future__ import annotations
 
 import pytest
 from fake_engine import tiny_tokenizer
+from fastgen.output import Output, TokenLogprobs
+from fastgen.request import SamplingParams
+from fastgen.serve.completion_answers import CompletionAnswers
+from fastgen.serve.interface import Job
+from fastgen.serve.prompts import Asked
+from fastgen.serve.schemas import CompletionRequest
+from fastgen.serve.stream import Piece
 from fastgen.serve.token_text import TokenText
 from hypothesis import given
 from hypothesis import strategies as st
@@ -44,6 +51,38 @@ def test_parts_of_characters_and_special_tokens() -> None:
     plain = TokenText(BYTE_LEVEL)
     assert plain.as_text(BYTE_LEVEL.eos_token_id) == "</s>"
     assert plain.as_bytes(10**6) == b""
+
+
+@pytest.mark.parametrize("begin", [[], ["<s>"]], ids=["", "after a special token"])
+def test_offsets_lead_into_the_echoed_text(begin: list[str]) -> None:
+    tokenizer = sentencepiece_like()
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    prompt_ids = tokenizer.convert_tokens_to_ids([*begin, "\u2581a", "b", "\u2581", "<0xC3>", "<0xBC>"])
+    output_ids = tokenizer.convert_tokens_to_ids(["\u2581a", "c", "<s>", "\u2581a"])
+    prompt, said = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompt_ids, output_ids))
+    params = SamplingParams(logprobs=0, prompt_logprobs=0)
+    asked = Asked([Job(prompt_ids, params)], "tiny")
+    request = CompletionRequest(prompt=prompt_ids, echo=True, logprobs=0)
+    answers = CompletionAnswers("x", request, asked, TokenText(tokenizer), [prompt])
+    scored = [[TokenLogprobs(each, -1.0) for each in ids] for ids in (prompt_ids, output_ids)]
+    output = Output("x", 0, output_ids, said, None, len(prompt_ids), 0, scored[1], scored[0])
+    (choice,) = answers.whole([Piece(0, output)]).choices
+    assert choice.text == "ab \u00fcac a"
+    assert choice.logprobs is not None
+    starts = [choice.text[offset:] for offset in choice.logprobs.text_offset]
+    special = ["ab \u00fcac a"] * len(begin)
+    ends = ["\u00fcac a", "\u00fcac a"]
+    assert starts == [
+        *special,
+        "ab \u00fcac a",
+        "b \u00fcac a",
+        " \u00fcac a",
+        *ends,
+        "ac a",
+        "c a",
+        " a",
+        " a",
+    ]
 
 
 @pytest.mark.parametrize("tokenizer", [BYTE_LEVEL, SENTENCEPIECE], ids=["byte level", "sentencepiece"])

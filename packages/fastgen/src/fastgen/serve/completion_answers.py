@@ -18,14 +18,22 @@ from .token_text import TokenText
 class _Span:
     """How many characters of a sequence's text its tokens have made; some make part of one."""
 
-    def __init__(self) -> None:
+    def __init__(self, tokens: TokenText) -> None:
+        self._tokens = tokens
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._num_characters = 0
+        self._is_first = True
 
-    def add(self, token: bytes) -> int:
+    def restart(self) -> None:
+        """What comes is decoded without what has come."""
+        self._is_first = True
+
+    def add(self, token_id: int) -> int:
         """Where the token begins."""
         start = self._num_characters
-        self._num_characters += len(self._decoder.decode(token))
+        shown = self._tokens.shown(token_id, first=self._is_first)
+        self._is_first = self._is_first and token_id in self._tokens.special
+        self._num_characters += len(self._decoder.decode(shown))
         return start
 
 
@@ -89,22 +97,30 @@ class CompletionAnswers:
         output = piece.output
         index = piece.prompt * self._num_each + output.index
         text = "" if self._scores_only else output.text
+        prompt: list[TokenLogprobs] = []
         scored = [] if self._scores_only else list(output.logprobs or ())
         if output.prompt_logprobs is not None:  # comes once; sequences of the same prompt share it
             self._prompt_logprobs[piece.prompt] = output.prompt_logprobs
         if self._echoes and index not in self._spans:
             text = self._echoes[piece.prompt] + text
-            scored = self._prompt_logprobs.get(piece.prompt, []) + scored
-        span = self._spans.setdefault(index, _Span())
-        logprobs = None if output.logprobs is None else self._logprobs(scored, span)
+            prompt = self._prompt_logprobs.get(piece.prompt, [])
+        span = self._spans.setdefault(index, _Span(self._tokens))
+        logprobs = None if output.logprobs is None else self._logprobs(prompt, scored, span)
         return CompletionChoice(index=index, text=text, logprobs=logprobs, finish_reason=finish(output))
 
-    def _logprobs(self, scored: Sequence[TokenLogprobs], span: _Span) -> CompletionLogprobs:
+    def _logprobs(
+        self, prompt: list[TokenLogprobs], output: list[TokenLogprobs], span: _Span
+    ) -> CompletionLogprobs:
+        scored = prompt + output
+        offsets = [span.add(each.token_id) for each in prompt]
+        if prompt:
+            span.restart()
+        offsets += [span.add(each.token_id) for each in output]
         return CompletionLogprobs(
             tokens=[self._tokens.as_text(each.token_id) for each in scored],
             token_logprobs=[None if each.logprob is None else max(LOWEST, each.logprob) for each in scored],
             top_logprobs=[self._top(each) for each in scored],
-            text_offset=[span.add(self._tokens.as_bytes(each.token_id)) for each in scored],
+            text_offset=offsets,
         )
 
     def _top(self, scored: TokenLogprobs) -> dict[str, float] | None:

@@ -27,18 +27,30 @@ def byte_of_letter() -> dict[str, int]:
 
 
 class TokenText:
-    """Spells a tokenizer's tokens, each once."""
+    """Spells a tokenizer's tokens, each once.
+
+    Attributes:
+        special: tokens that are no part of a decoded text.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self._spelled: dict[int, bytes] = {}
-        self._special = frozenset(tokenizer.all_special_ids)
+        self.special = frozenset(tokenizer.all_special_ids)
 
     def as_bytes(self, token_id: int) -> bytes:
-        """The bytes that the token adds to a text."""
+        """The bytes of the token, also of a special one."""
         if token_id not in self._spelled:
             self._spelled[token_id] = self._spell(token_id)
         return self._spelled[token_id]
+
+    def shown(self, token_id: int, *, first: bool) -> bytes:
+        """What of them is in a decoded text: special tokens are not, nor a first one's space where `decode` drops it."""
+        raw = self.as_bytes(token_id)
+        if token_id in self.special:
+            return b""
+        drops = first and raw.startswith(b" ") and not str(self._tokenizer.decode([token_id])).startswith(" ")
+        return raw[1:] if drops else raw
 
     def as_text(self, token_id: int) -> str:
         r"""The same as text; part of a character as OpenAI shows it, `bytes:\xe2`."""
@@ -52,7 +64,7 @@ class TokenText:
         raw = self._tokenizer.convert_ids_to_tokens(token_id)
         if not isinstance(raw, str):  # an id beyond the vocabulary: a model's table may be padded
             return b""
-        if token_id in self._special:
+        if token_id in self.special:
             return raw.encode()
         if byte := BYTE.fullmatch(raw):
             return bytes([int(byte[1], 16)])

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from fake_engine import tiny_tokenizer
 from fastgen.checkpoint import FileCheckpoint, ModuleCheckpoint
 from fastgen.config import EngineConfig
 from fastgen.errors import ConfigError, ModelError
 from fastgen.fill import fill
 from fastgen.linear import LinearPolicy
+from fastgen.llm import build_engine
 from fastgen.models.decoder import Decoder
 from fastgen.models.families import FAMILIES
 from fastgen.models.weight_map import Source, grouped_rows, pieces
@@ -231,6 +233,20 @@ def test_faults_of_configs(tmp_path: Path) -> None:
     )
     fails("activation.*'tanh'", json.dumps({**fields, "hidden_act": "tanh"}))
     fails(r"layers\.2", json.dumps({**fields, "num_hidden_layers": 3}))
+    fails(r"config\.json.*modulo by zero", json.dumps({**fields, "num_attention_heads": 0}))
+    fails(r"config\.json.*hidden_size", json.dumps({**fields, "hidden_size": "abc"}))
+    fails("a torch dtype in the config, got 1", json.dumps({**fields, "dtype": 1}))
+    own = json.loads((save(make_model("gpt2"), tmp_path / "gpt2") / "config.json").read_text())
+    fails("describes a model, got ZeroDivisionError", json.dumps({**own, "n_head": 0}))
+    (tmp_path / "config.json").write_text(json.dumps({**fields, "rms_norm_eps": None}))
+    with pytest.raises(ModelError, match="its model's config, got .*rms_norm_eps"):
+        build_engine(tmp_path, engine_config())
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    (tmp_path / "generation_config.json").write_text("{")
+    with pytest.raises(ModelError, match=r"generation_config\.json"):
+        build_engine(tmp_path, engine_config(max_model_len=8), tokenizer=tiny_tokenizer())
+    with pytest.raises(ConfigError, match="device: expected one of cpu.*got cuda:99"):
+        load_model(tmp_path, EngineConfig(device=torch.device("cuda:99")))
     with pytest.raises(ModelError, match="a config"):
         load_model(torch.nn.Linear(2, 2), engine_config())
 

@@ -102,6 +102,11 @@ def test_a_wrong_command_line_is_one_line(
         (["serve", "model", "--max-gap-ms", "0"], "gap_s=...): expected seconds above 0, got 0.0"),
         (["serve", "model", "--replicas", "2", "--device", "cuda:0"], "expected 'cuda' for 2 processes"),
         (["generate", "model", "x", "--top-p", "2"], "top_p"),
+        (
+            ["generate", "model", "x", "--device", "gpu"],
+            "--device: expected one such as cpu or cuda:0, got 'gpu'",
+        ),
+        (["generate", "model", "x", "--json-schema", sys.executable], "expected text in UTF-8"),
         (["bench", "ftp://x"], "expected a URL"),
     ],
 )

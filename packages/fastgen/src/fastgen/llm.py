@@ -295,10 +295,9 @@ def _tokenizer(model: str | Path | nn.Module) -> PreTrainedTokenizerBase:
 
     try:
         made: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(
-            f"{model}: expected a tokenizer, got {str(error).strip().splitlines()[0]}"
-        ) from error
+    except Exception as error:  # it reads the config, too, whose checks raise what they like
+        told = " ".join(str(error).split())
+        raise ModelError(f"{model}: expected a tokenizer and its model's config, got {told}") from error
     return made
 
 
@@ -310,7 +309,12 @@ def _eos_ids(
     if isinstance(model, (str, Path)) and (Path(model) / "generation_config.json").is_file():
         from transformers import GenerationConfig
 
-        configs.append(GenerationConfig.from_pretrained(model, local_files_only=True))
+        try:
+            configs.append(GenerationConfig.from_pretrained(model, local_files_only=True))
+        except Exception as error:  # it has checks of its own, which raise what they like
+            raise ModelError(
+                f"{model}/generation_config.json: expected a generation config, got {error}"
+            ) from error
     found: list[int] = []
     for each in [*(getattr(config, "eos_token_id", None) for config in configs), tokenizer.eos_token_id]:
         found += [each] if isinstance(each, int) else list(each or ())

@@ -18,12 +18,13 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .checkpoint import FileCheckpoint, ModuleCheckpoint
 from .config import EngineConfig
-from .errors import ConfigError, ModelError
+from .errors import ConfigError, FastgenError, ModelError
 from .fill import fill
 from .linear import Linear, LinearPolicy, has_native_linear
 from .models.causal import CausalModel
 from .models.decoder import Decoder
 from .models.families import FAMILIES
+from .models.families.family import Family
 from .models.spec import DecoderSpec
 from .models.weight_map import Source
 from .parallel import TensorParallel
@@ -71,7 +72,7 @@ def load_model(
         ConfigError: a setting does not fit the model.
     """
     hf_config = _hf_config(model)
-    device = config.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device(config)
     dtype = config.dtype or _own_dtype(model, hf_config)
     policy = LinearPolicy(dtype, device, config.weights, config.batch_invariant)
     if config.batch_invariant and not has_native_linear(device.type, dtype):
@@ -82,7 +83,7 @@ def load_model(
     family = FAMILIES.get(hf_config.model_type)
     if family is None:
         return _load_generic(model, hf_config, policy, config, group)
-    spec = family.spec(hf_config, config.max_model_len)
+    spec = _spec(family, hf_config, config.max_model_len)
     max_len = _max_len(spec, config.max_model_len)
     decoder = Decoder(spec, policy, TensorParallel(group, ordered=config.batch_invariant), max_len)
     if isinstance(model, nn.Module):
@@ -91,6 +92,26 @@ def load_model(
         with FileCheckpoint(Path(model)) as checkpoint:
             linears = fill(decoder, family, hf_config, checkpoint)
     return LoadedModel(decoder, hf_config, linears, max_len, dtype, device)
+
+
+def _device(config: EngineConfig) -> torch.device:
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    device = config.device or torch.device("cuda" if num_gpus else "cpu")
+    if device.type != "cpu" and not (device.type == "cuda" and (device.index or 0) < num_gpus):
+        known = ["cpu", *(f"cuda:{number}" for number in range(num_gpus))]
+        raise ConfigError(f"device: expected one of {', '.join(known)}, got {device}")
+    return device
+
+
+def _spec(family: Family, hf_config: Any, max_model_len: int | None) -> DecoderSpec:
+    try:
+        return family.spec(hf_config, max_model_len)
+    except FastgenError:
+        raise
+    except Exception as error:  # whatever a number that cannot be leads to
+        raise ModelError(
+            f"config of a {hf_config.model_type}: expected one that describes a model, got {type(error).__name__}: {error}"
+        ) from error
 
 
 def _load_generic(
@@ -167,7 +188,7 @@ def _hf_config(model: str | Path | nn.Module) -> Any:
 
     try:
         hf_config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (ValueError, OSError, KeyError, TypeError) as error:
+    except Exception as error:  # each config has checks of its own, which raise what they like
         raise ModelError(f"{folder / 'config.json'}: expected a transformers config, got {error}") from error
     if getattr(hf_config, "quantization_config", None):
         raise ModelError(
@@ -182,7 +203,10 @@ def _own_dtype(model: str | Path | nn.Module, hf_config: Any) -> torch.dtype:
     if isinstance(model, nn.Module):
         return next(each.dtype for each in model.parameters() if each.is_floating_point())
     dtype = getattr(hf_config, "dtype", None) or getattr(hf_config, "torch_dtype", None) or torch.float32
-    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype):
+        raise ModelError(f"{model}: expected the name of a torch dtype in the config, got {dtype!r}")
+    return found
 
 
 def _max_len(spec: DecoderSpec, asked: int | None) -> int:

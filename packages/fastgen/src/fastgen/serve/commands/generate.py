@@ -6,13 +6,12 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import RequestError
 from ...request import SamplingParams
 from ..interface import Engine
-from .options import add_engine_options, amount, loaded_engine, positive
+from .options import add_engine_options, amount, loaded_engine, positive, text_of
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
@@ -92,7 +91,7 @@ def _params(args: argparse.Namespace) -> SamplingParams:
         repetition_penalty=args.repetition_penalty,
         seed=args.seed,
         stop=tuple(args.stop),
-        json_schema=Path(args.json_schema).read_text() if args.json_schema else None,
+        json_schema=text_of(args.json_schema) if args.json_schema else None,
     )
 
 

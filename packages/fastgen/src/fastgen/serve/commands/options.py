@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import ConfigError
@@ -12,6 +13,8 @@ from ..engine_spec import EngineSpec
 from ..interface import Engine
 
 if TYPE_CHECKING:
+    import torch
+
     from ...config import EngineConfig
 
 GIB = 2**30
@@ -111,8 +114,25 @@ def engine_config(args: argparse.Namespace, **schedule: Any) -> EngineConfig:
         weights=Weights(args.weights),
         max_model_len=args.max_model_len,
         batch_invariant=args.batch_invariant,
-        device=torch.device(args.device) if args.device else None,
+        device=_device(args.device) if args.device else None,
     )
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"--device: expected one such as cpu or cuda:0, got {name!r}") from error
+
+
+def text_of(path: str) -> str:
+    """What a file says, which an option names."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: expected text in UTF-8, got other bytes") from error
 
 
 def engine_spec(path: str, args: argparse.Namespace, **schedule: Any) -> EngineSpec:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ...errors import ConfigError
 from ..interface import EngineError
 from ..limits import LOOPBACK, Limits, ServerConfig
-from .options import adapter_pairs, add_engine_options, amount, engine_spec, positive
+from .options import adapter_pairs, add_engine_options, amount, engine_spec, positive, text_of
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
@@ -110,7 +110,7 @@ def server_config(args: argparse.Namespace) -> ServerConfig:
     """What the options stand for."""
     keys = list(args.api_key)
     if args.api_key_file:
-        keys += [line.strip() for line in Path(args.api_key_file).read_text().splitlines() if line.strip()]
+        keys += [line.strip() for line in text_of(args.api_key_file).splitlines() if line.strip()]
         if not keys:
             raise ConfigError(f"--api-key-file: expected a key a line in {args.api_key_file}, got none")
     limits = Limits(

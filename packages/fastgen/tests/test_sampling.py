@@ -7,6 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from fastgen import sampler
 from fastgen.errors import ConfigError
 from fastgen.request import SamplingParams
 from fastgen.sampler import Row, choose, logprobs_of, uniform
@@ -49,6 +50,14 @@ LOGITS = torch.tensor([2.0, 1.0, 0.5, -1.0, 0.0, -3.0])
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_temperature(temperature):
     assert_like(drawn(LOGITS, temperature=temperature), (LOGITS / temperature).softmax(-1))
+
+
+def test_tokens_are_the_same_however_many_are_drawn_at_once(monkeypatch):
+    logits = torch.randn(7, 50, generator=torch.Generator().manual_seed(0))
+    rows = [row(seed=seed, top_p=0.9, top_k=20) for seed in range(7)]
+    at_once = choose(logits, rows)
+    monkeypatch.setattr(sampler, "_MOST_DRAWN", 120)
+    assert choose(logits, rows) == at_once
 
 
 def test_top_k_top_p_and_min_p():

@@ -53,6 +53,23 @@ def test_prefill_first_keeps_decodes_waiting() -> None:
     ]
 
 
+def test_prompts_that_are_scored_have_no_more_rows_of_logits_than_there_are_places() -> None:
+    scheduler = make_scheduler(token_budget=32, max_sequences=5, prefix=False)
+    engine = FakeEngine(scheduler)
+    for name, asked in (("a", 1), ("b", 0), ("c", None)):
+        scheduler.add(make_request(name, 8, max_tokens=2, prompt_logprobs=asked))
+    parts = [
+        [(each.sequence.request.id, each.num_tokens) for each in engine.step().scheduled] for _ in range(5)
+    ]
+    assert parts == [
+        [("a", 5), ("c", 8)],
+        [("c", 1), ("a", 3), ("b", 2)],
+        [("a", 1), ("b", 5)],
+        [("b", 1)],
+        [("b", 1)],
+    ]
+
+
 def test_drafts_come_with_decodes_and_leave_prompts_half() -> None:
     scheduler = make_scheduler(token_budget=16, prefix=False)
     engine = FakeEngine(scheduler)

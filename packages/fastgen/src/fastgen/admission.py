@@ -28,6 +28,7 @@ class Forward:
         step: its number.
         order: the groups at its beginning.
         left: tokens that are free.
+        scored_left: rows of logits for tokens of prompts, where requests ask for their log-probabilities.
 
     Attributes:
         plan: what is copied, and who was sent away.
@@ -39,9 +40,10 @@ class Forward:
         num_live: their sequences.
     """
 
-    def __init__(self, step: int, order: Order, left: int) -> None:
+    def __init__(self, step: int, order: Order, left: int, scored_left: int) -> None:
         self.step = step
         self.left = left
+        self.scored_left = scored_left
         self.prompts_left = sys.maxsize
         self.set_aside = False
         self.plan = StepPlan()

@@ -211,7 +211,8 @@ def build_engine(
             f"CachePolicy(dtype=...): expected torch.int8, the model's {loaded.dtype} or None, got {config.cache.dtype}"
         )
     speculation = config.speculation
-    num_logits = config.schedule.max_sequences * (1 + (speculation.num_drafts if speculation else 0))
+    # Of each sequence's last token and its drafts; and as many of prompts whose log-probabilities are asked for.
+    num_logits = config.schedule.max_sequences * (2 + (speculation.num_drafts if speculation else 0))
     small = _draft_model(config, loaded)
     small_layout = small.decoder.cache_layout(config.cache.dtype) if small else None
     cache = build_cache(

@@ -44,7 +44,7 @@ class Packer:
     def pack(self, prompt_tokens: int | None = None) -> StepPlan:
         """The next forward; beside decodes with at most so many tokens of prompts, where SplitFuse splits these."""
         self.step += 1
-        forward = Forward(self.step, self._order, self._budget)
+        forward = Forward(self.step, self._order, self._budget, self._admission.max_sequences)
         num_decodes, num_drafts, has_prompts = self._count()
         if self._whole_prompts:
             self._serve_all(forward, decodes=False, prompts=True)
@@ -162,17 +162,23 @@ class Packer:
             return
         start, uncomputed = sequence.num_computed, sequence.num_uncomputed - held_back
         count = min(uncomputed, forward.left, forward.prompts_left)
+        is_scored = group.request.params.prompt_logprobs is not None and start < sequence.num_prompt_tokens
         if self._whole_prompts:
             if count < uncomputed and forward.chunks:
                 forward.left = 0  # nobody overtakes it
                 return
             count = uncomputed
+        elif is_scored:  # each of its tokens has a row of logits, for which there is memory
+            count = min(count, forward.scored_left)
+            if count < 1:
+                return
         if not self._extend(forward, group, sequence, start + count):
             return
         wants_logits = count == sequence.num_uncomputed
         forward.chunks.append(Scheduled(sequence, start, count, wants_logits=wants_logits))
         forward.left = max(0, forward.left - count)
         forward.prompts_left -= count
+        forward.scored_left -= is_scored * count
 
     def _extend(self, forward: Forward, group: Group, sequence: Sequence, end: int) -> bool:
         """Make a sequence's next positions its own, if need be at the cost of worse groups."""

@@ -26,6 +26,10 @@ from .output import TokenLogprobs
 from .request import SamplingParams
 
 
+_MOST_DRAWN = 1 << 23
+"""Logits that tokens are drawn from at once."""
+
+
 class Row(NamedTuple):
     """What decides a token beside its logits.
 
@@ -130,6 +134,13 @@ def _penalise(logits_V: Tensor, row: Row) -> None:
 
 
 def _draw(logits_RV: Tensor, rows: Sequence[Row]) -> list[int]:
+    """Some rows at a time, for it takes several tensors of float64 as large."""
+    most = max(1, _MOST_DRAWN // logits_RV.shape[1])
+    begins = range(0, len(rows), most)
+    return [token for at in begins for token in _draw_some(logits_RV[at : at + most], rows[at : at + most])]
+
+
+def _draw_some(logits_RV: Tensor, rows: Sequence[Row]) -> list[int]:
     device = logits_RV.device
 
     temperatures = torch.tensor([max(row.params.temperature, 1e-20) for row in rows], device=device)

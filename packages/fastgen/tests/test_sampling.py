@@ -11,6 +11,7 @@ from fastgen import sampler
 from fastgen.errors import ConfigError
 from fastgen.request import SamplingParams
 from fastgen.sampler import Row, choose, logprobs_of, uniform
+from fastgen.seen import Seen
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,9 +25,8 @@ def row(
     banned=(),
     **params,
 ):
-    return Row(
-        SamplingParams(**params), seed, 0, list(token_ids), num_prompt_tokens, position, banned, allowed
-    )
+    seen = Seen().follow(list(token_ids), num_prompt_tokens)
+    return Row(SamplingParams(**params), seed, 0, position, banned, allowed, seen)
 
 
 def drawn(logits: torch.Tensor, count: int = 20_000, **params) -> Counter[int]:
@@ -90,6 +90,34 @@ def test_penalties_are_those_of_their_definitions():
         frequency_penalty=0.3,
     )
     assert_like(found, logits.softmax(-1))
+
+
+@given(st.lists(st.integers(0, 200), max_size=300), st.integers(0, 300), st.lists(st.integers(0, 300)))
+def test_tokens_are_counted_as_they_come(token_ids, num_prompt_tokens, stops):
+    seen = Seen()
+    for stop in sorted(stops):
+        seen.follow(token_ids[:stop], num_prompt_tokens)
+        seen.copy().follow([*token_ids[:stop], 5, 300], num_prompt_tokens)  # changes nothing
+    seen.follow(token_ids, num_prompt_tokens)
+    counts = Counter(token_ids[num_prompt_tokens:])
+    assert dict(zip(seen.ids.tolist(), seen.times.tolist(), strict=True)) == {
+        token: counts[token] for token in token_ids
+    }
+
+
+def test_penalties_read_each_token_of_a_text_once(monkeypatch):
+    read = []
+
+    class Ids(list):
+        def __getitem__(self, at):
+            read.append(at)
+            return super().__getitem__(at)
+
+    seen, token_ids = Seen(), Ids([7] * 1000)
+    for _ in range(5):
+        seen.follow(token_ids, 1000)
+        token_ids.append(8)
+    assert read == list(range(1004))
 
 
 def test_a_bias_is_added_before_penalties():

@@ -17,6 +17,7 @@ from .output import Output
 from .request import FinishReason, Sequence
 from .sampler import Row, steered
 from .scheduler import Scheduler
+from .seen import Seen
 
 
 def advance_beams(
@@ -46,10 +47,9 @@ def advance_beams(
             params,
             job.seed,
             at,
-            each.token_ids,
-            each.num_prompt_tokens,
             each.num_output_tokens,
             line.banned(),
+            seen=Seen().follow(each.token_ids, each.num_prompt_tokens) if params.has_penalties else None,
         )
         for at, each in enumerate(sequences)
     ]

@@ -79,11 +79,10 @@ def _rows(part: Scheduled, line: Line, seed: int) -> list[Row]:
             params,
             seed,
             index,
-            [*sequence.token_ids, *part.drafts[:ahead]] if ahead else sequence.token_ids,
-            sequence.num_prompt_tokens,
             sequence.num_output_tokens + ahead,
             line.banned(ahead, allowed),
             allowed,
+            line.counted(part.drafts[:ahead]) if params.has_penalties else None,
         )
         for ahead in range(1 + len(part.drafts))
         for index in indices

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from .grammar import Grammar
 from .output import Output, TokenLogprobs
 from .request import FinishReason, Sequence
+from .seen import Seen
 from .text import TextStream
 
 
@@ -34,6 +35,16 @@ class Line:
     new_ids: list[int] = field(default_factory=list)
     new_text: str = ""
     new_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    _seen: Seen | None = None
+
+    def counted(self, drafts: tuple[int, ...]) -> Seen:
+        """The tokens so far, and guesses after them."""
+        sequence = self.sequence
+        self._seen = self._seen or Seen()
+        self._seen.follow(sequence.token_ids, sequence.num_prompt_tokens)
+        if not drafts:
+            return self._seen
+        return self._seen.copy().follow([*sequence.token_ids, *drafts], sequence.num_prompt_tokens)
 
     def banned(self, ahead: int = 0, allowed: npt.NDArray[np.bool_] | None = None) -> tuple[int, ...]:
         """Tokens that may not come yet, after so many more than there are; none where a grammar allows no others."""
@@ -76,6 +87,7 @@ class Line:
             list(self.new_ids),
             self.new_text,
             list(self.new_logprobs),
+            None if self._seen is None else self._seen.copy(),
         )
 
     def tell(self, reason: FinishReason | None, prompt_logprobs: list[TokenLogprobs] | None = None) -> Output:

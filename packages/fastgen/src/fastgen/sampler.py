@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from .output import TokenLogprobs
 from .request import SamplingParams
+from .seen import Seen
 
 
 _MOST_DRAWN = 1 << 23
@@ -37,21 +37,19 @@ class Row(NamedTuple):
         params: of the request.
         seed: of the request, whether given or drawn.
         place: of the sequence in its request.
-        token_ids: prompt and output before this token; looked at for penalties alone.
-        num_prompt_tokens: of them.
         position: tokens of output before this one.
         banned: tokens that may not come, such as the end before `min_tokens`.
         allowed: `[vocab]`, what a grammar lets come; None: anything.
+        seen: tokens before this one; looked at for penalties alone, which ask for it.
     """
 
     params: SamplingParams
     seed: int
     place: int
-    token_ids: Sequence[int]
-    num_prompt_tokens: int
     position: int
     banned: tuple[int, ...] = ()
     allowed: npt.NDArray[np.bool_] | None = None
+    seen: Seen | None = None
 
 
 def choose(logits_LV: Tensor, rows: Sequence[Row]) -> list[int]:
@@ -121,16 +119,16 @@ def steered(logits_LV: Tensor, rows: Sequence[Row]) -> Tensor:
 
 def _penalise(logits_V: Tensor, row: Row) -> None:
     params, device = row.params, logits_V.device
+    assert row.seen is not None
+    seen = torch.from_numpy(row.seen.ids).to(device)
     if params.repetition_penalty != 1.0:  # Keskar et al. 2019, section 4.1, signs as everybody has them
-        seen = torch.tensor(sorted(set(row.token_ids)), device=device)
         values = logits_V[seen]
         factor = params.repetition_penalty
         logits_V[seen] = torch.where(values > 0, values / factor, values * factor)
-    counts = Counter(row.token_ids[row.num_prompt_tokens :])
-    if counts and (params.presence_penalty or params.frequency_penalty):
-        said = torch.tensor(list(counts), device=device)
-        times = torch.tensor(list(counts.values()), device=device, dtype=logits_V.dtype)
-        logits_V[said] -= params.presence_penalty + params.frequency_penalty * times
+    if params.presence_penalty or params.frequency_penalty:
+        times = torch.from_numpy(row.seen.times).to(device)
+        said = times > 0
+        logits_V[seen[said]] -= params.presence_penalty + params.frequency_penalty * times[said]
 
 
 def _draw(logits_RV: Tensor, rows: Sequence[Row]) -> list[int]:

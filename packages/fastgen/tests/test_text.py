@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import time
 
 import pytest
 import torch
@@ -82,6 +83,35 @@ def test_text_ends_before_the_first_stop(text, stops):
     assert stopped
     whole = text[: min(ends)]  # what had been said when the first stop was complete
     assert "".join(shown) == whole[: min(whole.find(stop) for stop in stops if stop in whole)]
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    st.lists(st.text("ab", max_size=5), max_size=12),
+    st.lists(st.text("ab", min_size=1, max_size=6), min_size=1, max_size=3),
+)
+def test_stops_are_found_however_the_text_is_cut(pieces, stops):
+    stream, text, shown = TextStream(TOKENIZER, stops), "", ""
+    for piece in pieces:
+        text += piece
+        shown += stream._through_stops(piece)
+        found = [text.find(stop) for stop in stops if stop in text]
+        assert stream.stopped == bool(found)
+        if found:
+            assert shown == text[: min(found)]
+            return
+        held = [size for stop in stops for size in range(1, len(stop)) if text.endswith(stop[:size])]
+        assert shown == text[: len(text) - max(held, default=0)]
+
+
+def test_many_long_stops_are_read_a_character_at_a_time():
+    ends = ["b" * 999 + chr(65 + number) for number in range(63)]
+    stream = TextStream(TOKENIZER, ["a" * 999 + "b", *ends])
+    begun = time.perf_counter()
+    for character in "a" * 1100 + "c" + "b" * 999 + "A":
+        stream._through_stops(character)
+    assert time.perf_counter() - begun < 2.0
+    assert stream.stopped
 
 
 def test_a_fork_goes_its_own_way():

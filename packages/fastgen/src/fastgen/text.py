@@ -48,7 +48,8 @@ class TextStream:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str] = ()) -> None:
         self._tokenizer = tokenizer
         self._decode_ids = decoder_of(tokenizer)
-        self._stops = tuple(stops)
+        self._stops = tuple(map(_Stop, stops))
+        self._matched = [0] * len(self._stops)  # characters of each stop at the end of the text
         self._ids: list[int] = []
         self._begin = 0  # of the tokens that are decoded along
         self._shown = 0  # tokens whose text has been given out, or is held back
@@ -92,7 +93,8 @@ class TextStream:
 
     def fork(self) -> TextStream:
         """Another that goes on from here."""
-        child = TextStream(self._tokenizer, self._stops)
+        child = TextStream(self._tokenizer)
+        child._stops, child._matched = self._stops, list(self._matched)
         child._ids = list(self._ids)
         child._begin, child._shown, child._before = self._begin, self._shown, self._before
         child._held = self._held
@@ -112,22 +114,53 @@ class TextStream:
     def _release(self) -> str:
         """What was held back, since it may have begun a stop."""
         held, self._held = self._held, ""
+        self._matched = [0] * len(self._stops)
         return held
 
     def _through_stops(self, text: str) -> str:
         if not self._stops:
             return text
-        text = self._held + text
-        found = [at for at in map(text.find, self._stops) if at >= 0]
+        begin, text = len(self._held), self._held + text
+        found = []
+        for number, stop in enumerate(self._stops):
+            self._matched[number], end = stop.advance(self._matched[number], text, begin)
+            if end is not None:
+                found.append(end - len(stop.text))
         if found:
             self.stopped, self._held = True, ""
             return text[: min(found)]
-        keep = max(_overlap(text, stop) for stop in self._stops)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
+        shown = len(text) - max(self._matched)
+        self._held = text[shown:]
+        return text[:shown]
 
 
-def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of the text begin the stop."""
-    most = min(len(text), len(stop) - 1)
-    return next((size for size in range(most, 0, -1) if text.endswith(stop[:size])), 0)
+class _Stop:
+    """A text that is looked for while it comes, each character once.
+
+    Source: Knuth, Morris, Pratt 1977. What still matches after a character that does not is known for beginnings of
+    every length that has come; the table grows with them, for it is seldom needed whole.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self._shorter = [
+            0,
+            0,
+        ]  # for each length: that of the longest beginning at the end of such a beginning
+
+    def advance(self, matched: int, text: str, begin: int) -> tuple[int, int | None]:
+        """Read `text` from `begin` on, where so many characters match: how many do then, or where the stop ends."""
+        if not matched and text.find(self.text[0], begin) < 0:
+            return 0, None
+        for at in range(begin, len(text)):
+            matched = self._after(matched, text[at])
+            if matched == len(self.text):
+                return matched, at + 1
+            if matched == len(self._shorter):
+                self._shorter.append(self._after(self._shorter[-1], self.text[matched - 1]))
+        return matched, None
+
+    def _after(self, matched: int, character: str) -> int:
+        while matched and self.text[matched] != character:
+            matched = self._shorter[matched]
+        return matched + (self.text[matched] == character)

@@ -39,7 +39,8 @@ class SamplingParams:
         stop: text at which a sequence ends; it is not part of the output.
         stop_token_ids: tokens at which a sequence ends.
         ignore_eos: go on past the end-of-sequence token.
-        seed: makes the choice reproducible, whatever else is in the batch; None: no seed.
+        seed: the same logits give the same choice, whatever else is in the batch (`EngineConfig.batch_invariant`: the
+            logits, too); None: no seed.
         logprobs: return so many of the most likely tokens with their log-probabilities, and the chosen one's; None: no.
         prompt_logprobs: the same for tokens of the prompt.
         json_schema: the output is JSON of this schema (as JSON text); "{}" for any JSON.

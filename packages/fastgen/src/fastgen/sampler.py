@@ -5,8 +5,9 @@ they are asked for.
 
 Note [Choices without state]
 A token is the inverse of the distribution's cumulative sum at one uniform number, which is a hash of the request's
-seed, the sequence's index and the position. So it is the same whatever else is in the batch, after a preemption, and
-when it is chosen ahead: a guess is right where it equals the token that would have been chosen anyway.
+seed, the sequence's index and the position. So, from the same logits, it is the same whatever else is in the batch,
+after a preemption, and when it is chosen ahead: a guess is right where it equals the token that would have been chosen
+anyway.
 """
 
 from __future__ import annotations

@@ -239,13 +239,13 @@ def test_faults_of_configs(tmp_path: Path) -> None:
     own = json.loads((save(make_model("gpt2"), tmp_path / "gpt2") / "config.json").read_text())
     fails("describes a model, got ZeroDivisionError", json.dumps({**own, "n_head": 0}))
     (tmp_path / "config.json").write_text(json.dumps({**fields, "rms_norm_eps": None}))
-    with pytest.raises(ModelError, match="its model's config, got .*rms_norm_eps"):
+    with pytest.raises(ModelError, match=r"its model's config, got .*rms_norm_eps"):
         build_engine(tmp_path, engine_config())
     (tmp_path / "config.json").write_text(json.dumps(fields))
     (tmp_path / "generation_config.json").write_text("{")
     with pytest.raises(ModelError, match=r"generation_config\.json"):
         build_engine(tmp_path, engine_config(max_model_len=8), tokenizer=tiny_tokenizer())
-    with pytest.raises(ConfigError, match="device: expected one of cpu.*got cuda:99"):
+    with pytest.raises(ConfigError, match=r"device: expected one of cpu.*got cuda:99"):
         load_model(tmp_path, EngineConfig(device=torch.device("cuda:99")))
     with pytest.raises(ModelError, match="a config"):
         load_model(torch.nn.Linear(2, 2), engine_config())

@@ -8,7 +8,8 @@ Modules, in the order in which a request passes through them:
 - ``step_plan`` -> ``batch``: one forward, as data and as tensors.
 - ``runner``: the forward; ``kv_cache``, ``attention``, ``models``, ``linear``, ``parallel``, ``adapters``.
 - ``checkpoint``, ``weights``: models from directories and modules.
-- ``choices`` -> ``sampler`` with ``grammar`` and ``seen``; ``beam_step`` with ``beams``: logits to tokens; ``speculation``: guesses.
+- ``choices`` -> ``sampler`` with ``grammar`` and ``seen``; ``beam_step`` with ``beams``: logits to tokens;
+  ``speculation``: guesses.
 - ``text``, ``lines``, ``jobs``: tokens to text, ends, and what is told of a request.
 - ``engine``: a step; ``output``: what it tells.
 - ``llm``: completions in ten lines; ``ranks``: an engine over several processes; ``serve``: HTTP, the command line.

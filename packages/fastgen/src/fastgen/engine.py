@@ -195,7 +195,7 @@ class Engine:
         if not 0 < len(prompt_ids) <= self.max_model_len:
             raise RequestError(f"input: expected 1 to {self.max_model_len} tokens, got {len(prompt_ids)}")
         found = self.runner.embed(prompt_ids, self.scheduler.policy.token_budget or 1)
-        return None if found is None else found.tolist()  # type: ignore[no-any-return]
+        return None if found is None else found.tolist()
 
     def stats(self) -> Stats:
         """What it is busy with."""

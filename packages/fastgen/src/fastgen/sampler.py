@@ -26,7 +26,6 @@ from .output import TokenLogprobs
 from .request import SamplingParams
 from .seen import Seen
 
-
 _MOST_DRAWN = 1 << 23
 """Logits that tokens are drawn from at once."""
 

@@ -110,7 +110,8 @@ def _spec(family: Family, hf_config: Any, max_model_len: int | None) -> DecoderS
         raise
     except Exception as error:  # whatever a number that cannot be leads to
         raise ModelError(
-            f"config of a {hf_config.model_type}: expected one that describes a model, got {type(error).__name__}: {error}"
+            f"config of a {hf_config.model_type}: expected one that describes a model, got {type(error).__name__}: "
+            f"{error}"
         ) from error
 
 

@@ -1,9 +1,9 @@
 """One engine behind HTTP: what the routes of `app` call.
 
 Holds the loop, the limits and the numbers, and stops in order. A request takes a place (`admission`), its prompt is
-read in the reader's thread (`prompts`), the engine is asked (`loop`), and what comes back is sent whole or as
-events (`answers`, `sse`); many log-probabilities the reader's thread writes, schemas are compiled in others. Whatever happens on the way, the stream
-is closed and the place is free again at the end.
+read in the reader's thread (`prompts`), the engine is asked (`loop`), and what comes back is sent whole or as events
+(`answers`, `sse`); many log-probabilities the reader's thread writes, schemas are compiled in others. Whatever
+happens on the way, the stream is closed and the place is free again at the end.
 """
 
 from __future__ import annotations

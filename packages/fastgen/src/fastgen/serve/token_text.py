@@ -45,7 +45,7 @@ class TokenText:
         return self._spelled[token_id]
 
     def shown(self, token_id: int, *, first: bool) -> bytes:
-        """What of them is in a decoded text: special tokens are not, nor a first one's space where `decode` drops it."""
+        """What of them is in a decoded text: no special token, nor a first one's space where `decode` drops it."""
         raw = self.as_bytes(token_id)
         if token_id in self.special:
             return b""

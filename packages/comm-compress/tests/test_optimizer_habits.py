@@ -224,6 +224,41 @@ def test_grad_scaler(kind: str) -> None:
     run_ranks(scaled, 2, kind)
 
 
+def clipped_and_scaled(rank: int, kind: str) -> None:
+    """Ranks with scales of their own: all say that unscaling was left out; fp16 gradients are clipped with the scaler."""
+    start = torch.linspace(-1, 1, 50).half()
+    low, exact = nn.Parameter(start.clone()), nn.Parameter(start.float())
+    optimizer, reference = (BUILD[kind]([each], weight_decay=0.0) for each in (low, exact))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0 if rank else 2.0**10, growth_interval=1000)
+
+    def backward(step: int) -> None:
+        generator = torch.Generator().manual_seed(10 * step + rank)
+        grad = torch.randn(50, generator=generator).half()
+        low.grad, exact.grad = grad * scaler.get_scale(), grad.float()
+
+    scaler.scale(torch.ones(()))
+    for step in range(1, 12):
+        backward(step)
+        norm = optimizer.clip_grad_norm(0.5, scaler)
+        assert norm == reference.clip_grad_norm(0.5)
+        assert optimizer.clip_grad_norm(0.5, scaler) == norm
+        scaler.step(optimizer)
+        reference.step()
+        scaler.update()
+        optimizer.zero_grad()
+    shown = optimizer._buckets[0].master if kind != "ZeroOneAdam" else low.detach().float()
+    torch.testing.assert_close(shown, exact.detach(), rtol=1e-3, atol=1e-3 if kind == "ZeroOneAdam" else 1e-6)
+    backward(12)
+    optimizer.clip_grad_norm(0.5)
+    with pytest.raises(cc.CompressStateError, match=r"clip_grad_norm\(max_norm, scaler\)"):
+        scaler.step(optimizer)
+
+
+@pytest.mark.parametrize("kind", list(BUILD))
+def test_clipping_with_scales_of_ranks_own(kind: str) -> None:
+    run_ranks(clipped_and_scaled, 2, kind)
+
+
 def digits(rank: int, kind: str, dtype: torch.dtype) -> None:
     """Means of 16-bit gradients keep what fp32 has of them: those of a scaled loss, and where fp32 was asked for."""
     scale = 2.0**24 if dtype == torch.float16 else 1.0

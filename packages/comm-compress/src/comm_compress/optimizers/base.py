@@ -125,22 +125,20 @@ class CompressedOptimizer(SavedOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        scale, overflow = self._of_scaler()
+        unscale, overflow = self._of_scaler()
         round_ = self._round
         grads = self._gradients()
         if round_ is None or round_.seen != fingerprint(grads):
-            round_ = self._begin(grads, scale=scale, overflow=overflow)
-        elif (
-            getattr(self, "grad_scale", None) is not None
-        ):  # a factor of 1 too: ranks have their own, and all raise
+            round_ = self._begin(grads, unscale, overflow=overflow)
+        elif unscale != round_.unscale:  # where scales are ranks' own, that there is one is not: all raise
             raise CompressStateError(
-                "clip_grad_norm saw gradients that are still scaled; call scaler.unscale_(optimizer) before it (torch "
-                "does not unscale those of fp16 parameters: keep parameters in fp32, and compute under autocast)"
+                "clip_grad_norm saw gradients that are still scaled; call scaler.unscale_(optimizer) before it, or "
+                "(fp16 gradients, which torch unscales for nobody) clip_grad_norm(max_norm, scaler)"
             )
         self.finish(round_)
         return loss
 
-    def clip_grad_norm(self, max_norm: float) -> Tensor:
+    def clip_grad_norm(self, max_norm: float, scaler: torch.amp.GradScaler | None = None) -> Tensor:
         """Scale the next step's gradients so that their norm is at most `max_norm`; every rank calls it.
 
         In warm-up, gradients are averaged now (`param.grad` is their mean then, unless state is sharded), and the norm
@@ -149,6 +147,10 @@ class CompressedOptimizer(SavedOptimizer):
         ranks use one factor, so that the mean keeps its direction (clipping each rank's gradient by its own norm, as
         `torch.nn.utils.clip_grad_norm_` does before a step, weighs ranks with large gradients less). Where a step of
         0/1 Adam sends nothing, each rank estimates from its own norm.
+
+        Args:
+            max_norm: see above.
+            scaler: whose scale gradients still have; for fp16 gradients, which `scaler.unscale_` refuses.
 
         Returns:
             float32 scalar tensor: the norm before, or its estimate.
@@ -161,9 +163,12 @@ class CompressedOptimizer(SavedOptimizer):
         with torch.no_grad():
             grads, round_ = self._gradients(), self._round
             if round_ is None or round_.seen != fingerprint(grads):
-                round_ = self._begin(grads)
+                scaled = scaler is not None and scaler.is_enabled()
+                round_ = self._begin(grads, 1.0 / scaler.get_scale() if scaled else None)
             if math.isfinite(round_.norm):
-                round_.scale = min(round_.scale, 1.0, max_norm / (round_.norm + 1e-6))
+                # Means are unscaled already.
+                unscale = 1.0 if round_.unscale is None or round_.travel is Travel.EXACT else round_.unscale
+                round_.scale = min(round_.scale, unscale * min(1.0, max_norm / (round_.norm + 1e-6)))
             self._round = round_
         return torch.tensor(round_.norm, dtype=torch.float32)
 
@@ -271,19 +276,22 @@ class CompressedOptimizer(SavedOptimizer):
         self._plan()
         return [param.grad for param in self._params]
 
-    def _begin(self, grads: list[Tensor | None], *, scale: float = 1.0, overflow: bool = False) -> Round:
-        round_ = self.begin(grads, scale=scale, overflow=overflow)
+    def _begin(
+        self, grads: list[Tensor | None], unscale: float | None, *, overflow: bool = False
+    ) -> Round:
+        round_ = self.begin(grads, scale=1.0 if unscale is None else unscale, overflow=overflow)
+        round_.unscale = unscale
         for param, grad in zip(self._params, round_.grads, strict=True):
             if param.grad is None and grad is not None:
                 param.grad = grad.to(param.dtype)
         round_.seen = fingerprint([param.grad for param in self._params])
         return round_
 
-    def _of_scaler(self) -> tuple[float, bool]:
-        """The factor that unscales this rank's gradients, and whether its GradScaler has found an overflow."""
+    def _of_scaler(self) -> tuple[float | None, bool]:
+        """The factor that unscales this rank's gradients, if any, and whether its GradScaler has found an overflow."""
         scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         return (
-            1.0 if scale is None else 1.0 / float(scale),
+            None if scale is None else 1.0 / float(scale),
             found is not None and bool(found),
         )
 

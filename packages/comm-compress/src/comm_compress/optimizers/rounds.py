@@ -35,6 +35,7 @@ class Round:
         scale: what gradients are still to be multiplied by.
         norm: 2-norm of the mean gradient; where that does not travel, an estimate (`common`). nan if not finite.
         seen: `fingerprint` of the gradients when it began.
+        unscale: the factor of a scaler that it began with; None: gradients were taken as they are.
     """
 
     travel: Travel
@@ -44,6 +45,7 @@ class Round:
     parts: list[Tensor] = field(default_factory=list)
     norm: float = math.nan
     seen: tuple[tuple[int, int], ...] = ()
+    unscale: float | None = None
 
 
 def fingerprint(grads: Sequence[Tensor | None]) -> tuple[tuple[int, int], ...]:

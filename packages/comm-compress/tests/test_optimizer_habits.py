@@ -225,7 +225,7 @@ def test_grad_scaler(kind: str) -> None:
 
 
 def clipped_and_scaled(rank: int, kind: str) -> None:
-    """Ranks with scales of their own: all say that unscaling was left out; fp16 gradients are clipped with the scaler."""
+    """Scales are ranks' own: all say that unscaling was left out; fp16 gradients are clipped with the scaler."""
     start = torch.linspace(-1, 1, 50).half()
     low, exact = nn.Parameter(start.clone()), nn.Parameter(start.float())
     optimizer, reference = (BUILD[kind]([each], weight_decay=0.0) for each in (low, exact))

@@ -306,7 +306,12 @@ def without_gradients(rank: int) -> None:
     def train(params: list[torch.nn.Parameter], optimizer: cc.ZeroOneAdam, step: int) -> None:
         always, paused, frozen, late = params
         frozen.requires_grad_(step < 6)
-        for param, has in ((always, True), (paused, step < 6), (frozen, step < 6), (late, step == 8 and rank == 1)):
+        for param, has in (
+            (always, True),
+            (paused, step < 6),
+            (frozen, step < 6),
+            (late, step == 8 and rank == 1),
+        ):
             param.grad = torch.full((4,), 1.0 + rank) if has else None
         optimizer.step()
 

@@ -276,9 +276,7 @@ class CompressedOptimizer(SavedOptimizer):
         self._plan()
         return [param.grad for param in self._params]
 
-    def _begin(
-        self, grads: list[Tensor | None], unscale: float | None, *, overflow: bool = False
-    ) -> Round:
+    def _begin(self, grads: list[Tensor | None], unscale: float | None, *, overflow: bool = False) -> Round:
         round_ = self.begin(grads, scale=1.0 if unscale is None else unscale, overflow=overflow)
         round_.unscale = unscale
         for param, grad in zip(self._params, round_.grads, strict=True):

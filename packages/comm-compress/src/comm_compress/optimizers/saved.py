@@ -80,7 +80,6 @@ class SavedOptimizer(BucketedOptimizer):
             (place, state.find_plain(place, by_name))
             for bucket, keys in self._keyed(given["progress"])
             for place in state.places(bucket, keys, own[1], own[0])
-            if not state.is_parameter(place, by_name)
         ]
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         self.state = Elsewhere(type(self).__name__)

@@ -113,13 +113,6 @@ def to_plain(
     return state
 
 
-def is_parameter(place: Place, by_name: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Whether a place is part of a master, and the parameter was its own when the state was saved."""
-    name = place.bucket.plan.slots[place.position].name
-    fp32 = place.bucket.dtype == torch.float32
-    return fp32 and place.key == "master" and "master" not in by_name.get(name, {})
-
-
 def find_plain(place: Place, by_name: Mapping[str, Mapping[str, Any]]) -> Tensor:
     """The values of a place in a plain state, whose parameters are given by their names.
 

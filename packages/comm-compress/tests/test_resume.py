@@ -344,6 +344,41 @@ def test_parameters_without_gradients_between_synchronizations() -> None:
     run_ranks(without_gradients, 2)
 
 
+def another_shard(rank: int, kind: str) -> None:
+    """State that was whole goes on in parts, and the other way round; parameters are loaded before it, or after."""
+    for before in (False, True):
+        model, optimizer = make(kind, shard=before)
+        steps(model, optimizer, rank, 1, 3)
+        saved: list[Any] = [None, None]
+        shards = {name: (s.global_shape, s.offsets[0], s.local) for name, s in optimizer.sharded_state().items()}
+        whole = values(model), optimizer.state_dict(), shards, optimizer.scalars()
+        torch.distributed.all_gather_object(saved, through_a_file(whole))
+        loaded = []
+        for way in ("merged", "ranges"):
+            other, resumed = make(kind, shard=not before)
+            if way == "merged":
+                other.load_state_dict(saved[0][0])
+                resumed.load_state_dict(cc.merge_states([state for _, state, _, _ in saved]))
+            else:
+                stored, scalars = whole_state(saved), saved[0][3]
+                room = resumed.sharded_room(scalars)
+                for name, shard in room.items():
+                    shard.local.copy_(stored[name][shard.offsets[0] :][: shard.local.numel()])
+                resumed.load_sharded_state(scalars, room)
+                other.load_state_dict(saved[0][0])
+            loaded.append((other, resumed))
+        for other, resumed in [*loaded, (model, optimizer)]:
+            steps(other, resumed, rank, 4, 5)
+        for other, _ in loaded:
+            for name, value in values(other).items():
+                torch.testing.assert_close(value, values(model)[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["OneBitAdam", "OneBitLamb"])
+def test_another_shard(kind: str) -> None:
+    run_ranks(another_shard, 2, kind)
+
+
 def another_clipper(rank: int) -> None:
     """0/1 Adam that stepped alone goes on as one that never does, and the other way round."""
     for before, after in ((3, 1), (1, 3)):

@@ -7,7 +7,7 @@ in which form); and back. Next: `base` steps.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -78,8 +78,7 @@ class SavedOptimizer(BucketedOptimizer):
         by_name = {given["names"][number]: values for number, values in state_dict["state"].items()}
         found = [
             (place, state.find_plain(place, by_name))
-            for bucket, keys in self._keyed(given["progress"])
-            for place in state.places(bucket, keys, own[1], own[0])
+            for place in self._places(given["progress"], {n for n, known in by_name.items() if "master" in known})
         ]
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         self.state = Elsewhere(type(self).__name__)
@@ -94,6 +93,12 @@ class SavedOptimizer(BucketedOptimizer):
         return {
             "progress": self.progress(),
             "world": self.group.size(),
+            "masters": [
+                slot.name
+                for bucket in self._buckets
+                for slot in bucket.plan.slots
+                if bucket.master is not None
+            ],
             "numbers": {
                 slot.name: {key: numbers[slot.position] for key, numbers in bucket.numbers.items()}
                 for bucket in self._buckets
@@ -122,13 +127,12 @@ class SavedOptimizer(BucketedOptimizer):
         self._check_kind(scalars["progress"])
         world, rank, old = self.group.size(), self.group.rank(), int(scalars["world"])
         room: dict[str, Shard] = {}
-        for bucket, keys in self._keyed(scalars["progress"]):
-            for place in state.places(bucket, keys, world, rank):
-                if place.held is Held.OWN and old != world:
-                    room |= state.own_room(place, old, world, rank)
-                else:
-                    name, shard = state.described(place, rank, torch.empty(place.stop - place.start))
-                    room[name] = shard
+        for place in self._places(scalars["progress"], scalars["masters"]):
+            if place.held is Held.OWN and old != world:
+                room |= state.own_room(place, old, world, rank)
+            else:
+                name, shard = state.described(place, rank, torch.empty(place.stop - place.start))
+                room[name] = shard
         return room
 
     @torch.no_grad()
@@ -140,14 +144,13 @@ class SavedOptimizer(BucketedOptimizer):
         wire = self._wire()
         self._take_over(scalars["progress"], scalars["numbers"])
         world, rank, old = self.group.size(), self.group.rank(), int(scalars["world"])
-        for bucket, keys in self._keyed(scalars["progress"]):
-            for place in state.places(bucket, keys, world, rank):
-                if place.held is Held.OWN and old != world:
-                    rows = [room[f"{place.name}_{each}"].local for each in range(old)]
-                    place.local().copy_(exact.gather_mean(rows, place.stop - place.start, place.name, wire))
-                else:
-                    name, _ = state.described(place, rank, place.local())
-                    place.local().copy_(room[name].local)
+        for place in self._places(scalars["progress"], scalars["masters"]):
+            if place.held is Held.OWN and old != world:
+                rows = [room[f"{place.name}_{each}"].local for each in range(old)]
+                place.local().copy_(exact.gather_mean(rows, place.stop - place.start, place.name, wire))
+            else:
+                name, _ = state.described(place, rank, place.local())
+                place.local().copy_(room[name].local)
         self._loaded()
 
     def _take_over(self, progress: Mapping[str, Any], numbers: Mapping[str, Mapping[str, Any]]) -> None:
@@ -156,6 +159,7 @@ class SavedOptimizer(BucketedOptimizer):
         self.num_steps = int(progress["num_steps"])
         for bucket in self._buckets:
             self._allocate(bucket, progress)
+            bucket.take_values()  # where no master was saved, fp32 parameters are theirs
             for slot in bucket.plan.slots:
                 known = numbers.get(slot.name, {})
                 for key, row in bucket.numbers.items():
@@ -170,6 +174,19 @@ class SavedOptimizer(BucketedOptimizer):
             raise CompressStateError(
                 f"expected the state of {type(self).__name__}, got that of {progress['kind']}; build that optimizer"
             )
+
+    def _places(self, progress: Mapping[str, Any], masters: Collection[str]) -> list[state.Place]:
+        """This rank's pieces of a saved state; `masters`: the names of parameters that have one there.
+
+        Masters of fp32 parameters that were saved without (by another `shard`) are no pieces: parameters say as much.
+        """
+        world, rank = self.group.size(), self.group.rank()
+        return [
+            place
+            for bucket, keys in self._keyed(progress)
+            for place in state.places(bucket, keys, world, rank)
+            if place.key != "master" or bucket.dtype != torch.float32 or place.parameter in masters
+        ]
 
     def _keyed(self, progress: Mapping[str, Any]) -> list[tuple[Bucket, dict[str, Held]]]:
         return [(bucket, self.keys(progress, low=bucket.dtype != torch.float32)) for bucket in self._buckets]

@@ -44,9 +44,14 @@ class Place:
     stop: int
 
     @property
+    def parameter(self) -> str:
+        """Its name."""
+        return self.bucket.plan.slots[self.position].name
+
+    @property
     def name(self) -> str:
         """`<parameter>.<key>`."""
-        return f"{self.bucket.plan.slots[self.position].name}.{self.key}"
+        return f"{self.parameter}.{self.key}"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -138,8 +143,8 @@ def find_plain(place: Place, by_name: Mapping[str, Mapping[str, Any]]) -> Tensor
     if start < 0 or start + numel > flat.numel():
         raise CompressStateError(
             f"{what}: expected elements {place.first} to {place.first + numel}, got {flat.numel()} from {cut}; it was "
-            "saved with other buckets or on another number of ranks: load what comm_compress.merge_states makes of all "
-            "ranks' states"
+            "saved with other buckets, another shard= or on another number of ranks: load what "
+            "comm_compress.merge_states makes of all ranks' states"
         )
     return flat[start : start + numel]
 

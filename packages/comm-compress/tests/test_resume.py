@@ -350,7 +350,9 @@ def another_shard(rank: int, kind: str) -> None:
         model, optimizer = make(kind, shard=before)
         steps(model, optimizer, rank, 1, 3)
         saved: list[Any] = [None, None]
-        shards = {name: (s.global_shape, s.offsets[0], s.local) for name, s in optimizer.sharded_state().items()}
+        shards = {
+            name: (s.global_shape, s.offsets[0], s.local) for name, s in optimizer.sharded_state().items()
+        }
         whole = values(model), optimizer.state_dict(), shards, optimizer.scalars()
         torch.distributed.all_gather_object(saved, through_a_file(whole))
         loaded = []

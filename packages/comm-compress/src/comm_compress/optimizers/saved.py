@@ -78,7 +78,9 @@ class SavedOptimizer(BucketedOptimizer):
         by_name = {given["names"][number]: values for number, values in state_dict["state"].items()}
         found = [
             (place, state.find_plain(place, by_name))
-            for place in self._places(given["progress"], {n for n, known in by_name.items() if "master" in known})
+            for place in self._places(
+                given["progress"], {n for n, known in by_name.items() if "master" in known}
+            )
         ]
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         self.state = Elsewhere(type(self).__name__)

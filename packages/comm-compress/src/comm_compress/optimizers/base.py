@@ -163,8 +163,10 @@ class CompressedOptimizer(SavedOptimizer):
         with torch.no_grad():
             grads, round_ = self._gradients(), self._round
             if round_ is None or round_.seen != fingerprint(grads):
-                scaled = scaler is not None and scaler.is_enabled()
-                round_ = self._begin(grads, 1.0 / scaler.get_scale() if scaled else None)
+                unscale = None
+                if scaler is not None and scaler.is_enabled():
+                    unscale = 1.0 / scaler.get_scale()
+                round_ = self._begin(grads, unscale)
             if math.isfinite(round_.norm):
                 # Means are unscaled already.
                 unscale = 1.0 if round_.unscale is None or round_.travel is Travel.EXACT else round_.unscale

@@ -105,7 +105,7 @@ def to_plain(
     state: dict[int, dict[str, Any]] = {}
     for bucket, keys in buckets:
         for slot in bucket.plan.slots:
-            known = {key: numbers[slot.position] for key, numbers in bucket.numbers.items()}
+            known: dict[str, Any] = {key: numbers[slot.position] for key, numbers in bucket.numbers.items()}
             state[numbers_of[slot.index]] = known
         for place in places(bucket, keys, world, rank):
             slot, local = bucket.plan.slots[place.position], place.local()

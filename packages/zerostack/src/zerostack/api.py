@@ -125,8 +125,8 @@ def initialize(
     num_shards = zero.sharding_group(mesh).size()
     check_compression(settings.config, num_shards)
     compressed = collectives(settings.config, num_shards)
-    policies.check_offloaded(settings.config, made, whole_tensors, model, placement)
     late = zenflow(settings.config, made)
+    policies.check_offloaded(settings.config, made, whole_tensors, model, placement)
 
     model = zero.shard(
         model,

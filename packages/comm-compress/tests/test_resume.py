@@ -8,7 +8,6 @@ from typing import Any
 import comm_compress as cc
 import pytest
 import torch
-import torch.distributed as dist
 from optimizer_models import BUILD, SMALL, Net, loss_of, same, values
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from zero_core.testing import run_ranks
@@ -401,21 +400,3 @@ def another_clipper(rank: int) -> None:
 
 def test_another_local_step_clipper() -> None:
     run_ranks(another_clipper, 2)
-
-
-def sharded_from_now_on(rank: int, kind: str) -> None:
-    """In fp32 a parameter was its own master: a run may begin to shard them where it is resumed."""
-    (first, plain), saved = make(kind), [None, None]
-    steps(first, plain, rank, 1, 3)
-    dist.all_gather_object(saved, plain.state_dict())
-    second, sharded = make(kind, shard=True)
-    second.load_state_dict(first.state_dict())
-    sharded.load_state_dict(cc.merge_states(saved))
-    for model, optimizer in ((first, plain), (second, sharded)):
-        steps(model, optimizer, rank, 4, 6)
-    same(values(second), values(first))
-
-
-@pytest.mark.parametrize("kind", ["OneBitAdam", "OneBitLamb"])
-def test_sharding_may_begin_where_a_run_is_resumed(kind: str) -> None:
-    run_ranks(sharded_from_now_on, 2, kind)

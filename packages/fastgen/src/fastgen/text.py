@@ -143,10 +143,8 @@ class _Stop:
 
     def __init__(self, text: str) -> None:
         self.text = text
-        self._shorter = [
-            0,
-            0,
-        ]  # for each length: that of the longest beginning at the end of such a beginning
+        # For each length: that of the longest beginning at the end of such a beginning.
+        self._shorter = [0, 0]
 
     def advance(self, matched: int, text: str, begin: int) -> tuple[int, int | None]:
         """Read `text` from `begin` on, where so many characters match: how many do then, or where the stop ends."""

@@ -83,8 +83,8 @@ def check_finished(slot: ShardSlot, state: dict[str, Any]) -> None:
     """
     if UNFINISHED in state:
         raise ZeroStateError(
-            f"the state of '{slot.name}' is unfinished: updates that wait belong to it (ZenFlow's), which this "
-            "optimizer would lose; load it into one of the kind that saved it, and flush() that before it is saved for "
+            f"the state of '{slot.name}' is unfinished: updates that wait belong to it, which this optimizer "
+            "would lose; load it into one of the kind that saved it, and flush() that before it is saved for "
             "another"
         )
 

@@ -108,8 +108,8 @@ def check_offloaded(
         raise ConfigError(f"offload_optimizer, offload_param: {error}") from error
     policy = precision(config)
     masters = {policy.master_dtype(param.dtype) for param in model.parameters() if param.requires_grad}
-    if masters - {torch.float32}:
-        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in masters))
+    if wrong := masters - {torch.float32}:
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in wrong))
         raise ConfigError(
             f"offload_optimizer, offload_param: kernels step fp32 masters, and these are {names}; leave "
             "bf16_master_weights_and_grads out, or train without offload"

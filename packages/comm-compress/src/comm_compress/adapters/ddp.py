@@ -165,9 +165,8 @@ class _Blocks:
         mean = buffer.new_empty(part)
         made.reduce_scatter(padded, mean, tag=tag).wait()
         wanted = mean
-        feedback = (
-            self.feedback if buffer.dtype in ops.FLOATS else None
-        )  # others travel as they are, and lose nothing
+        # Others than these travel as they are, and lose nothing.
+        feedback = self.feedback if buffer.dtype in ops.FLOATS else None
         if feedback is not None:
             wanted = feedback.compensate(name, mean)
             mean.copy_(wanted)

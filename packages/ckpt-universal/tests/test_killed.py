@@ -8,12 +8,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import ckpt_universal as ckpt
 import pytest
 import torch
 from ckpt_universal.places import open_directory
+from ckpt_universal.ranks import Ranks
 from ckpt_universal.steps import claim, new_token
 
 run_ranks = pytest.importorskip("zero_core.testing").run_ranks  # spawns processes
@@ -89,6 +91,23 @@ def test_a_rank_that_dies_in_a_save_is_named_and_nothing_is_committed(tmp_path, 
     ckpt.save(tmp_path, {"w": torch.full((300,), 3.0)}, step=2)
     assert ckpt.verify(tmp_path).ok
     assert len(os.listdir(tmp_path / "step-000000002")) == 3, "leftovers are cleared"
+
+
+def comes_after_the_death(rank):
+    ranks = Ranks(timeout_s=20)
+    ranks.gather(rank, "first")
+    time.sleep(rank)
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    began = time.monotonic()
+    with pytest.raises(ckpt.CheckpointError, match=r"second: rank 1 of 3 has ended or did not answer"):
+        ranks.gather(rank, "second")
+    return time.monotonic() - began
+
+
+def test_a_rank_that_waits_before_another_dies_hears_of_it_from_who_comes_after():
+    waited = run_ranks(comes_after_the_death, 3, tolerate=(1,))
+    assert max(waited[0], waited[2]) < 10
 
 
 def disagree_rank(rank, root):

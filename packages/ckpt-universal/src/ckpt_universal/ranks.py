@@ -7,6 +7,7 @@ not come ends the wait of the others with an error that names it.
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -75,9 +76,14 @@ class Ranks:
         return [bytes(r[:n].numpy()) for r, n in zip(received, sizes, strict=True)]
 
     def _exchange(self, sent: torch.Tensor, received: list[torch.Tensor], doing: str) -> None:
-        """As messages: gloo finishes its collectives on a thread that may outlive the interpreter's tensors."""
+        """As messages: gloo finishes its collectives on a thread that may outlive the interpreter's tensors.
+
+        A rank that is lost does not keep this one from the others: they are to hear who it was, not to wait for one
+        who left early.
+        """
         assert self._group is not None
-        works = []
+        deadline = time.monotonic() + self.timeout_s
+        works, lost = [], []
         for step in range(1, self.world):
             to, source = (self.rank + step) % self.world, (self.rank - step) % self.world
             for call, tensor, peer in (
@@ -87,16 +93,18 @@ class Ranks:
                 try:
                     works.append((call([tensor], peer, _TAG), peer))
                 except RuntimeError as error:  # noqa: PERF203 - each may be of another rank
-                    raise self._lost(peer, doing, error) from error
+                    lost.append((peer, error))
         for work, peer in works:
             try:
-                work.wait(timedelta(seconds=self.timeout_s))
+                work.wait(timedelta(seconds=max(0.001, deadline - time.monotonic())))
             except RuntimeError as error:  # noqa: PERF203 - each may be of another rank
-                raise self._lost(peer, doing, error) from error
-
-    def _lost(self, peer: int, doing: str, error: RuntimeError) -> CheckpointError:
-        said = str(error).splitlines()[0][:200]
-        return CheckpointError(f"{doing}: rank {peer} of {self.world} has ended or did not answer ({said})")
+                lost.append((peer, error))
+        if lost:
+            peer, error = lost[0]
+            said = str(error).splitlines()[0][:200]
+            raise CheckpointError(
+                f"{doing}: rank {peer} of {self.world} has ended or did not answer ({said})"
+            ) from error
 
     def gather(self, mine: Any, doing: str) -> list[Any]:
         """Every rank's value (what msgpack knows), in rank order.

@@ -202,7 +202,7 @@ def main(arguments: Sequence[str]) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--part", choices=("time", "largest"), default="time")
-    parser.add_argument("--model", choices=PRESETS, default="110m")
+    parser.add_argument("--model", choices=PRESETS, default="25m")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--engines", default=",".join(ENGINES), help="comma-separated; ddp is always there")
     parser.add_argument("--rounds", type=int, default=3)

@@ -162,8 +162,9 @@ def page(rows: Sequence[Row]) -> str:
     lines = [
         "# Training over slow links, with and without compression",
         "",
-        f"{hardware['processor']} ({hardware['instruction_set']}), {hardware['cores']} cores; two network namespaces. "
-        f"{', '.join(models)}; sequences of {PRESETS['25m'].sequence_length} tokens.",
+        f"{hardware['processor']} ({hardware['instruction_set']}), {hardware['cores']} cores; "
+        f"two network namespaces, frames of 9,000 bytes. {', '.join(models)}; "
+        f"sequences of {PRESETS['25m'].sequence_length} tokens.",
     ]
     for job in dict.fromkeys((*row.job, row.mbit) for row in rows):
         lines += table([row for row in rows if (*row.job, row.mbit) == job])

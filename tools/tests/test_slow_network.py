@@ -31,13 +31,19 @@ def namespaces_of(process: int) -> list[str]:
     return [line.split()[0] for line in listed.splitlines() if line.startswith(f"zs{process % 100_000}-")]
 
 
-@pytest.mark.parametrize(("hosts", "ranks", "mbit"), [(2, 1, 80), (3, 2, None)])
-def test_ranks_meet_and_links_are_slow(hosts: int, ranks: int, mbit: float | None, tmp_path: Path) -> None:
+@pytest.fixture
+def possible() -> None:
+    """Skips where there can be no lab."""
     try:
         with slow_network.lab():
             pass
     except slow_network.LabError as error:
         pytest.skip(str(error))
+
+
+@pytest.mark.usefixtures("possible")
+@pytest.mark.parametrize(("hosts", "ranks", "mbit"), [(2, 1, 80), (3, 2, None)])
+def test_ranks_meet_and_links_are_slow(hosts: int, ranks: int, mbit: float | None, tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
     command = [sys.executable, slow_network.__file__, "--hosts", str(hosts), "--ranks", str(ranks)]
     if mbit:
@@ -62,3 +68,13 @@ def test_ranks_meet_and_links_are_slow(hosts: int, ranks: int, mbit: float | Non
 def test_what_cannot_be_set_up_is_refused(wrong: dict[str, int]) -> None:
     with pytest.raises(slow_network.LabError, match="expected 2 to 200 hosts"), slow_network.lab(**wrong):
         pass
+
+
+@pytest.mark.usefixtures("possible")
+@pytest.mark.parametrize("hosts", [2, 3])
+def test_frames_are_as_large_as_asked_and_a_lab_inside_another_leaves_it_alone(hosts: int) -> None:
+    with slow_network.lab(hosts=hosts, frame_bytes=1500) as outer:
+        with pytest.raises(slow_network.LabError), slow_network.lab():
+            pass
+        device = f"/sys/class/net/{outer.name}-v1/mtu"
+        assert subprocess.check_output(outer.on_host(1, ["cat", device]), text=True) == "1500\n"

@@ -14,6 +14,7 @@ The modules, in the order in which data flows:
 - `checkpointing`: activations are computed again in backward; where the inputs wait meanwhile.
 - `materialize`, `state`, `memory`: full values, descriptions for checkpoints, plans.
 - `agreement`, `full_access`: one full tensor by its parameter's name.
+- `saved_layout`: whether the state dict of an optimizer is this rank's.
 - `diagnostics`, `tracing`: what collectives cost, in numbers and as a picture.
 """
 

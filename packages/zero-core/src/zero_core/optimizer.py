@@ -101,6 +101,7 @@ class ShardedOptimizer(Optimizer):
             overlap = self._sharded.overlap.enabled
             stepper = WholeStepper(optimizer, self._sharded.wire, overlap=overlap)
             self.whole = stepper.owned
+        self._norm: tuple[int, torch.Tensor] | None = None  # of which gradients, and their norm
         self._chooses_stepper = stepper is None
         self._stepper = stepper or choose_stepper(optimizer, [])
         self._take_over(self._members)
@@ -119,7 +120,6 @@ class ShardedOptimizer(Optimizer):
         )
         if scaler is not None:
             scaler.bind(self)
-        self._norm: tuple[int, torch.Tensor] | None = None  # of which gradients, and their norm
         self._max_norm: float | None = None
         self._num_steps = 0
         self._peaks = PeakHistory(0 if scaler is None else scaler.history)
@@ -154,6 +154,7 @@ class ShardedOptimizer(Optimizer):
         for member in self._dormant:
             self.inner.state.pop(member.param, None)
         fill_groups(self._members)
+        self._norm = None
 
     def _wake(self) -> None:
         """Take over parameters that were frozen when the optimizer was built, and need gradients now."""
@@ -235,6 +236,7 @@ class ShardedOptimizer(Optimizer):
         Args:
             set_to_none: give their memory back until the next backward, as torch does; False keeps it.
         """
+        self._wake()
         self._sharded.reducer.zero_grad(self._claimed, free=set_to_none)
         self._norm = self._max_norm = None
 
@@ -244,6 +246,7 @@ class ShardedOptimizer(Optimizer):
         Returns:
             float32 scalar tensor, equal on all ranks.
         """
+        self._wake()
         norm = self._scaled_norm()
         return (norm if self.scaler is None else norm / self.scaler.value).float()
 

@@ -124,6 +124,36 @@ def find_members(groups: Sequence[dict[str, Any]], units: Sequence[FlatUnit]) ->
     ]
 
 
+def check_trainable(members: Sequence[Member]) -> None:
+    """Refuse an optimizer with which nothing can be trained.
+
+    Raises:
+        ZeroConfigError: it has no parameters, or frozen ones alone.
+    """
+    if not members:
+        raise ZeroConfigError(
+            "ShardedOptimizer: the optimizer has no parameters on this rank (another ShardedOptimizer may hold it "
+            "now); build a new one on the model's parameters"
+        )
+    if not any(member.unit.trainable for member in members):
+        raise ZeroConfigError(
+            "ShardedOptimizer: every parameter of the optimizer is frozen; nothing can be trained"
+        )
+
+
+def check_stores(members: Sequence[Member]) -> None:
+    """Refuse members whose state is to rest in a store, where it would be kept on the device.
+
+    Raises:
+        ZeroConfigError: there are some.
+    """
+    if any(member.unit.trainable and member.unit.stores.optimizer for member in members):
+        raise ZeroConfigError(
+            "ShardedOptimizer: this model's optimizer state is to rest in a store, and this one would keep it "
+            "on the device; use zero_offload_nvme.OffloadedOptimizer (for elementwise optimizers), or no store"
+        )
+
+
 def take_over(
     optimizer: Optimizer, members: Sequence[Member], precision: Precision, *, whole: bool
 ) -> dict[int, list[ShardSlot]]:

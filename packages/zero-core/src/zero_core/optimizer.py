@@ -18,7 +18,15 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-from .claims import Member, fill_groups, find_members, steps_whole_tensors, take_over
+from .claims import (
+    Member,
+    check_stores,
+    check_trainable,
+    fill_groups,
+    find_members,
+    steps_whole_tensors,
+    take_over,
+)
 from .errors import ZeroConfigError
 from .flat_unit import FlatUnit
 from .hooks import Lane
@@ -104,11 +112,11 @@ class ShardedOptimizer(Optimizer):
         self._norm: tuple[int, torch.Tensor] | None = None  # of which gradients, and their norm
         self._chooses_stepper = stepper is None
         self._stepper = stepper or choose_stepper(optimizer, [])
+        self._check(self._members)
+        check_trainable(self._members)
+        if scaler is not None:
+            scaler.bind(self)
         self._take_over(self._members)
-        if self._dormant and not self._claimed:
-            raise ZeroConfigError(
-                "ShardedOptimizer: every parameter of the optimizer is frozen; nothing can be trained"
-            )
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self.state = optimizer.state
         gatherer = self._sharded.gatherer
@@ -118,32 +126,29 @@ class ShardedOptimizer(Optimizer):
             limit_bytes=self._sharded.reducer.limit_bytes if self._sharded.overlap.enabled else 0,
             late=self._sharded.late,
         )
-        if scaler is not None:
-            scaler.bind(self)
         self._max_norm: float | None = None
         self._num_steps = 0
         self._peaks = PeakHistory(0 if scaler is None else scaler.history)
         self.last_step_skipped = False
         self.overflow_report: OverflowReport | None = None
 
+    def _check(self, members: list[Member]) -> None:
+        """Refuse what this optimizer cannot step, before anything of a torch optimizer changes."""
+        self._sharded.reducer.adopt_unfrozen()
+        if self._chooses_stepper or self.whole is not None:
+            check_stores(members)
+
     def _take_over(self, members: list[Member]) -> None:
         """Step these from now on, but for those that nothing trains yet; groups list what stands for them."""
         state = self._sharded
-        state.reducer.adopt_unfrozen()
-        whole = self.whole is not None
         awake = [member for member in members if member.unit.trainable]
-        slots = take_over(self.inner, awake, state.precision, whole=whole)
+        slots = take_over(self.inner, awake, state.precision, whole=self.whole is not None)
         for member in awake:
             self._claimed.setdefault(member.unit.index, set()).add(member.index)
             member.unit.claimed_by[member.index] = weakref.ref(self)
         for unit, parts in slots.items():
             self.slots[unit] = sorted([*self.slots.get(unit, []), *parts], key=lambda slot: slot.place.start)
         self._lanes = [lane for lane in state.reducer.lanes if lane.unit.index in self._claimed]
-        if (whole or self._chooses_stepper) and any(lane.unit.stores.optimizer for lane in self._lanes):
-            raise ZeroConfigError(
-                "ShardedOptimizer: this model's optimizer state is to rest in a store, and this one would keep it "
-                "on the device; use zero_offload_nvme.OffloadedOptimizer (for elementwise optimizers), or no store"
-            )
         if isinstance(self._stepper, WholeStepper):
             self._stepper.add(awake)
         elif self._chooses_stepper:  # state lies with the slots, and the new one finds it there
@@ -159,6 +164,7 @@ class ShardedOptimizer(Optimizer):
     def _wake(self) -> None:
         """Take over parameters that were frozen when the optimizer was built, and need gradients now."""
         if any(member.param.requires_grad or member.unit.trainable for member in self._dormant):
+            self._check(self._dormant)
             self._take_over(self._dormant)
 
     @torch.no_grad()
@@ -203,7 +209,7 @@ class ShardedOptimizer(Optimizer):
         """Step more parameters of the model, such as those of a layer that was unfrozen; every rank calls it.
 
         Args:
-            param_group: parameters and options, as for the torch optimizer.
+            param_group: parameters (or pairs of `named_parameters()`) and options, as for the torch optimizer.
 
         Raises:
             ZeroConfigError: a parameter is not the model's, or is in a group already.
@@ -211,22 +217,20 @@ class ShardedOptimizer(Optimizer):
         if not hasattr(self, "_publisher"):  # torch's constructor
             super().add_param_group(param_group)
             return
-        claimed = {id(self._sharded.units[u].params[i]) for u, slots in self._claimed.items() for i in slots}
         given = param_group["params"]
         given = [given] if isinstance(given, torch.Tensor) else list(given)
-        known = {id(param) for unit in self._sharded.units for param in unit.params}
-        wrong = [tuple(p.shape) for p in given if id(p) in claimed or id(p) not in known]
-        if wrong:
-            raise ZeroConfigError(
-                f"add_param_group: parameters of shapes {wrong[:4]} are stepped by this optimizer already, or are not "
-                "the model's"
-            )
-        given_ids = {id(param) for param in given}
+        params = [each[1] if isinstance(each, tuple) else each for each in given]  # as of named_parameters()
+        found = find_members([{"params": params}], self._sharded.units)
+        known = [member.name for member in found if self.steps(member.unit, member.index)]
+        if known:
+            raise ZeroConfigError(f"add_param_group: this optimizer steps {known[:4]} already")
+        self._check(found)
         self.inner.add_param_group({**param_group, "params": given})
         group = self.inner.param_groups[-1]
         if self.inner.param_groups is not self.param_groups:
             self.param_groups.append(group)
         added = find_members([group], self._sharded.units)
+        given_ids = {id(param) for param in params}
         self._members = [member for member in self._members if id(member.param) not in given_ids] + added
         self._take_over(added)
 

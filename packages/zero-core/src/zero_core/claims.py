@@ -19,7 +19,7 @@ from .config import Precision
 from .errors import ZeroConfigError
 from .flat_unit import FlatUnit
 from .layout import LocalSlot, Slot
-from .steppers import PER_TENSOR, ShardSlot, check_elementwise
+from .steppers import PER_TENSOR, ShardSlot
 
 
 @dataclass(eq=False)
@@ -96,8 +96,11 @@ def steps_whole_tensors(inner: Optimizer, asked: bool | None) -> bool:
         raise ZeroConfigError("SparseAdam needs sparse gradients, and shards have dense ones; use Adam")
     if asked is None:
         return isinstance(inner, PER_TENSOR)
-    if not asked:
-        check_elementwise(inner)
+    if not asked and isinstance(inner, PER_TENSOR):
+        raise ZeroConfigError(
+            f"{type(inner).__name__} updates whole tensors, and a rank steps flat slices of them: it would compute "
+            "something else without a word; use an elementwise optimizer such as AdamW"
+        )
     return asked
 
 

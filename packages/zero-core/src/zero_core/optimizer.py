@@ -34,7 +34,7 @@ from .norms import Measured, clip_factor, global_norm
 from .precision import LossScaler, OverflowReport, PeakHistory, locate_overflow
 from .publish import Publisher
 from .saved_layout import Layout, describe, renumber
-from .steppers import ShardOptimizer, ShardSlot, UnitStep, choose_stepper
+from .steppers import ShardOptimizer, ShardSlot, StepGuard, UnitStep, choose_stepper
 from .whole import WholeParameter, WholeStepper
 
 if TYPE_CHECKING:
@@ -47,7 +47,8 @@ class ShardedOptimizer(Optimizer):
     """Steps a sharded model with any torch optimizer whose update of a parameter needs that parameter alone.
 
     The groups, hyperparameters and state of `optimizer` stay where they are; only the parameters in its groups are
-    replaced by this rank's shards of them, so LR schedulers attach to either object as usual. AdamW, Adam, Adagrad
+    replaced by this rank's shards of them, so LR schedulers attach to either object as usual; `step` and `zero_grad`
+    are this object's, and `optimizer.step()` by hand raises `ZeroStateError`. AdamW, Adam, Adagrad
     and SGD run as one fused pass over each flat shard; others run themselves, and so does one with step hooks of its
     own (register later ones on this object). One that looks at whole tensors (Adafactor, Muon, LAMB) is given whole
     parameters, each on the one rank that owns it.
@@ -117,6 +118,7 @@ class ShardedOptimizer(Optimizer):
         if scaler is not None:
             scaler.bind(self)
         self._take_over(self._members)
+        self._guard = StepGuard(optimizer)
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self.state = optimizer.state
         gatherer = self._sharded.gatherer
@@ -192,8 +194,10 @@ class ShardedOptimizer(Optimizer):
                     lane.unit.settle()
                     lane.unit.take_edits()
                 work = [self._unit_step(lane, used) for lane in self._lanes if lane.shard.value is not None]
-                for item in self._stepper.step(work, self._factor()):
-                    self._publisher.publish(item.unit, cast=not self._stepper.casts)
+                factor = self._factor()
+                with self._guard:
+                    for item in self._stepper.step(work, factor):
+                        self._publisher.publish(item.unit, cast=not self._stepper.casts)
             self._publisher.finish()
             self._norm = self._max_norm = None
             if self.scaler is not None:
@@ -238,7 +242,9 @@ class ShardedOptimizer(Optimizer):
         """Forget the gradients of this optimizer's parameters.
 
         Args:
-            set_to_none: give their memory back until the next backward, as torch does; False keeps it.
+            set_to_none: give their memory back until the next backward, as torch does; False keeps it. Either way a
+                parameter that no backward reaches afterwards is left alone by the step, where torch after False
+                steps it with zeros.
         """
         self._wake()
         self._sharded.reducer.zero_grad(self._claimed, free=set_to_none)
@@ -439,22 +445,3 @@ class ShardedOptimizer(Optimizer):
 
     def _unscale(self) -> float:
         return 1.0 if self.scaler is None else 1.0 / self.scaler.value
-
-
-def clip_grad_norm(optimizer: ShardedOptimizer, max_norm: float) -> torch.Tensor:
-    """Clip the gradients of the next step by their global norm over all shards; every rank calls it.
-
-    Costs one read of this rank's gradients and one all-reduce of two numbers; the scaling itself rides on the step.
-
-    Returns:
-        float32 scalar tensor: the norm before clipping, equal on all ranks.
-
-    Raises:
-        ZeroConfigError: `max_norm` is not positive.
-    """
-    return optimizer.clip_grad_norm(max_norm)
-
-
-def grad_norm(optimizer: ShardedOptimizer) -> torch.Tensor:
-    """The global norm that `clip_grad_norm` would report, without clipping; every rank calls it."""
-    return optimizer.grad_norm()

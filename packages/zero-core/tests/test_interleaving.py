@@ -330,3 +330,36 @@ def unfreeze_later(rank: int, world_size: int, stage: int, optimizer: str, added
 )
 def test_layers_may_be_unfrozen_and_frozen_on_the_way(stage: int, optimizer: str, added: bool) -> None:
     assert max(run_ranks(unfreeze_later, 2, 2, stage, optimizer, added)) <= 5e-6
+
+
+def first_pass_after_an_unfreeze(rank: int, world_size: int, stage: int) -> None:
+    """Its gradients count at once, in the norm, in a clip and in `zero_grad`."""
+
+    def built():
+        model = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(3)))
+        model[0].requires_grad_(False)
+        return model
+
+    model, x = zero.shard(seeded(built), dp_mesh(world_size), stage=stage), torch.ones(1, 8)
+    plain = seeded(built)
+    opt = zero.ShardedOptimizer(model, torch.optim.SGD(model.parameters(), lr=1.0))
+    inner = torch.optim.SGD(plain.parameters(), lr=1.0)
+    for each in (model, plain):
+        each(x).sum().backward()
+    zero.grad_norm(opt)
+    for each, steps in ((model, opt), (plain, inner)):
+        steps.zero_grad()
+        each[0].requires_grad_(True)
+        each(x).square().sum().backward()
+        steps.zero_grad()  # the next pass alone counts
+        each(x).square().sum().backward()
+    expected = nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
+    assert zero.clip_grad_norm(opt, 0.1).item() == pytest.approx(expected.item(), rel=1e-5)
+    for steps in (opt, inner):
+        steps.step()
+    assert relative_error(zero.full_state_dict(model), plain.state_dict()) < 1e-6
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_gradients_of_unfrozen_layers_count_from_their_first_pass(stage: int) -> None:
+    run_ranks(first_pass_after_an_unfreeze, 2, 2, stage)

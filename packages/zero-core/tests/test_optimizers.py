@@ -186,3 +186,34 @@ def test_autocast_and_wide_accumulation(stage: int) -> None:
     for autocast, norm in run_ranks(autocast_and_wide, 2, 2, stage):
         assert autocast <= 1e-5
         assert norm <= 1e-5  # bf16 sums would be off by 1e-3
+
+
+def with_names(rank: int, world_size: int, stage: int) -> None:
+    """Names stay beside the parameters that this rank has parts of."""
+    model = seeded(Net)
+    model.blocks[0].requires_grad_(False)
+    model.norm.requires_grad_(False)
+    later = [pair for pair in model.named_parameters() if pair[0].startswith("norm")]
+    inner = AdamW([pair for pair in model.named_parameters() if not pair[0].startswith("norm")], lr=1e-3)
+    model = zero.shard(model, dp_mesh(world_size), stage=stage)
+    opt = zero.ShardedOptimizer(model, inner)
+    model.requires_grad_(True)
+    with pytest.raises(ValueError, match="with/without names"):
+        opt.add_param_group({"params": [param for _, param in later]})
+    opt.add_param_group({"params": later, "lr": 1e-2})
+    loss_of(model, next(iter(batches(rank, 1)))).backward()
+    opt.step()
+    names = {id(slot.master): slot.name for slots in opt.slots.values() for slot in slots}
+    assert any(name.startswith("blocks.0") for name in names.values())
+    assert any(name.startswith("norm") for name in names.values())
+    for group in inner.param_groups:
+        assert group["param_names"] == [names[id(param)] for param in group["params"]]
+    opt.load_state_dict(opt.state_dict())
+    assert [group["param_names"] for group in opt.param_groups] == [
+        [names[id(param)] for param in group["params"]] for group in inner.param_groups
+    ]
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_optimizers_built_on_named_parameters(stage: int) -> None:
+    run_ranks(with_names, 2, 2, stage)

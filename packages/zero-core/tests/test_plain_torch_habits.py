@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import warnings
 import weakref
 
 import numpy as np
@@ -143,7 +144,7 @@ def refusals(rank: int, world_size: int) -> None:
     model = zero.shard(seeded(stack), mesh, stage=1)
     scaler = zero.LossScaler(8.0)
     opt = zero.ShardedOptimizer(model, SGD(model.parameters(), lr=0.1, momentum=0.9), scaler=scaler)
-    with pytest.raises(zero.ZeroConfigError, match="or are not the model's"):
+    with pytest.raises(zero.ZeroConfigError, match=r"\(2,\).* not the model's"):
         opt.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
     other = zero.shard(seeded(stack), mesh, stage=1)
     with pytest.raises(zero.ZeroConfigError, match="LossScaler: it belongs to another optimizer"):
@@ -533,3 +534,54 @@ def whole_after_forward(rank: int) -> int:
 
 def test_shapes_in_an_output_keep_no_unit_whole() -> None:
     assert max(run_ranks(whole_after_forward, 2)) <= 1
+
+
+def refused_and_tried_again(rank: int, world_size: int) -> None:
+    """A refusal leaves the torch optimizer as it was."""
+    model = seeded(stack).requires_grad_(False)
+    inner = AdamW(model.parameters(), lr=0.1)
+    model = zero.shard(model, dp_mesh(world_size), stage=1)
+    with pytest.raises(zero.ZeroConfigError, match="every parameter of the optimizer is frozen"):
+        zero.ShardedOptimizer(model, inner)
+    assert [id(p) for p in inner.param_groups[0]["params"]] == [id(p) for p in model.parameters()]
+    model.requires_grad_(True)
+    scaler = zero.LossScaler(8.0)
+    kept = zero.ShardedOptimizer(model, SGD(model.parameters(), lr=0.1), scaler=scaler)
+    with pytest.raises(zero.ZeroConfigError, match="belongs to another optimizer"):
+        zero.ShardedOptimizer(model, inner, scaler=scaler)
+    zero.ShardedOptimizer(model, inner)
+    with pytest.raises(zero.ZeroConfigError, match=r"not the model's|no parameters on this rank"):
+        zero.ShardedOptimizer(model, inner)
+    assert kept.scaler is scaler
+
+
+def test_a_refusal_changes_nothing() -> None:
+    run_ranks(refused_and_tried_again, 2, 2)
+
+
+def schedulers_on_the_wrapped(rank: int, world_size: int) -> None:
+    """Built on the torch optimizer before and after it was wrapped; its own `step` raises by hand."""
+    for build, whole in ((AdamW, False), (torch.optim.Rprop, False), (SGD, True)):
+        model = zero.shard(seeded(stack), dp_mesh(world_size), stage=2)
+        inner = build(model.parameters(), lr=1.0)
+        before = torch.optim.lr_scheduler.StepLR(inner, 1, gamma=0.5)
+        opt = zero.ShardedOptimizer(model, inner, whole_tensors=whole)
+        schedulers = [before, *(torch.optim.lr_scheduler.StepLR(each, 1, gamma=0.5) for each in (inner, opt))]
+        for _ in range(2):
+            model(torch.ones(1, 64)).sum().backward()
+            values = zero.full_state_dict(model)
+            with pytest.raises(zero.ZeroStateError, match=r"call step\(\) and zero_grad\(\) of the Sharded"):
+                inner.step()
+            assert all(torch.equal(values[name], now) for name, now in zero.full_state_dict(model).items())
+            opt.step()
+            assert not torch.equal(values["0.weight"], zero.full_state_dict(model)["0.weight"])
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                for scheduler in schedulers:
+                    scheduler.step()
+            opt.zero_grad()
+        assert inner.param_groups[0]["lr"] == opt.param_groups[0]["lr"] == 0.5**6
+
+
+def test_schedulers_step_the_wrapped_optimizer_and_nobody_else_does() -> None:
+    run_ranks(schedulers_on_the_wrapped, 2, 2)

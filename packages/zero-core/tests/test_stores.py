@@ -111,8 +111,10 @@ def refused(rank: int) -> None:
     with pytest.raises(zero.ZeroConfigError, match="optimizer_ratio"):
         zero.Stores(optimizer_ratio=1.5)
     model = zero.shard(seeded(Net), dp_mesh(1), stage=1, store=Shelf())
+    inner = torch.optim.AdamW(model.parameters())
     with pytest.raises(zero.ZeroConfigError, match="OffloadedOptimizer"):
-        zero.ShardedOptimizer(model, torch.optim.AdamW(model.parameters()))
+        zero.ShardedOptimizer(model, inner)
+    assert [id(p) for p in inner.param_groups[0]["params"]] == [id(p) for p in model.parameters()]
 
 
 def test_what_has_no_effect_is_refused() -> None:

@@ -14,6 +14,7 @@ The modules, in the order in which data flows:
 - `checkpointing`: activations are computed again in backward; where the inputs wait meanwhile.
 - `materialize`, `state`, `memory`: full values, descriptions for checkpoints, plans.
 - `agreement`, `full_access`: one full tensor by its parameter's name.
+- `saved_layout`: whether the state dict of an optimizer is this rank's.
 - `diagnostics`, `tracing`: what collectives cost, in numbers and as a picture.
 """
 
@@ -38,7 +39,8 @@ from .groups import data_parallel_group, sharding_group, sibling_group
 from .hierarchy import InOrder
 from .materialize import full_state_dict, load_full_state_dict, materialized, stream_full
 from .memory import MemoryPlan, plan_memory
-from .optimizer import ShardedOptimizer, clip_grad_norm, grad_norm
+from .norms import clip_grad_norm, grad_norm
+from .optimizer import ShardedOptimizer
 from .precision import LossScaler, OverflowReport
 from .sharded_init import sharded_init
 from .state import (

@@ -1,7 +1,7 @@
-"""Before full values of one parameter are read or changed: all ranks want the same, and it is there.
+"""Before full values of one parameter, or an optimizer's state, are read or changed: all ranks want the same.
 
-In: what this rank was asked for. Out: a `Request` that is every rank's, or the same error on every rank, before
-anything has changed. Next: `full_access` carries it out.
+In: what this rank was asked for, or given. Out: a `Request` that is every rank's, or the same error on every rank,
+before anything has changed. Next: `full_access` carries it out, or `optimizer` loads.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from .hooks import Lane
 from .layout import LocalSlot, Slot
 from .materialize import local_names
 from .optimizer import ShardedOptimizer
+from .saved_layout import Layout, find_misfit
 from .state import StateHolder, state_holders
 
 
@@ -137,6 +138,31 @@ def nearest(word: str, known: Collection[str]) -> str:
     if near:
         return f"nearest: {', '.join(near)}"
     return f"there is {', '.join(sorted(known)[:6])}{' ...' if len(known) > 6 else ''}"
+
+
+def agree_to_load(wire: Wire, given: Any, own: Layout) -> None:
+    """Make sure that every rank was given a state dict that fits its optimizer, all of one save; collective.
+
+    Args:
+        wire: all ranks.
+        given: the state dict.
+        own: the layout of this rank's optimizer.
+
+    Raises:
+        ZeroConfigError: some rank was not; on every rank.
+    """
+    problem = find_misfit(given, own)
+    save = None if problem else [given["num_steps"], given["layout"]["frozen"], given["layout"]["owners"]]
+    told = gather_json(wire, "verdicts on optimizer states", [problem, save])
+    for rank, (found, _) in enumerate(told):
+        if found:
+            raise ZeroConfigError(f"load_state_dict: {found} (rank {rank} of {len(told)})")
+    for rank, (_, other) in enumerate(told):
+        if other != told[0][1]:
+            raise ZeroConfigError(
+                f"load_state_dict: ranks have states of different saves: the first of step {told[0][1][0]}, rank "
+                f"{rank} of step {other[0]}; load on every rank what all have saved at once"
+            )
 
 
 def gather_json(wire: Wire, name: str, value: Any) -> list[Any]:

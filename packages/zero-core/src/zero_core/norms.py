@@ -9,12 +9,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from accel_kernels import grad_norm_scale
 
 from .collectives import Wire
+
+if TYPE_CHECKING:
+    from .optimizer import ShardedOptimizer
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,25 @@ def global_norm(shards: Sequence[torch.Tensor | Measured], wire: Wire, *, replic
 def clip_factor(norm: torch.Tensor, max_norm: float) -> torch.Tensor:
     """min(1, max_norm / (norm + 1e-6)), the factor of `torch.nn.utils.clip_grad_norm_`."""
     return (max_norm / (norm + 1e-6)).clamp(max=1.0)
+
+
+def clip_grad_norm(optimizer: ShardedOptimizer, max_norm: float) -> torch.Tensor:
+    """Clip the gradients of the next step by their global norm over all shards; every rank calls it.
+
+    Costs one read of this rank's gradients and one all-reduce of two numbers; the scaling itself rides on the step.
+
+    Returns:
+        float32 scalar tensor: the norm before clipping, equal on all ranks.
+
+    Raises:
+        ZeroConfigError: `max_norm` is not positive.
+    """
+    return optimizer.clip_grad_norm(max_norm)
+
+
+def grad_norm(optimizer: ShardedOptimizer) -> torch.Tensor:
+    """The global norm that `clip_grad_norm` would report, without clipping; every rank calls it."""
+    return optimizer.grad_norm()
 
 
 def _at_once(shard: torch.Tensor | Measured, device: torch.device) -> bool:

@@ -18,14 +18,23 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-from .claims import steps_whole_tensors, take_over
+from .claims import (
+    Member,
+    check_stores,
+    check_trainable,
+    fill_groups,
+    find_members,
+    steps_whole_tensors,
+    take_over,
+)
 from .errors import ZeroConfigError
 from .flat_unit import FlatUnit
 from .hooks import Lane
 from .norms import Measured, clip_factor, global_norm
 from .precision import LossScaler, OverflowReport, PeakHistory, locate_overflow
 from .publish import Publisher
-from .steppers import ShardOptimizer, ShardSlot, UnitStep, choose_stepper
+from .saved_layout import Layout, describe, renumber
+from .steppers import ShardOptimizer, ShardSlot, StepGuard, UnitStep, choose_stepper
 from .whole import WholeParameter, WholeStepper
 
 if TYPE_CHECKING:
@@ -38,7 +47,8 @@ class ShardedOptimizer(Optimizer):
     """Steps a sharded model with any torch optimizer whose update of a parameter needs that parameter alone.
 
     The groups, hyperparameters and state of `optimizer` stay where they are; only the parameters in its groups are
-    replaced by this rank's shards of them, so LR schedulers attach to either object as usual. AdamW, Adam, Adagrad
+    replaced by this rank's shards of them, so LR schedulers attach to either object as usual; `step` and `zero_grad`
+    are this object's, and `optimizer.step()` by hand raises `ZeroStateError`. AdamW, Adam, Adagrad
     and SGD run as one fused pass over each flat shard; others run themselves, and so does one with step hooks of its
     own (register later ones on this object). One that looks at whole tensors (Adafactor, Muon, LAMB) is given whole
     parameters, each on the one rank that owns it.
@@ -93,19 +103,22 @@ class ShardedOptimizer(Optimizer):
         self.scaler = scaler
         self.slots: dict[int, list[ShardSlot]] = {}
         self._claimed: dict[int, set[int]] = {}
-        self._dormant: list[tuple[nn.Parameter, dict[str, Any]]] = []
+        self._members = find_members(optimizer.param_groups, self._sharded.units)
+        self._dormant: list[Member] = []
         self.whole: list[WholeParameter] | None = None
         if whole:
             overlap = self._sharded.overlap.enabled
-            stepper = WholeStepper(optimizer, [], self._sharded.wire, overlap=overlap)
+            stepper = WholeStepper(optimizer, self._sharded.wire, overlap=overlap)
             self.whole = stepper.owned
+        self._norm: tuple[int, torch.Tensor] | None = None  # of which gradients, and their norm
         self._chooses_stepper = stepper is None
         self._stepper = stepper or choose_stepper(optimizer, [])
-        self._take_over([(param, group) for group in optimizer.param_groups for param in group["params"]])
-        if self._dormant and not self._claimed:
-            raise ZeroConfigError(
-                "ShardedOptimizer: every parameter of the optimizer is frozen; nothing can be trained"
-            )
+        self._check(self._members)
+        check_trainable(self._members)
+        if scaler is not None:
+            scaler.bind(self)
+        self._take_over(self._members)
+        self._guard = StepGuard(optimizer)
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self.state = optimizer.state
         gatherer = self._sharded.gatherer
@@ -115,44 +128,46 @@ class ShardedOptimizer(Optimizer):
             limit_bytes=self._sharded.reducer.limit_bytes if self._sharded.overlap.enabled else 0,
             late=self._sharded.late,
         )
-        if scaler is not None:
-            scaler.bind(self)
-        self._norm: tuple[int, torch.Tensor] | None = None  # of which gradients, and their norm
         self._max_norm: float | None = None
         self._num_steps = 0
         self._peaks = PeakHistory(0 if scaler is None else scaler.history)
         self.last_step_skipped = False
         self.overflow_report: OverflowReport | None = None
 
-    def _take_over(self, params: list[tuple[nn.Parameter, dict[str, Any]]]) -> None:
-        """Have slices of these parameters, or the whole ones, in their groups from now on."""
+    def _check(self, members: list[Member]) -> None:
+        """Refuse what this optimizer cannot step, before anything of a torch optimizer changes."""
+        self._sharded.reducer.adopt_unfrozen()
+        if self._chooses_stepper or self.whole is not None:
+            check_stores(members)
+
+    def _take_over(self, members: list[Member]) -> None:
+        """Step these from now on, but for those that nothing trains yet; groups list what stands for them."""
         state = self._sharded
-        state.reducer.adopt_unfrozen()
-        whole = self.whole is not None
-        taken = take_over(self.inner, params, state.units, state.precision, whole=whole)
-        self._dormant += taken.dormant
-        for claim in taken.claims:
-            self._claimed.setdefault(claim.unit.index, set()).add(claim.index)
-            claim.unit.claimed_by[claim.index] = weakref.ref(self)
-        for unit, slots in taken.slots.items():
-            self.slots[unit] = sorted([*self.slots.get(unit, []), *slots], key=lambda slot: slot.place.start)
+        awake = [member for member in members if member.unit.trainable]
+        slots = take_over(self.inner, awake, state.precision, whole=self.whole is not None)
+        for member in awake:
+            self._claimed.setdefault(member.unit.index, set()).add(member.index)
+            member.unit.claimed_by[member.index] = weakref.ref(self)
+        for unit, parts in slots.items():
+            self.slots[unit] = sorted([*self.slots.get(unit, []), *parts], key=lambda slot: slot.place.start)
         self._lanes = [lane for lane in state.reducer.lanes if lane.unit.index in self._claimed]
-        if (whole or self._chooses_stepper) and any(lane.unit.stores.optimizer for lane in self._lanes):
-            raise ZeroConfigError(
-                "ShardedOptimizer: this model's optimizer state is to rest in a store, and this one would keep it "
-                "on the device; use zero_offload_nvme.OffloadedOptimizer (for elementwise optimizers), or no store"
-            )
         if isinstance(self._stepper, WholeStepper):
-            self._stepper.add(taken.claims)
+            self._stepper.add(awake)
         elif self._chooses_stepper:  # state lies with the slots, and the new one finds it there
             self._stepper = choose_stepper(self.inner, self._lanes)
+        self._dormant = [
+            each for each in self._members if each.index not in self._claimed.get(each.unit.index, ())
+        ]
+        for member in self._dormant:
+            self.inner.state.pop(member.param, None)
+        fill_groups(self._members)
+        self._norm = None
 
     def _wake(self) -> None:
         """Take over parameters that were frozen when the optimizer was built, and need gradients now."""
-        awake = [pair for pair in self._dormant if pair[0].requires_grad]
-        if awake:
-            self._dormant = [pair for pair in self._dormant if not pair[0].requires_grad]
-            self._take_over(awake)
+        if any(member.param.requires_grad or member.unit.trainable for member in self._dormant):
+            self._check(self._dormant)
+            self._take_over(self._dormant)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -179,8 +194,10 @@ class ShardedOptimizer(Optimizer):
                     lane.unit.settle()
                     lane.unit.take_edits()
                 work = [self._unit_step(lane, used) for lane in self._lanes if lane.shard.value is not None]
-                for item in self._stepper.step(work, self._factor()):
-                    self._publisher.publish(item.unit, cast=not self._stepper.casts)
+                factor = self._factor()
+                with self._guard:
+                    for item in self._stepper.step(work, factor):
+                        self._publisher.publish(item.unit, cast=not self._stepper.casts)
             self._publisher.finish()
             self._norm = self._max_norm = None
             if self.scaler is not None:
@@ -196,7 +213,7 @@ class ShardedOptimizer(Optimizer):
         """Step more parameters of the model, such as those of a layer that was unfrozen; every rank calls it.
 
         Args:
-            param_group: parameters and options, as for the torch optimizer.
+            param_group: parameters (or pairs of `named_parameters()`) and options, as for the torch optimizer.
 
         Raises:
             ZeroConfigError: a parameter is not the model's, or is in a group already.
@@ -204,30 +221,32 @@ class ShardedOptimizer(Optimizer):
         if not hasattr(self, "_publisher"):  # torch's constructor
             super().add_param_group(param_group)
             return
-        claimed = {id(self._sharded.units[u].params[i]) for u, slots in self._claimed.items() for i in slots}
         given = param_group["params"]
         given = [given] if isinstance(given, torch.Tensor) else list(given)
-        known = {id(param) for unit in self._sharded.units for param in unit.params}
-        wrong = [tuple(p.shape) for p in given if id(p) in claimed or id(p) not in known]
-        if wrong:
-            raise ZeroConfigError(
-                f"add_param_group: parameters of shapes {wrong[:4]} are stepped by this optimizer already, or are not "
-                "the model's"
-            )
-        given_ids = {id(param) for param in given}
-        self._dormant = [pair for pair in self._dormant if id(pair[0]) not in given_ids]
+        params = [each[1] if isinstance(each, tuple) else each for each in given]  # as of named_parameters()
+        found = find_members([{"params": params}], self._sharded.units)
+        known = [member.name for member in found if self.steps(member.unit, member.index)]
+        if known:
+            raise ZeroConfigError(f"add_param_group: this optimizer steps {known[:4]} already")
+        self._check(found)
         self.inner.add_param_group({**param_group, "params": given})
         group = self.inner.param_groups[-1]
         if self.inner.param_groups is not self.param_groups:
             self.param_groups.append(group)
-        self._take_over([(param, group) for param in group["params"]])
+        added = find_members([group], self._sharded.units)
+        given_ids = {id(param) for param in params}
+        self._members = [member for member in self._members if id(member.param) not in given_ids] + added
+        self._take_over(added)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients of this optimizer's parameters.
 
         Args:
-            set_to_none: give their memory back until the next backward, as torch does; False keeps it.
+            set_to_none: give their memory back until the next backward, as torch does; False keeps it. Either way a
+                parameter that no backward reaches afterwards is left alone by the step, where torch after False
+                steps it with zeros.
         """
+        self._wake()
         self._sharded.reducer.zero_grad(self._claimed, free=set_to_none)
         self._norm = self._max_norm = None
 
@@ -237,6 +256,7 @@ class ShardedOptimizer(Optimizer):
         Returns:
             float32 scalar tensor, equal on all ranks.
         """
+        self._wake()
         norm = self._scaled_norm()
         return (norm if self.scaler is None else norm / self.scaler.value).float()
 
@@ -259,51 +279,47 @@ class ShardedOptimizer(Optimizer):
         yield
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's part of the state, for the same world size and stage; see `sharded_state` for any other."""
+        """This rank's part of the state, for the same rank, world size and stage; see `sharded_state` for any other.
+
+        Of the parameters it holds this optimizer's masters: in fp32 these are the parameters. Tensors are live memory.
+        """
         self.settle()
+        self._wake()
         self.take_edits()
-        masters = {
-            u.name: u.master for u in self._sharded.units if u.index in self.slots and u.master is not None
-        }
-        scaler = None if self.scaler is None else self.scaler.state_dict()
         return {
+            "layout": self._layout(),
             "inner": self.inner.state_dict(),
-            "whole_tensors": self.whole is not None,
-            "masters": masters,
-            "scaler": scaler,
+            "masters": {slot.name: master for slot, master in self._masters()},
+            "scaler": None if self.scaler is None else self.scaler.state_dict(),
             "num_steps": self._num_steps,
         }
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from this rank's `state_dict()`.
+        """Continue from this rank's `state_dict()`; every rank calls it with its own.
+
+        The masters in it are written, and so are the parameters of this optimizer (of no other): weights that are to
+        be others than those that it was saved with are loaded after it.
 
         Raises:
-            ZeroConfigError: the state is of another world size, stage or model, or of whole tensors and this
-                optimizer has slices (or the other way round).
+            ZeroConfigError: on some rank the state is of another rank, world size, stage or model, or of parameters
+                that are frozen here, or of whole tensors where this optimizer has slices (or the other way round); or
+                ranks have states of different steps. On every rank, before anything has changed.
         """
-        if state_dict["whole_tensors"] != (self.whole is not None):
-            raise ZeroConfigError(
-                "load_state_dict: one of the two optimizers steps whole tensors, the other slices; build this one with "
-                f"whole_tensors={state_dict['whole_tensors']}"
-            )
+        from .agreement import agree_to_load
+
         self.settle()
+        self._wake()
         self._sharded.reducer.assemble()
-        held = {u.name: u for u in self._sharded.units if u.index in self.slots}
-        saved = state_dict["masters"]
-        mismatch = sorted(set(held) ^ set(saved)) or [
-            name
-            for name, unit in held.items()
-            if unit.master is None or unit.master.shape != saved[name].shape
-        ]
-        if mismatch:
-            raise ZeroConfigError(
-                f"load_state_dict: the shards of {', '.join(map(repr, mismatch[:4]))} differ in presence or size from "
-                "those of this model; it was saved at another world size or stage: use sharded_state for that"
-            )
+        agree_to_load(self._sharded.everyone, state_dict, self._layout())
+        saved, masters = state_dict["layout"], state_dict["masters"]
+        if isinstance(self._stepper, WholeStepper):
+            self._stepper.deal_as(saved["owners"])
+            fill_groups(self._members)
         self.take_edits()  # what was written before belongs to what is loaded, and must not be taken for newer
         groups = self.inner.param_groups
-        self.inner.load_state_dict(copy.deepcopy(state_dict["inner"]))  # torch would share its tensors
+        inner = renumber(state_dict["inner"], saved, self._layout())
+        self.inner.load_state_dict(copy.deepcopy(inner))  # torch would share its tensors
         # Torch puts new group dictionaries in the place of those that schedulers and this object hold.
         for group, loaded in zip(groups, self.inner.param_groups, strict=True):
             group.update(loaded)
@@ -312,14 +328,31 @@ class ShardedOptimizer(Optimizer):
         if self.scaler is not None and state_dict["scaler"] is not None:
             self.scaler.load_state_dict(state_dict["scaler"])
         self._num_steps = state_dict["num_steps"]
+        for slot, master in self._masters():
+            if slot.name in masters:  # it may have been frozen then
+                master.copy_(masters[slot.name])
         # Every rank publishes every unit, one that has no part of it too: the gather is collective.
         for unit in [unit for unit in self._sharded.units if unit.index in self._claimed]:
-            if unit.name in held:
-                assert unit.master is not None
-                unit.settle()
-                unit.master.copy_(saved[unit.name])
             self._publisher.publish(unit, cast=True)
         self._publisher.finish()
+
+    def _layout(self) -> Layout:
+        """What `state_dict` says of this optimizer."""
+        state, stepper = self._sharded, self._stepper
+        owners = stepper.owners() if isinstance(stepper, WholeStepper) else None
+        parts = [slot for slots in self.slots.values() for slot in slots]
+        return describe(
+            self.param_groups, self._members, self._dormant, parts, state.wire.group, state.stage, owners
+        )
+
+    def _masters(self) -> Iterator[tuple[ShardSlot, torch.Tensor]]:
+        """This rank's slots with their masters, settled."""
+        for index, slots in self.slots.items():
+            unit = self._sharded.units[index]
+            unit.settle()
+            for slot in slots:
+                assert unit.master is not None
+                yield slot, unit.master[slot.place.start : slot.place.stop]
 
     def room_for_state(self, slot: ShardSlot, key: str) -> torch.Tensor | None:
         """Where state that a load brings and that no step has made yet is to lie; None: where the parameter does.
@@ -412,22 +445,3 @@ class ShardedOptimizer(Optimizer):
 
     def _unscale(self) -> float:
         return 1.0 if self.scaler is None else 1.0 / self.scaler.value
-
-
-def clip_grad_norm(optimizer: ShardedOptimizer, max_norm: float) -> torch.Tensor:
-    """Clip the gradients of the next step by their global norm over all shards; every rank calls it.
-
-    Costs one read of this rank's gradients and one all-reduce of two numbers; the scaling itself rides on the step.
-
-    Returns:
-        float32 scalar tensor: the norm before clipping, equal on all ranks.
-
-    Raises:
-        ZeroConfigError: `max_norm` is not positive.
-    """
-    return optimizer.clip_grad_norm(max_norm)
-
-
-def grad_norm(optimizer: ShardedOptimizer) -> torch.Tensor:
-    """The global norm that `clip_grad_norm` would report, without clipping; every rank calls it."""
-    return optimizer.grad_norm()

@@ -13,24 +13,24 @@ from functools import cached_property
 from .layout import LocalSlot, UnitLayout
 
 
-def assign_owners(sizes: Sequence[int], world_size: int) -> list[int]:
+def assign_owners(sizes: Sequence[int], loads: Sequence[int]) -> list[int]:
     """Give each parameter to one rank: the largest first, each to the rank that has least so far.
 
     The same on every rank, since nothing but the arguments decides; ties go to the first parameter and the first rank.
 
     Args:
         sizes: bytes of each parameter.
-        world_size: number of ranks.
+        loads: bytes of what each rank owns already.
 
     Returns:
-        the owner of each parameter. No rank has more than an equal share and one parameter.
+        the owner of each parameter. From loads of zero, no rank has more than an equal share and one parameter.
 
     Source: Graham, Bounds on multiprocessing timing anomalies (1969), the LPT rule.
     """
-    owners, loads = [0] * len(sizes), [0] * world_size
+    owners, sums = [0] * len(sizes), list(loads)
     for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
-        owners[index] = min(range(world_size), key=loads.__getitem__)
-        loads[owners[index]] += sizes[index]
+        owners[index] = min(range(len(sums)), key=sums.__getitem__)
+        sums[owners[index]] += sizes[index]
     return owners
 
 

@@ -14,28 +14,15 @@ from typing import Any, Protocol, TypeAlias
 import accel_kernels as ak
 import torch
 from torch import nn
-from torch.optim import LBFGS, SGD, Adafactor, Adagrad, Adam, AdamW, Optimizer, SparseAdam
+from torch.optim import SGD, Adafactor, Adagrad, Adam, AdamW, Optimizer
 
-from .errors import ZeroConfigError, ZeroStateError
+from .errors import ZeroStateError
 from .flat_unit import FlatUnit
 from .hooks import Lane
 from .layout import ALIGN_ELEMENTS, LocalSlot
 
 PER_TENSOR = (Adafactor, *filter(None, [getattr(torch.optim, "Muon", None)]))
 """The optimizers of torch whose update of one element looks at others of the same parameter."""
-
-
-def check_elementwise(inner: Optimizer) -> None:
-    """Refuse the optimizers of torch whose update of one element looks at others, where a rank steps slices.
-
-    Raises:
-        ZeroConfigError: `inner` is one of them. What an optimizer from elsewhere does cannot be known.
-    """
-    if isinstance(inner, (*PER_TENSOR, LBFGS, SparseAdam)):
-        raise ZeroConfigError(
-            f"{type(inner).__name__} updates whole tensors, and a rank steps flat slices of them: it would compute "
-            "something else without a word; use an elementwise optimizer such as AdamW"
-        )
 
 
 @dataclass(frozen=True)
@@ -97,6 +84,36 @@ class ShardOptimizer(Protocol):
 
     def step(self, work: Sequence[UnitStep], scale: torch.Tensor | float) -> Iterator[UnitStep]:
         """Update every unit's master with `grad * scale`; yields each unit when its master is final."""
+
+
+class StepGuard:
+    """Has `step` of a wrapped optimizer raise where it is called by hand: it would see no gradients, and do nothing.
+
+    It is a hook of that optimizer, and so stays whatever LR schedulers make of its `step`, before or after. Inside a
+    `with` block it lets steps pass.
+    """
+
+    def __init__(self, inner: Optimizer) -> None:
+        self._is_open = False
+        inner.register_step_pre_hook(self)
+
+    def __call__(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Look at a step that is about to begin.
+
+        Raises:
+            ZeroStateError: it was called by hand.
+        """
+        if not self._is_open:
+            raise ZeroStateError(
+                f"step() of the {type(optimizer).__name__} that a ShardedOptimizer has taken over: no gradients come "
+                "to it; call step() and zero_grad() of the ShardedOptimizer instead"
+            )
+
+    def __enter__(self) -> None:
+        self._is_open = True
+
+    def __exit__(self, *error: object) -> None:
+        self._is_open = False
 
 
 class TorchStepper:
@@ -229,9 +246,8 @@ def asked_for(inner: Optimizer) -> Options:
 def has_kernel(inner: Optimizer) -> bool:
     """Whether a kernel does what `inner` does to fp32 masters, with the options of its groups."""
     options = asked_for(inner)
-    hooked = (
-        inner._optimizer_step_pre_hooks or inner._optimizer_step_post_hooks
-    )  # only its own step calls those
+    hooks = [*inner._optimizer_step_pre_hooks.values(), *inner._optimizer_step_post_hooks.values()]
+    hooked = not all(isinstance(hook, StepGuard) for hook in hooks)  # only its own step calls others
     return (
         type(inner) in RULES
         and not hooked

@@ -12,14 +12,14 @@ owner's whole master lives for the step alone. Between steps it has its shape an
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from .claims import Claim
+from .claims import Member
 from .collectives import Pending, Wire
 from .flat_unit import FlatUnit
 from .layout import LocalSlot, Slot
@@ -61,8 +61,7 @@ class WholeStepper:
     Where every rank holds all (stage 0), each steps all, on views of the unit's own master; nothing travels.
 
     Args:
-        inner: the torch optimizer; its groups get the parameters that this rank owns.
-        claims: all parameters that it steps, the same list on every rank.
+        inner: the torch optimizer.
         wire: the ranks.
         overlap: have the next unit's exchange under way while one is waited for.
 
@@ -72,7 +71,7 @@ class WholeStepper:
 
     casts = False
 
-    def __init__(self, inner: Optimizer, claims: Sequence[Claim], wire: Wire, *, overlap: bool) -> None:
+    def __init__(self, inner: Optimizer, wire: Wire, *, overlap: bool) -> None:
         self.inner = inner
         self.wire = wire
         self.overlap = overlap
@@ -80,32 +79,60 @@ class WholeStepper:
         self._rank = wire.group.rank()
         self._masters: dict[tuple[int, int], nn.Parameter] = {}
         self._routes: dict[int, Routes] = {}
-        self.add(claims)
+        self._dealt: list[tuple[Member, int]] = []  # with the owners
 
-    def add(self, claims: Sequence[Claim]) -> None:
-        """Deal out parameters, beside those that were dealt out before; the same list on every rank."""
-        claims = [claim for claim in claims if claim.slot.numel]
-        sizes = [claim.nbytes for claim in claims]
-        owners = {unit: dict(routes.owners) for unit, routes in self._routes.items()}
-        layouts = {claim.unit.index: claim.unit.layout for claim in claims}
-        for claim, owner in zip(claims, assign_owners(sizes, self.wire.group.size()), strict=True):
-            owners.setdefault(claim.unit.index, {})[claim.index] = owner
-            if owner == self._rank or _is_whole(claim.unit):
-                self._own(claim)
-        self._routes |= {unit: Routes(layout, owners[unit]) for unit, layout in layouts.items()}
+    def add(self, members: Sequence[Member], owners: Mapping[str, int] | None = None) -> None:
+        """Deal out parameters, beside those that were dealt out before; the same list on every rank.
 
-    def _own(self, claim: Claim) -> None:
-        flat, slot = claim.unit.master, claim.slot
+        Args:
+            members: the parameters; those that this rank is to step get a master.
+            owners: of those of which they are known, by name.
+        """
+        known = owners or {}
+        loads = [0] * self.wire.group.size()
+        dealt = [(member, known[member.name]) for member in members if member.name in known]
+        for member, owner in self._dealt + dealt:
+            loads[owner] += member.nbytes
+        rest = [member for member in members if member.slot.numel and member.name not in known]
+        dealt += zip(rest, assign_owners([member.nbytes for member in rest], loads), strict=True)
+        for member, owner in dealt:
+            if owner == self._rank or _is_whole(member.unit):
+                self._own(member)
+            member.state = None
+        self._dealt += dealt
+        found: dict[int, dict[int, int]] = {}
+        for member, owner in self._dealt:
+            found.setdefault(member.unit.index, {})[member.index] = owner
+        layouts = {member.unit.index: member.unit.layout for member, _ in self._dealt}
+        self._routes = {unit: Routes(layout, found[unit]) for unit, layout in layouts.items()}
+
+    def deal_as(self, owners: Mapping[str, int]) -> None:
+        """Deal out all parameters anew, as in a state that is about to be loaded; the state that there is goes."""
+        members = [member for member, _ in self._dealt]
+        for member in members:
+            member.master = None
+        for master in self._masters.values():
+            self.inner.state.pop(master, None)
+        self._dealt.clear()
+        self._masters.clear()
+        self.owned.clear()  # others hold the list
+        self.add(members, owners)
+
+    def owners(self) -> dict[str, int]:
+        """The rank that steps each parameter, by name."""
+        return {member.name: owner for member, owner in self._dealt}
+
+    def _own(self, member: Member) -> None:
+        flat, slot = member.unit.master, member.slot
         assert flat is not None
-        view = (
-            flat[slot.offset : slot.stop].view(slot.shape) if _is_whole(claim.unit) else _absent(flat, slot)
+        is_whole = _is_whole(member.unit)
+        member.master = nn.Parameter(
+            flat[slot.offset : slot.stop].view(slot.shape) if is_whole else _absent(flat, slot)
         )
-        master = nn.Parameter(view)
-        claim.group["params"].append(master)
-        self._masters[claim.unit.index, claim.index] = master
-        self.owned.append(WholeParameter(slot, master))
-        if claim.state:
-            self.inner.state[master] = claim.state_like(flat)
+        self._masters[member.unit.index, member.index] = member.master
+        self.owned.append(WholeParameter(slot, member.master))
+        if member.state:
+            self.inner.state[member.master] = member.state_like(flat)
 
     def step(self, work: Sequence[UnitStep], scale: torch.Tensor | float) -> Iterator[UnitStep]:
         """See `ShardOptimizer.step`; the owner holds whole gradients and masters meanwhile."""

@@ -254,7 +254,11 @@ class OffloadedOptimizer(ShardedOptimizer):
         """
         found = super().state_dict()
         if self._zenflow is not None:
-            found["values"] = {unit.name: unit.values().clone() for unit in self._ahead()}
+            found["values"] = {
+                slot.name: unit.values()[slot.place.start : slot.place.stop].clone()
+                for unit in self._ahead()
+                for slot in self.slots.get(unit.index, [])
+            }
         return found
 
     @torch.no_grad()
@@ -264,10 +268,11 @@ class OffloadedOptimizer(ShardedOptimizer):
             super().load_state_dict(state_dict)
         values = state_dict.get("values", {})
         for unit in self._ahead():
-            if unit.name in values:
-                unit.settle()
-                assert unit.shard is not None
-                unit.shard.copy_(values[unit.name])
+            unit.settle()
+            for slot in self.slots.get(unit.index, []):
+                if slot.name in values:
+                    assert unit.shard is not None
+                    unit.shard[slot.place.start : slot.place.stop].copy_(values[slot.name])
             self._publisher.publish(unit, cast=False)
         self._publisher.finish()
 

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from zero_core import LossScaler, Shard, ShardedOptimizer, UnitStep, sharded
+from zero_core.claims import Member
 
 from ..errors import CompressConfigError, CompressStateError
 from ..traffic import Entry
@@ -122,8 +123,8 @@ class ZeroCompressedOptimizer(ShardedOptimizer):
             widest = max((lane.shard.dtype for lane in self._lanes), key=lambda dtype: dtype.itemsize)
             optimizer.compression = replace(optimizer.compression, reduce_dtype=widest)
 
-    def _take_over(self, params: list[tuple[nn.Parameter, dict[str, Any]]]) -> None:
-        super()._take_over(params)
+    def _take_over(self, members: list[Member]) -> None:
+        super()._take_over(members)
         taken = [slot for slots in self.slots.values() for slot in slots]
         self.inner.call_parameters({id(slot.master): (slot.name, slot.place.slot.shape) for slot in taken})
 

@@ -4,6 +4,11 @@ In: module hooks (a unit's module is entered or left, its backward begins) and t
 gradients are complete. Out: uses and releases; `turns` gathers what is used, in one order on all ranks. A unit may be
 freed when nothing needs it: `_forwards` counts forwards under way, `_in_backward` holds those whose backward has begun
 and is not over, `_pins` counts the `hold` blocks around it.
+
+Note [After the last gradient]
+A unit's values may be needed when all its gradients have come: what was computed from a detached weight needs them, and
+gives none. The backward of a call is over when that of an earlier one begins, or with the pass. Gradients only tell
+that no other call of the unit is to be waited for, such as one of a graph that nobody goes back through.
 """
 
 from __future__ import annotations
@@ -74,6 +79,7 @@ class Gatherer:
         self._pins: Counter[int] = Counter()
         self._forwards: Counter[int] = Counter()
         self._in_backward: set[int] = set()
+        self._complete: set[int] = set()
         self._calls: WeakSet[_Call] = WeakSet()
         self._num_calls = 0
         self._entries: list[tuple[nn.Module, int]] = []
@@ -100,6 +106,7 @@ class Gatherer:
             self._entries.clear()  # whatever interrupted an earlier forward
         if _inside_backward():
             self._begin_backward(units)
+            self._release_complete()  # a reentrant checkpoint's graph is gone when the next one recomputes
         elif not self._entries:
             self._begin_forward(units)
         self._num_calls += 1
@@ -184,14 +191,22 @@ class Gatherer:
                 self.reducer.close(unit)
                 self._in_backward.discard(unit.index)
                 self._release_if_idle(unit)
+        self._release_complete()
+
+    def _release_complete(self) -> None:
+        """Free units that have all their gradients and are in no backward; see Note [After the last gradient]."""
+        begun = {unit.index for call in self._calls if call.begun and not call.over for unit in call.units}
+        for index in (self._in_backward & self._complete) - begun:
+            self._in_backward.discard(index)
+            self._release_if_idle(self.units[index])
 
     def _after_backward(self, unit: FlatUnit | None) -> None:
-        if unit is not None:  # every trainable weight has its gradient, so every use of the unit is behind us
-            self._in_backward.discard(unit.index)
-            self._release_if_idle(unit)
+        if unit is not None:
+            self._complete.add(unit.index)
             return
         self.turns.kind = Kind.REST
         self._in_backward.clear()
+        self._complete.clear()
         self._not_understood.clear()
         for call in self._calls:  # those whose graph is retained may come again
             call.begun = call.over = False

@@ -1,0 +1,122 @@
+"""Stage 3: a unit is whole as long as something in a forward or a backward needs it, and no longer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import zero_core as zero
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from zero_core.params import Residency
+from zero_core.testing import run_ranks
+from zero_core_models import dp_mesh, plain_copy, relative_error, seeded
+
+WIDTH = 64
+
+
+def same_steps(model: nn.Module, plain: nn.Module, num_steps: int = 2) -> float:
+    """Train both on the same inputs, which need gradients; the error of parameters and of the inputs' gradients."""
+    opt = zero.ShardedOptimizer(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    inner = torch.optim.SGD(plain.parameters(), lr=0.1)
+    error = 0.0
+    for step in range(num_steps):
+        torch.manual_seed(step)
+        x = torch.randn(3, WIDTH)
+        grads = []
+        for each, optimizer in ((model, opt), (plain, inner)):
+            leaf = x.clone().requires_grad_()
+            each(leaf).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            assert leaf.grad is not None
+            grads.append({"x": leaf.grad})
+        error = max(error, relative_error(*grads))
+    return max(error, relative_error(zero.full_state_dict(model), plain.state_dict()))
+
+
+class _NoWeightGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(weight)
+        return x @ weight.t()
+
+    @staticmethod
+    def backward(ctx, grad):
+        (weight,) = ctx.saved_tensors
+        return grad @ weight, None
+
+
+class Detached(nn.Module):
+    """The weight's last gradient comes before the last use of its values."""
+
+    def __init__(self, function: bool, recompute: str | None) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(WIDTH, WIDTH) / 8)
+        self.function, self.recompute = function, recompute
+
+    def compute(self, x: torch.Tensor) -> torch.Tensor:
+        first = _NoWeightGradient.apply(x, self.w) if self.function else x @ self.w.detach().t()
+        return torch.tanh(first) @ self.w.t()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.recompute is None:
+            return self.compute(x)
+        return checkpoint(self.compute, x, use_reentrant=self.recompute == "reentrant")
+
+
+def detached(rank: int, function: bool, recompute: str | None) -> float:
+    start = seeded(lambda: nn.Sequential(Detached(function, recompute), Detached(function, recompute)))
+    plain = plain_copy(start)
+    return same_steps(zero.shard(start, dp_mesh(2), stage=3), plain)
+
+
+@pytest.mark.parametrize("recompute", [None, "reentrant", "not reentrant"])
+@pytest.mark.parametrize("function", [False, True])
+def test_values_are_there_after_the_last_gradient(function: bool, recompute: str | None) -> None:
+    assert max(run_ranks(detached, 2, function, recompute)) <= 2e-6
+
+
+class Watched(nn.Module):
+    """Blocks under checkpoints or not; tells how many units are whole when a block's input has its gradient."""
+
+    def __init__(self, recompute: str | None) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(6))
+        self.recompute = recompute
+
+    def forward(self, x: torch.Tensor, look=None) -> torch.Tensor:
+        for block in self.blocks:
+            if self.recompute is None:
+                x = torch.tanh(block(x))
+            else:
+                x = torch.tanh(checkpoint(block, x, use_reentrant=self.recompute == "reentrant"))
+            if look is not None:
+                x.register_hook(look)
+        return x
+
+
+def num_whole(rank: int, recompute: str | None, kept: bool) -> int:
+    """The most units whole at once in a backward; `kept`: graphs of other forwards are alive."""
+    model = zero.shard(seeded(lambda: Watched(recompute)), dp_mesh(2), stage=3)
+    units = zero.sharded(model).units
+    seen: list[int] = []
+    graphs = []
+
+    def look(_: torch.Tensor) -> None:
+        seen.append(sum(unit.residency is not Residency.SHARDED for unit in units))
+
+    for _ in range(3):
+        if kept:
+            graphs.append(model(torch.randn(3, WIDTH, requires_grad=True)).sum())
+        loss = model(torch.randn(3, WIDTH, requires_grad=True), look).sum()
+        if kept:
+            graphs += [loss, model(torch.randn(3, WIDTH, requires_grad=True)).sum()]
+        loss.backward()
+    assert len(seen) == 18
+    return max(seen)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("recompute", [None, "reentrant", "not reentrant"])
+def test_few_units_are_whole_at_once_in_backward(recompute: str | None, kept: bool) -> None:
+    assert max(run_ranks(num_whole, 2, recompute, kept)) <= 3

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import cached_property
 
 import torch
+from torch import nn
 
 from .errors import ZeroStateError
 from .layout import LocalSlot, UnitLayout, plan_layout
@@ -77,6 +78,7 @@ class FlatUnit:
         self.sparse = spec.sparse
         self.anchors = spec.anchors
         self.params = [param for _, param in spec.params]
+        self._holders = spec.holders
         self.classes = [type(param) for param in self.params]
         shapes = [tuple(param.shape) for param in self.params]
         self.layout: UnitLayout = plan_layout(
@@ -268,16 +270,27 @@ class FlatUnit:
         self._versions = [param._version for param in self.params]
 
     def check_attached(self) -> None:
-        """Below stage 3: raise where a parameter no longer lies in the flat buffer."""
-        if self.is_arriving:  # whoever waits looks then
+        """Raise where a module holds another parameter now, or (below stage 3) one does not lie in the flat buffer."""
+        for slot, param, holders in zip(self.layout.slots, self.params, self._holders, strict=True):
+            for module, name in holders:
+                held = module._parameters.get(name)
+                # One that was moved (parametrizations) is still in use, and functional_call puts other tensors there.
+                if held is not param and isinstance(held, nn.Parameter):
+                    raise ZeroStateError(
+                        f"parameter '{slot.name}' was replaced by another one after shard() (such as by "
+                        "load_state_dict(assign=True), module.weight = nn.Parameter(...) or tying), which no gradient "
+                        "is reduced of and no step would reach; do that before shard(), or give it values with "
+                        "zero_core.load_full_state_dict or set_full"
+                    )
+        if self.stage == 3 or self.is_arriving:  # whoever waits for what is arriving looks then
             return
         start, size = self.full.data_ptr(), self.dtype.itemsize
         for slot, param in zip(self.layout.slots, self.params, strict=True):
             if slot.numel and param.data_ptr() != start + slot.offset * size:
                 raise ZeroStateError(
                     f"parameter '{slot.name}' no longer lies in its unit's buffer: something has replaced its data "
-                    "(such as model.to(), .half(), .double() or load_state_dict(assign=True)) and no step would reach "
-                    "it; do that before shard(), or use zero_core.load_full_state_dict"
+                    "(such as model.to(), .half() or .double()) and no step would reach it; do that before shard(), or "
+                    "use zero_core.load_full_state_dict"
                 )
 
     @property

@@ -7,7 +7,7 @@ import torch
 import zero_core as zero
 from torch import nn
 from zero_core.testing import run_ranks
-from zero_core_models import dp_mesh, seeded
+from zero_core_models import dp_mesh, plain_copy, relative_error, seeded
 
 STAGES = [0, 1, 2, 3]
 
@@ -35,3 +35,62 @@ def replaced_parameters(rank: int, world_size: int, stage: int) -> None:
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_parameter_that_was_replaced_is_named(stage: int) -> None:
     run_ranks(replaced_parameters, 2, 2, stage)
+
+
+class Clamped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(16, 16))
+        self.inner = nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            self.w.clamp_(-0.5, 0.5)
+        return x + torch.tanh(self.inner(x @ self.w))
+
+
+class Writes(nn.Module):
+    """Writes its parameters as it computes: rows of an embedding that are too long, and a weight in each block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(50, 16, max_norm=1.0)
+        self.blocks = nn.ModuleList(Clamped() for _ in range(3))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def written_in_forward(rank: int, world_size: int, stage: int, evaluate: bool) -> tuple[float, float]:
+    """The error in training with masters of another dtype, and the largest weight after it, on the same batches."""
+    start = seeded(Writes)
+    plain = plain_copy(start)
+    precision = zero.Precision(param=torch.float32, compute=torch.float32, master=torch.float64)
+    model = zero.shard(start, dp_mesh(world_size), stage=stage, precision=precision)
+    opt = zero.ShardedOptimizer(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    inner = torch.optim.SGD(plain.parameters(), lr=0.1)
+    for step in range(3):
+        ids = torch.randint(0, 50, (4, 3), generator=torch.Generator().manual_seed(step))
+        for each, optimizer in ((model, opt), (plain, inner)):
+            if evaluate:
+                with torch.inference_mode():
+                    each(ids)
+            each(ids).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    with torch.no_grad():  # written after the last step, and in no master yet
+        model(ids)
+        plain(ids)
+    largest = zero.get_full(model, "blocks.1.w", optimizer=opt, what="master").abs().max()
+    return relative_error(zero.full_state_dict(model), plain.state_dict()), float(largest)
+
+
+@pytest.mark.parametrize("evaluate", [False, True])
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_a_forward_writes_to_parameters_lasts(stage: int, evaluate: bool) -> None:
+    for error, largest in run_ranks(written_in_forward, 2, 2, stage, evaluate):
+        assert error <= 2e-6
+        assert largest <= 0.5

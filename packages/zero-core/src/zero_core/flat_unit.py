@@ -177,7 +177,7 @@ class FlatUnit:
     def ensure_master(self, dtype: torch.dtype) -> torch.Tensor:
         """The values that the optimizer updates, in `dtype`; the shard itself where it has that dtype."""
         if self.master is None:
-            if self.approximate:
+            if self.approximate or self.stage == 3:
                 self.take_edits()
             if self.shard is None:  # it was frozen
                 assert self.resting is not None
@@ -200,8 +200,12 @@ class FlatUnit:
     def values(self) -> torch.Tensor:
         """This rank's part in the parameters' dtype, [local numel]: the shard, or a copy of what the master says."""
         self.settle()
-        if self.approximate:
+        if self.approximate or self.stage == 3:
             self.take_edits()
+        return self._rested()
+
+    def _rested(self) -> torch.Tensor:
+        """See `values`; without what was written to the parameters since."""
         if self.shard is not None:
             return self.shard
         if self.resting is not None:
@@ -247,19 +251,21 @@ class FlatUnit:
             self.resting.store.put(self.resting.name, kept).wait()
 
     def take_edits(self) -> None:
-        """Below stage 3: what plain torch code wrote to the parameters since the last step goes into the master.
+        """What plain torch code wrote to the parameters since the last step, or gather, goes into shard and master.
 
-        A parameter's version counter is its own, not the buffer's: gathers and steps leave it alone.
+        A parameter's version counter is its own, not the buffer's: gathers and steps leave it alone. At stage 3 only
+        what is whole can have been written.
         """
+        if self.residency is not Residency.GATHERED:
+            return
         versions = [param._version for param in self.params]
-        if self.stage == 3 or self._versions == versions:
+        if self._versions == versions:
             return
         if not self.approximate:
-            self.set_values(self.values(), keep_unchanged=True)
+            self.set_values(self.own_slice() if self.stage == 3 else self.values(), keep_unchanged=True)
             return
         # Where `full` is approximate, nothing tells which elements were written: all of a parameter that was counts.
-        assert self.shard is not None
-        values, own = self.shard.clone(), self.own_slice()
+        values, own = self._rested().clone(), self.own_slice()
         for part in self.local_slots:
             if self._versions[part.index] != versions[part.index]:
                 values[part.start : part.stop].copy_(own[part.start : part.stop])
@@ -320,6 +326,7 @@ class FlatUnit:
         elif then is Residency.GATHERED:
             for param, cls in zip(self.params, self.classes, strict=True):
                 param.__class__ = cls
+            self.forget_edits()
         else:
             for param in self.params:
                 param.__class__ = released

@@ -121,7 +121,8 @@ class Turns:
             unit.enter(Residency.GATHERED, self.released)
 
     def free(self, unit: FlatUnit) -> None:
-        """Let the unit rest as shards."""
+        """Let the unit rest as shards, which take over what was written to its parameters."""
+        unit.take_edits()
         unit.enter(Residency.SHARDED, self.released)
 
     @contextmanager
@@ -199,6 +200,7 @@ class Turns:
 
     def _hand_out(self, unit: FlatUnit) -> None:
         """Take part in the gather of a unit that is whole here."""
+        unit.take_edits()
         self._gather(unit, torch.empty_like(unit.full)).wait()
 
     def _part(self, words: list[Word], parted: tuple[tuple[int, ...], tuple[int, ...]]) -> NoReturn:

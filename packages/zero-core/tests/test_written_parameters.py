@@ -94,3 +94,44 @@ def test_what_a_forward_writes_to_parameters_lasts(stage: int, evaluate: bool) -
     for error, largest in run_ranks(written_in_forward, 2, 2, stage, evaluate):
         assert error <= 2e-6
         assert largest <= 0.5
+
+
+class TwoParts(nn.Module):
+    """Two networks in one unit, with an optimizer each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+        self.second = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x))
+
+
+def stepped_before_backward(rank: int, world_size: int, stage: int, late: bool) -> None:
+    overlap = zero.Overlap(publish_late=True) if late else None
+    model = zero.shard(seeded(TwoParts), dp_mesh(world_size), stage=stage, overlap=overlap)
+    first, second = (
+        zero.ShardedOptimizer(model, torch.optim.SGD(part.parameters(), lr=0.1))
+        for part in (model.first, model.second)
+    )
+    x = torch.randn(4, 8, requires_grad=True)
+    model(x).sum().backward()
+    y = model.first(x).sum()
+    second.step()
+    y.backward()  # through nothing that has moved
+    z = model(x).sum()
+    first.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        z.backward()
+    for opt in (first, second):
+        opt.zero_grad()
+    model(x).sum().backward()  # and it can be used again
+    with zero.materialized(model):
+        first.step()  # a step is no write
+    second.step()
+
+
+@pytest.mark.parametrize(("stage", "late"), [(0, False), (1, False), (1, True), (2, False), (3, False)])
+def test_a_step_between_forward_and_backward_is_noticed_as_in_torch(stage: int, late: bool) -> None:
+    run_ranks(stepped_before_backward, 2, 2, stage, late)

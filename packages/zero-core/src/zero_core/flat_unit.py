@@ -8,7 +8,7 @@ between the buffers held here: `gather` fills `full`, `buckets` fills `grad_full
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 
 import torch
@@ -100,7 +100,8 @@ class FlatUnit:
         self.num_exact_uses = 0
         self.num_edits = 0
         self.version = 0
-        self._versions: list[int] = []
+        self._num_outdated = [0] * len(self.params)
+        self._known_writes: list[int] = []
 
     @property
     def full(self) -> torch.Tensor:
@@ -253,13 +254,12 @@ class FlatUnit:
     def take_edits(self) -> None:
         """What plain torch code wrote to the parameters since the last step, or gather, goes into shard and master.
 
-        A parameter's version counter is its own, not the buffer's: gathers and steps leave it alone. At stage 3 only
-        what is whole can have been written.
+        At stage 3 only what is whole can have been written.
         """
         if self.residency is not Residency.GATHERED:
             return
-        versions = [param._version for param in self.params]
-        if self._versions == versions:
+        writes = self.writes()
+        if self._known_writes == writes:
             return
         if not self.approximate:
             self.set_values(self.own_slice() if self.stage == 3 else self.values(), keep_unchanged=True)
@@ -267,13 +267,27 @@ class FlatUnit:
         # Where `full` is approximate, nothing tells which elements were written: all of a parameter that was counts.
         values, own = self._rested().clone(), self.own_slice()
         for part in self.local_slots:
-            if self._versions[part.index] != versions[part.index]:
+            if self._known_writes[part.index] != writes[part.index]:
                 values[part.start : part.stop].copy_(own[part.start : part.stop])
         self.set_values(values, keep_unchanged=True)
 
     def forget_edits(self) -> None:
         """What plain torch code wrote to the parameters so far has been overwritten."""
-        self._versions = [param._version for param in self.params]
+        self._known_writes = self.writes()
+
+    def writes(self) -> list[int]:
+        """How often each parameter was written in place, by others than the optimizer.
+
+        A parameter's version counter is its own, not the buffer's: gathers leave it alone.
+        """
+        return [param._version - own for param, own in zip(self.params, self._num_outdated, strict=True)]
+
+    def outdate(self, moving: Iterable[int]) -> None:
+        """A step gives these slots new values: autograd refuses to go back through what used the old ones."""
+        moving = list(moving)
+        torch.autograd.graph.increment_version([self.params[index] for index in moving])
+        for index in moving:
+            self._num_outdated[index] += 1
 
     def check_attached(self) -> None:
         """Raise where a module holds another parameter now, or (below stage 3) one does not lie in the flat buffer."""

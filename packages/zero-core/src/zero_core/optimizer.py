@@ -180,7 +180,7 @@ class ShardedOptimizer(Optimizer):
                     lane.unit.take_edits()
                 work = [self._unit_step(lane, used) for lane in self._lanes if lane.shard.value is not None]
                 for item in self._stepper.step(work, self._factor()):
-                    self._publisher.publish(item.unit, cast=not self._stepper.casts)
+                    self._publisher.publish(item.unit, cast=not self._stepper.casts, moving=item.moving)
             self._publisher.finish()
             self._norm = self._max_norm = None
             if self.scaler is not None:

@@ -120,3 +120,59 @@ def num_whole(rank: int, recompute: str | None, kept: bool) -> int:
 @pytest.mark.parametrize("recompute", [None, "reentrant", "not reentrant"])
 def test_few_units_are_whole_at_once_in_backward(recompute: str | None, kept: bool) -> None:
     assert max(run_ranks(num_whole, 2, recompute, kept)) <= 3
+
+
+class Keeps(nn.Module):
+    """Keeps a loss as an attribute: of the first call only, or of every one."""
+
+    def __init__(self, once: bool) -> None:
+        super().__init__()
+        self.inner = nn.Linear(WIDTH, WIDTH)
+        self.once = once
+        self.aux: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.aux is None or not self.once:
+            self.aux = self.inner(x).square().mean()
+        return torch.tanh(self.inner(x))
+
+
+class KeepsInside(nn.Module):
+    """A unit around another: what the inner one keeps leads back through both."""
+
+    def __init__(self, once: bool) -> None:
+        super().__init__()
+        self.before, self.inner = nn.Linear(WIDTH, WIDTH), Keeps(once)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(torch.tanh(self.before(x)))
+
+
+def kept_tensors(rank: int, once: bool) -> tuple[int, float]:
+    start = seeded(lambda: nn.Sequential(KeepsInside(once), KeepsInside(once)))
+    plain = plain_copy(start)
+    model = zero.shard(start, dp_mesh(2), stage=3, units=(KeepsInside, Keeps))
+    calls = zero.sharded(model).gatherer._calls
+    for step in range(5):
+        torch.manual_seed(step)
+        x = torch.randn(3, WIDTH)
+        model(x).sum().backward()
+        plain(x).sum().backward()
+        if step == 1:
+            num_calls = len(calls)
+    opt = zero.ShardedOptimizer(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    if not once:
+        for each in (model, plain):
+            each.zero_grad()
+            each(x)
+            sum(block.inner.aux for block in each).backward()
+    opt.step()
+    torch.optim.SGD(plain.parameters(), lr=0.1).step()
+    return len(calls) - num_calls, relative_error(zero.full_state_dict(model), plain.state_dict())
+
+
+@pytest.mark.parametrize("once", [False, True])
+def test_what_modules_keep_is_hooked_once(once: bool) -> None:
+    for growth, error in run_ranks(kept_tensors, 2, once):
+        assert growth <= 0
+        assert error <= 2e-6

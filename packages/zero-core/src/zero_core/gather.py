@@ -24,6 +24,7 @@ from weakref import WeakSet
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .collectives import Wire
 from .config import Overlap
@@ -80,6 +81,7 @@ class Gatherer:
         self._forwards: Counter[int] = Counter()
         self._in_backward: set[int] = set()
         self._complete: set[int] = set()
+        self._hooked: dict[nn.Module, WeakTensorKeyDictionary] = {}
         self._calls: WeakSet[_Call] = WeakSet()
         self._num_calls = 0
         self._entries: list[tuple[nn.Module, int]] = []
@@ -121,7 +123,7 @@ class Gatherer:
         call = _Call(units, self._leave(module), self._num_calls)
         needs_backward, understood = tensors_needing_grad(output)
         if torch.is_grad_enabled() and module is not self._model:
-            needs_backward += _kept_on(module)
+            needs_backward += self._kept_on(module)
         if torch.is_grad_enabled() and not understood:
             self._not_understood.append(
                 call
@@ -138,6 +140,18 @@ class Gatherer:
         for unit in units:
             if not self.turns.is_used_next(unit):
                 self._release_if_idle(unit)
+
+    def _kept_on(self, module: nn.Module) -> list[torch.Tensor]:
+        """New tensors with a graph that a module or its submodules keep as attributes, such as an auxiliary loss."""
+        hooked = self._hooked.setdefault(module, WeakTensorKeyDictionary())
+        values = (value for part in module.modules() for value in part.__dict__.values())
+        kept = [value for value in values if isinstance(value, torch.Tensor) and value.grad_fn is not None]
+        new = [
+            value for value in kept if hooked.get(value) != value._version
+        ]  # written in place: another graph
+        for value in new:
+            hooked[value] = value._version
+        return new
 
     def _leave(self, module: nn.Module) -> int:
         """The serial of the call that ends; hooks of others may have kept ours from seeing an entry or an exit."""
@@ -284,9 +298,3 @@ def _eager(hook: Callable[..., Any]) -> Callable[..., Any]:
 
 def _inside_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
-
-
-def _kept_on(module: nn.Module) -> list[torch.Tensor]:
-    """Tensors with a graph that a module or its submodules keep as attributes, such as an auxiliary loss."""
-    values = (value for part in module.modules() for value in part.__dict__.values())
-    return [value for value in values if isinstance(value, torch.Tensor) and value.grad_fn is not None]

@@ -57,7 +57,8 @@ _METADATA = {
         "size", "dim", "numel", "nelement", "element_size", "stride", "storage_offset", "is_contiguous",
         "is_floating_point", "is_complex", "is_signed", "get_device", "ndimension", "requires_grad_", "register_hook",
         "register_post_accumulate_grad_hook", "__hash__", "__len__", "untyped_storage", "is_shared", "is_inference",
-        "is_conj", "is_neg", "is_same_size", "has_names", "is_pinned",
+        "is_conj", "is_neg", "is_same_size", "has_names", "is_pinned", "new_empty", "new_empty_strided", "new_full",
+        "new_ones", "new_tensor", "new_zeros",
     )
     if hasattr(torch.Tensor, name)
 } | {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 import zero_core as zero
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -176,3 +177,57 @@ def test_what_modules_keep_is_hooked_once(once: bool) -> None:
     for growth, error in run_ranks(kept_tensors, 2, once):
         assert growth <= 0
         assert error <= 2e-6
+
+
+class UsesOthers(nn.Module):
+    """The root and a block compute with weights of units that are not theirs."""
+
+    def __init__(self, recompute: bool) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(200, WIDTH)
+        self.blocks = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.recompute = recompute
+
+    def tail(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(torch.tanh(x @ self.blocks[2].weight), self.wte.weight, self.wte.weight[:, 0])
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.wte(ids)
+        x = torch.tanh(
+            x @ (self.wte.weight.t() @ self.wte.weight) / 200
+        )  # right after the call that leaves it
+        for block in self.blocks:
+            x = torch.tanh(block(x))
+        return checkpoint(self.tail, x, use_reentrant=False) if self.recompute else self.tail(x)
+
+
+def used_by_others(rank: int, recompute: bool) -> tuple[list[str], float, int]:
+    start = seeded(lambda: UsesOthers(recompute))
+    plain = plain_copy(start)
+    model = zero.shard(start, dp_mesh(2), stage=3)
+    opt = zero.ShardedOptimizer(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    inner = torch.optim.SGD(plain.parameters(), lr=0.1)
+    units = zero.sharded(model).units
+    for step in range(4):
+        ids = torch.randint(0, 200, (4, 3), generator=torch.Generator().manual_seed(step))
+        for each, optimizer in ((model, opt), (plain, inner)):
+            loss = each(ids).square().mean()
+            if step % 2:
+                with torch.no_grad():
+                    each(ids)  # whoever stayed whole for the backward does not now
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        with pytest.raises(zero.ReleasedParameterError, match="belongs into a forward"):
+            F.linear(torch.ones(1, WIDTH), model.wte.weight)
+    num_whole = sum(unit.residency is not Residency.SHARDED for unit in units)
+    names = [unit.name for unit in units]
+    return names, relative_error(zero.full_state_dict(model), plain.state_dict()), num_whole
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_forward_may_compute_with_any_parameter(recompute: bool) -> None:
+    for names, error, num_whole in run_ranks(used_by_others, 2, recompute):
+        assert names == ["wte", "blocks.0", "blocks.1", "blocks.2"]
+        assert error <= 5e-6
+        assert num_whole == 0

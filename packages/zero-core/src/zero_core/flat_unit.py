@@ -338,14 +338,22 @@ class FlatUnit:
         if then is Residency.GATHERING:
             allocate_storage(self._full)
         elif then is Residency.GATHERED:
-            for param, cls in zip(self.params, self.classes, strict=True):
-                param.__class__ = cls
+            self.show()
             self.forget_edits()
         else:
-            for param in self.params:
-                param.__class__ = released
+            self.hide(released)
             free_storage(self._full)
         self.residency = then
+
+    def show(self) -> None:
+        """Have the parameters be ordinary ones."""
+        for param, cls in zip(self.params, self.classes, strict=True):
+            param.__class__ = cls
+
+    def hide(self, released: type[ReleasedParameter]) -> None:
+        """Have whoever touches a parameter ask first, whole or not."""
+        for param in self.params:
+            param.__class__ = released
 
     @cached_property
     def label(self) -> str:

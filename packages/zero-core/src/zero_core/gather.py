@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 from weakref import WeakSet
@@ -33,6 +33,15 @@ from .gather_plan import Kind
 from .hooks import Reducer, tensors_needing_grad
 from .params import ReleasedParameter, Residency
 from .turns import Turns
+
+
+@dataclass
+class _Entry:
+    """A forward under way: its number, and the units of others whose parameters it has touched."""
+
+    module: nn.Module
+    serial: int
+    touched: list[FlatUnit] = field(default_factory=list)
 
 
 @dataclass(eq=False)
@@ -84,7 +93,7 @@ class Gatherer:
         self._hooked: dict[nn.Module, WeakTensorKeyDictionary] = {}
         self._calls: WeakSet[_Call] = WeakSet()
         self._num_calls = 0
-        self._entries: list[tuple[nn.Module, int]] = []
+        self._entries: list[_Entry] = []
         self._not_understood: list[_Call] = []
         self._model = model
         self._removers: list[RemovableHandle] = []
@@ -100,6 +109,7 @@ class Gatherer:
             ]
         reducer.listeners.append(self._after_backward)
         reducer.assemble = self.assemble
+        released.gather_for_forward = staticmethod(_eager(self._touch))
 
     # -- forward ----------------------------------------------------------------------------------------------
 
@@ -112,7 +122,7 @@ class Gatherer:
         elif not self._entries:
             self._begin_forward(units)
         self._num_calls += 1
-        self._entries.append((module, self._num_calls))
+        self._entries.append(_Entry(module, self._num_calls))
         for unit in units:
             self.turns.use(unit)
             self._forwards[unit.index] += 1
@@ -120,7 +130,9 @@ class Gatherer:
     def _after_forward(
         self, units: list[FlatUnit], module: nn.Module, args: Any, kwargs: Any, output: Any
     ) -> None:
-        call = _Call(units, self._leave(module), self._num_calls)
+        serial, touched = self._leave(module)
+        units = [*units, *touched]
+        call = _Call(units, serial, self._num_calls)
         needs_backward, understood = tensors_needing_grad(output)
         if torch.is_grad_enabled() and module is not self._model:
             needs_backward += self._kept_on(module)
@@ -140,6 +152,10 @@ class Gatherer:
         for unit in units:
             if not self.turns.is_used_next(unit):
                 self._release_if_idle(unit)
+            elif unit.stage == 3 and self._is_idle(unit):
+                unit.hide(
+                    self.turns.released
+                )  # whole for its next call alone: whatever else touches it has to ask
 
     def _kept_on(self, module: nn.Module) -> list[torch.Tensor]:
         """New tensors with a graph that a module or its submodules keep as attributes, such as an auxiliary loss."""
@@ -153,14 +169,27 @@ class Gatherer:
             hooked[value] = value._version
         return new
 
-    def _leave(self, module: nn.Module) -> int:
-        """The serial of the call that ends; hooks of others may have kept ours from seeing an entry or an exit."""
-        depths = [depth for depth, (entered, _) in enumerate(self._entries) if entered is module]
+    def _leave(self, module: nn.Module) -> tuple[int, list[FlatUnit]]:
+        """The serial of the call that ends, and the units that it touched.
+
+        Hooks of others may have kept ours from seeing an entry or an exit.
+        """
+        depths = [depth for depth, entry in enumerate(self._entries) if entry.module is module]
         if not depths:
-            return self._num_calls
-        serial = self._entries[depths[-1]][1]
+            return self._num_calls, []
+        ended = self._entries[depths[-1] :]
         del self._entries[depths[-1] :]
-        return serial
+        return ended[0].serial, [unit for entry in ended for unit in entry.touched]
+
+    def _touch(self, param: nn.Parameter) -> bool:
+        """A forward computes with a parameter of a unit that is not its module's: it is this call's from now on."""
+        if not self._entries:
+            return False
+        unit = next(unit for unit in self.units if any(each is param for each in unit.params))
+        self._entries[-1].touched.append(unit)
+        self.turns.use(unit)
+        self._forwards[unit.index] += 1
+        return True
 
     def _begin_forward(self, units: list[FlatUnit]) -> None:
         """An outermost forward starts: whatever an exception or a dropped graph left behind is cleaned up."""
@@ -227,15 +256,15 @@ class Gatherer:
         for each in self.units:
             self._release_if_idle(each)
 
-    def _release_if_idle(self, unit: FlatUnit) -> None:
+    def _is_idle(self, unit: FlatUnit) -> bool:
         index = unit.index
-        if unit.stage < 3:
-            return
-        busy = self._pins[index] > 0 or self._forwards[index] > 0
-        held = any(unit in call.units for call in self._not_understood)
-        if busy or held or index in self._in_backward or unit.residency is not Residency.GATHERED:
-            return  # what is on its way was sent for by the plan, which will use it or pass it over
-        self.turns.free(unit)
+        busy = self._pins[index] > 0 or self._forwards[index] > 0 or index in self._in_backward
+        return not busy and not any(unit in call.units for call in self._not_understood)
+
+    def _release_if_idle(self, unit: FlatUnit) -> None:
+        # What is on its way was sent for by the plan, which will use it or pass it over.
+        if unit.stage == 3 and unit.residency is Residency.GATHERED and self._is_idle(unit):
+            self.turns.free(unit)
 
     # -- for others -------------------------------------------------------------------------------------------
 

@@ -114,11 +114,15 @@ class Turns:
         return unit.to_gather(into)
 
     def arrive(self, unit: FlatUnit) -> None:
-        """Wait until the unit is whole."""
+        """Wait until the unit is whole; its parameters may be touched then."""
         if unit.residency is Residency.GATHERING:
             with self._back_to_shards_on_failure(unit):
                 self._on_the_way.pop(unit.index).wait()
             unit.enter(Residency.GATHERED, self.released)
+        elif (
+            unit.stage == 3 and unit.residency is Residency.GATHERED
+        ):  # others wait for their own late arrivals
+            unit.show()
 
     def free(self, unit: FlatUnit) -> None:
         """Let the unit rest as shards, which take over what was written to its parameters."""

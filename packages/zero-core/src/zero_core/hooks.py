@@ -83,7 +83,9 @@ class Entrance:
         if compute is None:
             return None
         if self.precision.autocast:
-            context = torch.autocast(self.reducer.wire.device.type, dtype=compute)
+            # A backward needs the cast copies anyway; without one, a cache of them would be a second model.
+            cached = torch.is_grad_enabled()
+            context = torch.autocast(self.reducer.wire.device.type, dtype=compute, cache_enabled=cached)
             context.__enter__()
             self._autocasts.append(context)
             return None

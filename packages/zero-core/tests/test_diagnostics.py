@@ -94,3 +94,25 @@ def traced(rank: int, world_size: int, stage: int, folder: str) -> None:
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_trace_shows_compute_and_collectives(stage: int, tmp_path: Path) -> None:
     run_ranks(traced, 2, 2, stage, str(tmp_path))
+
+
+class WritesInPlace(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(inplace=True), nn.Linear(WIDTH, WIDTH))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.blocks(x).mul_(2.0).square().mean()
+
+
+def traced_in_place(rank: int, stage: int, folder: str) -> tuple[int, bool]:
+    model = zero.shard(WritesInPlace(), dp_mesh(2), stage=stage, units=nn.Linear)
+    with zero.trace(model, Path(folder, f"{rank}.json")) as events:
+        model(torch.randn(2, WIDTH)).backward()
+    backward = [event for event in events if event.row == "backward"]
+    return len(backward), all(event.seconds > 0 for event in backward)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_model_that_writes_in_place_can_be_traced(stage: int, tmp_path: Path) -> None:
+    assert run_ranks(traced_in_place, 2, stage, str(tmp_path)) == [(2, True)] * 2

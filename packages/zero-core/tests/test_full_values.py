@@ -224,6 +224,10 @@ def released(rank: int, world_size: int) -> None:
     assert "Linear" in repr(model)
     assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in Net(unused=True).parameters())
     assert torch.zeros_like(weight).shape == weight.shape
+    for like in (weight.new_zeros(2), weight.new_empty(2), weight.new_full((2,), 1), weight.new_ones(2)):
+        assert type(like) is torch.Tensor
+        assert (like.shape, like.dtype) == ((2,), weight.dtype)
+    assert weight.new_tensor([1, 2]).tolist() == [1.0, 2.0]
     touches = [
         lambda: weight.sum(),
         lambda: weight + 1,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import weakref
 
 import pytest
 import torch
 import zero_core as zero
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from zero_core.testing import run_ranks
 from zero_core_models import dp_mesh
 
@@ -111,6 +113,46 @@ def test_plan_of_a_model_counts_what_is_in_flight_and_frozen() -> None:
     assert plan.in_flight == pytest.approx(3 * 4 * p / BLOCKS, rel=0.01)
     model.requires_grad_(False)
     assert zero.plan_memory(model, stage=1, world=4).model_states == 4 * p
+
+
+def copies_under_autocast(rank: int, train: bool) -> tuple[int, int]:
+    """Most bytes that modules' entries have seen beyond those before the forward, and of the model in bf16."""
+    precision = zero.Precision(param=torch.float32, compute=torch.bfloat16)
+    model = zero.shard(build(), dp_mesh(2), stage=3, precision=precision)
+    x = torch.randn(2, WIDTH)
+    weights: list[int] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if (
+                func is torch.ops.aten._to_copy.default
+                and out.dtype == torch.bfloat16
+                and out.numel() > 4 * WIDTH
+            ):
+                weights.append(out.untyped_storage().nbytes())
+                weakref.finalize(out, weights.remove, weights[-1])
+                most.append(sum(weights))
+            return out
+
+    most: list[int] = []
+    with torch.set_grad_enabled(train), Watch():
+        y = model(x)
+    del y
+    return max(most), 2 * sum(p.numel() for p in model.parameters() if p.dim() > 1)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_autocast_copies_the_model_for_a_backward_alone(train: bool) -> None:
+    for copied, model in run_ranks(copies_under_autocast, 2, train):
+        assert copied == model if train else copied <= model / BLOCKS
+    plain, cast = (
+        zero.plan_memory(
+            build(), stage=3, world=2, precision=zero.Precision(param=torch.float32, compute=compute)
+        )
+        for compute in (None, torch.bfloat16)
+    )
+    assert cast.in_flight - plain.in_flight == 2 * sum(p.numel() for p in build().parameters())
 
 
 @pytest.mark.parametrize("bad", [{"stage": 4}, {"world": 0}, {"optimizer": "adm"}])

@@ -320,9 +320,9 @@ def _explain(units: list[FlatUnit]) -> Callable[[nn.Parameter], str]:
         unit, index = where[id(param)]
         return (
             f"parameter '{unit.layout.slots[index].name}' {tuple(param.shape)} of unit '{unit.name}' rests as shards "
-            "(stage 3): its values are whole only inside the unit's forward and backward. Use `with "
-            "zero_core.materialized(model):` (write=True to change it), `stream_full` or `full_state_dict`; if another "
-            "module computes with it, make the module that contains both a unit (shard(units=...))"
+            "(stage 3): its values are whole only inside forward and backward of the model. Use `with "
+            "zero_core.materialized(model):` (write=True to change it), `stream_full` or `full_state_dict`; what "
+            "computes with it outside, such as a loss, belongs into a forward of the model"
         )
 
     return explain

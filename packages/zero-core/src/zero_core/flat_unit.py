@@ -8,10 +8,11 @@ between the buffers held here: `gather` fills `full`, `buckets` fills `grad_full
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 
 import torch
+from torch import nn
 
 from .errors import ZeroStateError
 from .layout import LocalSlot, UnitLayout, plan_layout
@@ -77,6 +78,7 @@ class FlatUnit:
         self.sparse = spec.sparse
         self.anchors = spec.anchors
         self.params = [param for _, param in spec.params]
+        self._holders = spec.holders
         self.classes = [type(param) for param in self.params]
         shapes = [tuple(param.shape) for param in self.params]
         self.layout: UnitLayout = plan_layout(
@@ -98,7 +100,8 @@ class FlatUnit:
         self.num_exact_uses = 0
         self.num_edits = 0
         self.version = 0
-        self._versions: list[int] = []
+        self._num_outdated = [0] * len(self.params)
+        self._known_writes: list[int] = []
 
     @property
     def full(self) -> torch.Tensor:
@@ -175,7 +178,7 @@ class FlatUnit:
     def ensure_master(self, dtype: torch.dtype) -> torch.Tensor:
         """The values that the optimizer updates, in `dtype`; the shard itself where it has that dtype."""
         if self.master is None:
-            if self.approximate:
+            if self.approximate or self.stage == 3:
                 self.take_edits()
             if self.shard is None:  # it was frozen
                 assert self.resting is not None
@@ -198,8 +201,12 @@ class FlatUnit:
     def values(self) -> torch.Tensor:
         """This rank's part in the parameters' dtype, [local numel]: the shard, or a copy of what the master says."""
         self.settle()
-        if self.approximate:
+        if self.approximate or self.stage == 3:
             self.take_edits()
+        return self._rested()
+
+    def _rested(self) -> torch.Tensor:
+        """See `values`; without what was written to the parameters since."""
         if self.shard is not None:
             return self.shard
         if self.resting is not None:
@@ -245,39 +252,65 @@ class FlatUnit:
             self.resting.store.put(self.resting.name, kept).wait()
 
     def take_edits(self) -> None:
-        """Below stage 3: what plain torch code wrote to the parameters since the last step goes into the master.
+        """What plain torch code wrote to the parameters since the last step, or gather, goes into shard and master.
 
-        A parameter's version counter is its own, not the buffer's: gathers and steps leave it alone.
+        At stage 3 only what is whole can have been written.
         """
-        versions = [param._version for param in self.params]
-        if self.stage == 3 or self._versions == versions:
+        if self.residency is not Residency.GATHERED:
+            return
+        writes = self.writes()
+        if self._known_writes == writes:
             return
         if not self.approximate:
-            self.set_values(self.values(), keep_unchanged=True)
+            self.set_values(self.own_slice() if self.stage == 3 else self.values(), keep_unchanged=True)
             return
         # Where `full` is approximate, nothing tells which elements were written: all of a parameter that was counts.
-        assert self.shard is not None
-        values, own = self.shard.clone(), self.own_slice()
+        values, own = self._rested().clone(), self.own_slice()
         for part in self.local_slots:
-            if self._versions[part.index] != versions[part.index]:
+            if self._known_writes[part.index] != writes[part.index]:
                 values[part.start : part.stop].copy_(own[part.start : part.stop])
         self.set_values(values, keep_unchanged=True)
 
     def forget_edits(self) -> None:
         """What plain torch code wrote to the parameters so far has been overwritten."""
-        self._versions = [param._version for param in self.params]
+        self._known_writes = self.writes()
+
+    def writes(self) -> list[int]:
+        """How often each parameter was written in place, by others than the optimizer.
+
+        A parameter's version counter is its own, not the buffer's: gathers leave it alone.
+        """
+        return [param._version - own for param, own in zip(self.params, self._num_outdated, strict=True)]
+
+    def outdate(self, moving: Iterable[int]) -> None:
+        """A step gives these slots new values: autograd refuses to go back through what used the old ones."""
+        moving = list(moving)
+        torch.autograd.graph.increment_version([self.params[index] for index in moving])
+        for index in moving:
+            self._num_outdated[index] += 1
 
     def check_attached(self) -> None:
-        """Below stage 3: raise where a parameter no longer lies in the flat buffer."""
-        if self.is_arriving:  # whoever waits looks then
+        """Raise where a module holds another parameter now, or (below stage 3) one does not lie in the flat buffer."""
+        for slot, param, holders in zip(self.layout.slots, self.params, self._holders, strict=True):
+            for module, name in holders:
+                held = module._parameters.get(name)
+                # One that was moved (parametrizations) is still in use, and functional_call puts other tensors there.
+                if held is not param and isinstance(held, nn.Parameter):
+                    raise ZeroStateError(
+                        f"parameter '{slot.name}' was replaced by another one after shard() (such as by "
+                        "load_state_dict(assign=True), module.weight = nn.Parameter(...) or tying), which no gradient "
+                        "is reduced of and no step would reach; do that before shard(), or give it values with "
+                        "zero_core.load_full_state_dict or set_full"
+                    )
+        if self.stage == 3 or self.is_arriving:  # whoever waits for what is arriving looks then
             return
         start, size = self.full.data_ptr(), self.dtype.itemsize
         for slot, param in zip(self.layout.slots, self.params, strict=True):
             if slot.numel and param.data_ptr() != start + slot.offset * size:
                 raise ZeroStateError(
                     f"parameter '{slot.name}' no longer lies in its unit's buffer: something has replaced its data "
-                    "(such as model.to(), .half(), .double() or load_state_dict(assign=True)) and no step would reach "
-                    "it; do that before shard(), or use zero_core.load_full_state_dict"
+                    "(such as model.to(), .half() or .double()) and no step would reach it; do that before shard(), or "
+                    "use zero_core.load_full_state_dict"
                 )
 
     @property
@@ -305,13 +338,22 @@ class FlatUnit:
         if then is Residency.GATHERING:
             allocate_storage(self._full)
         elif then is Residency.GATHERED:
-            for param, cls in zip(self.params, self.classes, strict=True):
-                param.__class__ = cls
+            self.show()
+            self.forget_edits()
         else:
-            for param in self.params:
-                param.__class__ = released
+            self.hide(released)
             free_storage(self._full)
         self.residency = then
+
+    def show(self) -> None:
+        """Have the parameters be ordinary ones."""
+        for param, cls in zip(self.params, self.classes, strict=True):
+            param.__class__ = cls
+
+    def hide(self, released: type[ReleasedParameter]) -> None:
+        """Have whoever touches a parameter ask first, whole or not."""
+        for param in self.params:
+            param.__class__ = released
 
     @cached_property
     def label(self) -> str:

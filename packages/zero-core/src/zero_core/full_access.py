@@ -112,9 +112,9 @@ def _held(request: Request) -> Shard | None:
     """This rank's part, in live memory but for cast parameters and numbers; None if it knows of none."""
     unit, slot, part = request.unit, request.slot, request.part
     if request.what == "param":
-        if unit.approximate:
+        if unit.approximate or unit.stage == 3:
             unit.take_edits()
-        elif unit.stage < 3:
+        else:
             return Shard(slot.shape, unit.dtype, (0,), unit.full[slot.offset : slot.stop])
         flat = unit.master if unit.shard is None else unit.shard
         flat = unit.values() if flat is None else flat

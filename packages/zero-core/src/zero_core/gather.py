@@ -4,6 +4,11 @@ In: module hooks (a unit's module is entered or left, its backward begins) and t
 gradients are complete. Out: uses and releases; `turns` gathers what is used, in one order on all ranks. A unit may be
 freed when nothing needs it: `_forwards` counts forwards under way, `_in_backward` holds those whose backward has begun
 and is not over, `_pins` counts the `hold` blocks around it.
+
+Note [After the last gradient]
+A unit's values may be needed when all its gradients have come: what was computed from a detached weight needs them, and
+gives none. The backward of a call is over when that of an earlier one begins, or with the pass. Gradients only tell
+that no other call of the unit is to be waited for, such as one of a graph that nobody goes back through.
 """
 
 from __future__ import annotations
@@ -11,7 +16,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 from weakref import WeakSet
@@ -19,6 +24,7 @@ from weakref import WeakSet
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .collectives import Wire
 from .config import Overlap
@@ -27,6 +33,15 @@ from .gather_plan import Kind
 from .hooks import Reducer, tensors_needing_grad
 from .params import ReleasedParameter, Residency
 from .turns import Turns
+
+
+@dataclass
+class _Entry:
+    """A forward under way: its number, and the units of others whose parameters it has touched."""
+
+    module: nn.Module
+    serial: int
+    touched: list[FlatUnit] = field(default_factory=list)
 
 
 @dataclass(eq=False)
@@ -74,9 +89,11 @@ class Gatherer:
         self._pins: Counter[int] = Counter()
         self._forwards: Counter[int] = Counter()
         self._in_backward: set[int] = set()
+        self._complete: set[int] = set()
+        self._hooked: dict[nn.Module, WeakTensorKeyDictionary] = {}
         self._calls: WeakSet[_Call] = WeakSet()
         self._num_calls = 0
-        self._entries: list[tuple[nn.Module, int]] = []
+        self._entries: list[_Entry] = []
         self._not_understood: list[_Call] = []
         self._model = model
         self._removers: list[RemovableHandle] = []
@@ -92,6 +109,7 @@ class Gatherer:
             ]
         reducer.listeners.append(self._after_backward)
         reducer.assemble = self.assemble
+        released.gather_for_forward = staticmethod(_eager(self._touch))
 
     # -- forward ----------------------------------------------------------------------------------------------
 
@@ -100,10 +118,11 @@ class Gatherer:
             self._entries.clear()  # whatever interrupted an earlier forward
         if _inside_backward():
             self._begin_backward(units)
+            self._release_complete()  # a reentrant checkpoint's graph is gone when the next one recomputes
         elif not self._entries:
             self._begin_forward(units)
         self._num_calls += 1
-        self._entries.append((module, self._num_calls))
+        self._entries.append(_Entry(module, self._num_calls))
         for unit in units:
             self.turns.use(unit)
             self._forwards[unit.index] += 1
@@ -111,10 +130,12 @@ class Gatherer:
     def _after_forward(
         self, units: list[FlatUnit], module: nn.Module, args: Any, kwargs: Any, output: Any
     ) -> None:
-        call = _Call(units, self._leave(module), self._num_calls)
+        serial, touched = self._leave(module)
+        units = [*units, *touched]
+        call = _Call(units, serial, self._num_calls)
         needs_backward, understood = tensors_needing_grad(output)
         if torch.is_grad_enabled() and module is not self._model:
-            needs_backward += _kept_on(module)
+            needs_backward += self._kept_on(module)
         if torch.is_grad_enabled() and not understood:
             self._not_understood.append(
                 call
@@ -131,15 +152,44 @@ class Gatherer:
         for unit in units:
             if not self.turns.is_used_next(unit):
                 self._release_if_idle(unit)
+            elif unit.stage == 3 and self._is_idle(unit):
+                unit.hide(
+                    self.turns.released
+                )  # whole for its next call alone: whatever else touches it has to ask
 
-    def _leave(self, module: nn.Module) -> int:
-        """The serial of the call that ends; hooks of others may have kept ours from seeing an entry or an exit."""
-        depths = [depth for depth, (entered, _) in enumerate(self._entries) if entered is module]
+    def _kept_on(self, module: nn.Module) -> list[torch.Tensor]:
+        """New tensors with a graph that a module or its submodules keep as attributes, such as an auxiliary loss."""
+        hooked = self._hooked.setdefault(module, WeakTensorKeyDictionary())
+        values = (value for part in module.modules() for value in part.__dict__.values())
+        kept = [value for value in values if isinstance(value, torch.Tensor) and value.grad_fn is not None]
+        new = [
+            value for value in kept if hooked.get(value) != value._version
+        ]  # written in place: another graph
+        for value in new:
+            hooked[value] = value._version
+        return new
+
+    def _leave(self, module: nn.Module) -> tuple[int, list[FlatUnit]]:
+        """The serial of the call that ends, and the units that it touched.
+
+        Hooks of others may have kept ours from seeing an entry or an exit.
+        """
+        depths = [depth for depth, entry in enumerate(self._entries) if entry.module is module]
         if not depths:
-            return self._num_calls
-        serial = self._entries[depths[-1]][1]
+            return self._num_calls, []
+        ended = self._entries[depths[-1] :]
         del self._entries[depths[-1] :]
-        return serial
+        return ended[0].serial, [unit for entry in ended for unit in entry.touched]
+
+    def _touch(self, param: nn.Parameter) -> bool:
+        """A forward computes with a parameter of a unit that is not its module's: it is this call's from now on."""
+        if not self._entries:
+            return False
+        unit = next(unit for unit in self.units if any(each is param for each in unit.params))
+        self._entries[-1].touched.append(unit)
+        self.turns.use(unit)
+        self._forwards[unit.index] += 1
+        return True
 
     def _begin_forward(self, units: list[FlatUnit]) -> None:
         """An outermost forward starts: whatever an exception or a dropped graph left behind is cleaned up."""
@@ -184,29 +234,37 @@ class Gatherer:
                 self.reducer.close(unit)
                 self._in_backward.discard(unit.index)
                 self._release_if_idle(unit)
+        self._release_complete()
+
+    def _release_complete(self) -> None:
+        """Free units that have all their gradients and are in no backward; see Note [After the last gradient]."""
+        begun = {unit.index for call in self._calls if call.begun and not call.over for unit in call.units}
+        for index in (self._in_backward & self._complete) - begun:
+            self._in_backward.discard(index)
+            self._release_if_idle(self.units[index])
 
     def _after_backward(self, unit: FlatUnit | None) -> None:
-        if unit is not None:  # every trainable weight has its gradient, so every use of the unit is behind us
-            self._in_backward.discard(unit.index)
-            self._release_if_idle(unit)
+        if unit is not None:
+            self._complete.add(unit.index)
             return
         self.turns.kind = Kind.REST
         self._in_backward.clear()
+        self._complete.clear()
         self._not_understood.clear()
         for call in self._calls:  # those whose graph is retained may come again
             call.begun = call.over = False
         for each in self.units:
             self._release_if_idle(each)
 
-    def _release_if_idle(self, unit: FlatUnit) -> None:
+    def _is_idle(self, unit: FlatUnit) -> bool:
         index = unit.index
-        if unit.stage < 3:
-            return
-        busy = self._pins[index] > 0 or self._forwards[index] > 0
-        held = any(unit in call.units for call in self._not_understood)
-        if busy or held or index in self._in_backward or unit.residency is not Residency.GATHERED:
-            return  # what is on its way was sent for by the plan, which will use it or pass it over
-        self.turns.free(unit)
+        busy = self._pins[index] > 0 or self._forwards[index] > 0 or index in self._in_backward
+        return not busy and not any(unit in call.units for call in self._not_understood)
+
+    def _release_if_idle(self, unit: FlatUnit) -> None:
+        # What is on its way was sent for by the plan, which will use it or pass it over.
+        if unit.stage == 3 and unit.residency is Residency.GATHERED and self._is_idle(unit):
+            self.turns.free(unit)
 
     # -- for others -------------------------------------------------------------------------------------------
 
@@ -269,9 +327,3 @@ def _eager(hook: Callable[..., Any]) -> Callable[..., Any]:
 
 def _inside_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
-
-
-def _kept_on(module: nn.Module) -> list[torch.Tensor]:
-    """Tensors with a graph that a module or its submodules keep as attributes, such as an auxiliary loss."""
-    values = (value for part in module.modules() for value in part.__dict__.values())
-    return [value for value in values if isinstance(value, torch.Tensor) and value.grad_fn is not None]

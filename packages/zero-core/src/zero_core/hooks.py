@@ -59,7 +59,8 @@ class Entrance:
     """What happens where the model is entered: input dtypes, autocast, clean-up after an interrupted backward."""
 
     def __init__(self, units: list[FlatUnit], precision: Precision, reducer: Reducer) -> None:
-        self.resident = [unit for unit in units if unit.stage < 3]
+        self.units = units
+        self.has_resident = any(unit.stage < 3 for unit in units)
         self.precision = precision
         self.reducer = reducer
         self._autocasts: list[torch.autocast] = []
@@ -82,7 +83,9 @@ class Entrance:
         if compute is None:
             return None
         if self.precision.autocast:
-            context = torch.autocast(self.reducer.wire.device.type, dtype=compute)
+            # A backward needs the cast copies anyway; without one, a cache of them would be a second model.
+            cached = torch.is_grad_enabled()
+            context = torch.autocast(self.reducer.wire.device.type, dtype=compute, cache_enabled=cached)
             context.__enter__()
             self._autocasts.append(context)
             return None
@@ -96,12 +99,12 @@ class Entrance:
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._autocasts:
             self._autocasts.pop().__exit__(None, None, None)
-        if self.resident and torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:
+        if self.has_resident and torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:
             for tensor in tensors_needing_grad(output)[0]:
                 tensor.register_hook(self.reducer.meet_backward)
 
     def _check_parameters(self) -> None:
-        for unit in self.resident:
+        for unit in self.units:
             unit.check_attached()
         self.reducer.adopt_unfrozen()
 

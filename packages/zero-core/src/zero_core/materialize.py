@@ -38,12 +38,13 @@ def materialized(module: nn.Module, *, write: bool = False) -> Iterator[nn.Modul
     state = sharded(module)
     units = state.units_of(module)
     with _whole(state, units):
-        before = [param._version for unit in units for param in unit.params]
+        before = [unit.writes() for unit in units]
         yield module
         changed = [
             slot.name
-            for (unit, slot, param), version in zip(_slots(units), before, strict=True)
-            if param._version != version
+            for unit, then in zip(units, before, strict=True)
+            for slot, now, earlier in zip(unit.layout.slots, unit.writes(), then, strict=True)
+            if now != earlier
         ]
         if changed and not write:
             raise ZeroStateError(
@@ -182,10 +183,6 @@ def _take_over(state: Sharded, unit: FlatUnit, *, keep_unchanged: bool = False) 
     unit.set_values(unit.full[slice(*unit.local)], keep_unchanged=keep_unchanged)
     if 0 < unit.stage < 3 and not unit.approximate:  # else `_whole` does, when the block is over
         show(unit, state.wire).wait()
-
-
-def _slots(units: list[FlatUnit]):  # type: ignore[no-untyped-def]  # (unit, slot, param) triples
-    return ((u, slot, param) for u in units for slot, param in zip(u.layout.slots, u.params, strict=True))
 
 
 def _expected(model: nn.Module) -> dict[str, tuple[int, ...]]:

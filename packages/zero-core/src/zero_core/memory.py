@@ -34,8 +34,9 @@ class MemoryPlan:
     Attributes:
         params, grads, master, optimizer: what lives from step to step. At stage 3 a separate master is all that rests
             of a trainable parameter: `params` is then 0, but for the paper's formula.
-        in_flight: stage 3: units whole at a time (the one in use, and those gathered ahead) with one's gradients.
-            Stage 2: the full gradients of the units that are being reduced.
+        in_flight: stage 3: units whole at a time (the one in use, and those gathered ahead) with one's gradients, and
+            under autocast (`Precision.autocast`) the whole model in the compute dtype, which waits for the backward
+            where nothing is recomputed. Stage 2: the full gradients of the units that are being reduced.
     """
 
     stage: int
@@ -129,4 +130,8 @@ def _in_flight(sized: list[tuple[int, torch.dtype, bool]], stage: int, precision
         for numel, own, train in sized
         if train
     ]
-    return (sum(full[:2]) if stage == 3 else 0) + max(grads, default=0)
+    whole = sum(full[:2]) if stage == 3 else 0
+    if stage == 3 and precision.autocast:
+        assert precision.compute is not None
+        whole += sum(numel for numel, own, _ in sized if own.is_floating_point) * precision.compute.itemsize
+    return whole + max(grads, default=0)

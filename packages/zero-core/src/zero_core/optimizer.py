@@ -197,7 +197,7 @@ class ShardedOptimizer(Optimizer):
                 factor = self._factor()
                 with self._guard:
                     for item in self._stepper.step(work, factor):
-                        self._publisher.publish(item.unit, cast=not self._stepper.casts)
+                        self._publisher.publish(item.unit, cast=not self._stepper.casts, moving=item.moving)
             self._publisher.finish()
             self._norm = self._max_norm = None
             if self.scaler is not None:

@@ -1,9 +1,9 @@
 """A parameter whose values are not here: what it shows, what it refuses, and which changes of state are legal.
 
 A released parameter keeps its identity, shape, dtype, device and `requires_grad`; its storage is empty. Python
-code that touches the values meets `ReleasedParameter.__torch_function__`, which raises with the call that cures it
-(inside `sharded_init` it gathers instead, so that initialisers work). One whose values are on their way waits for them
-(`ArrivingParameter`).
+code that touches the values meets `ReleasedParameter.__torch_function__`, which gathers for a forward under way, and
+elsewhere raises with the call that cures it (inside `sharded_init` it always gathers, so that initialisers work). One
+whose values are on their way waits for them (`ArrivingParameter`).
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ _METADATA = {
         "size", "dim", "numel", "nelement", "element_size", "stride", "storage_offset", "is_contiguous",
         "is_floating_point", "is_complex", "is_signed", "get_device", "ndimension", "requires_grad_", "register_hook",
         "register_post_accumulate_grad_hook", "__hash__", "__len__", "untyped_storage", "is_shared", "is_inference",
-        "is_conj", "is_neg", "is_same_size", "has_names", "is_pinned",
+        "is_conj", "is_neg", "is_same_size", "has_names", "is_pinned", "new_empty", "new_empty_strided", "new_full",
+        "new_ones", "new_tensor", "new_zeros",
     )
     if hasattr(torch.Tensor, name)
 } | {
@@ -114,6 +115,8 @@ class ReleasedParameter(nn.Parameter):
 
     explain: ClassVar[Callable[..., str]]
     intercept: ClassVar[Callable[..., Any] | None] = None
+    gather_for_forward: ClassVar[Callable[..., bool]] = staticmethod(lambda param: False)
+    """Make the parameter whole where a forward under way computes with it; False elsewhere."""
     restore: ClassVar[Callable[[nn.Parameter], None]]
     """Under `sharded_init`: make the parameter whole and an ordinary one again."""
 
@@ -121,15 +124,17 @@ class ReleasedParameter(nn.Parameter):
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Answer questions about shape and the like; hand to `intercept`, or refuse, what needs values."""
+        """Answer questions about shape and the like; hand to `intercept`, gather for, or refuse, what needs values."""
         kwargs = kwargs or {}
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         if cls.intercept is not None:
             return cls.intercept(func, args, kwargs)
-        param = next(a for a in tensors_in((args, kwargs)) if isinstance(a, ReleasedParameter))
-        raise ReleasedParameterError(f"{getattr(func, '__name__', func)}: {param.explain(param)}")
+        for param in tensors_in((args, kwargs)):
+            if isinstance(param, ReleasedParameter) and not param.gather_for_forward(param):
+                raise ReleasedParameterError(f"{getattr(func, '__name__', func)}: {param.explain(param)}")
+        return func(*args, **kwargs)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # as torch defines it
         """Shape and dtype; there are no values to show."""

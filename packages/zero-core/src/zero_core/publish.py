@@ -7,7 +7,7 @@ the full parameters on every rank. This ends a gradient's way.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 
 from .collectives import Pending, Wire
@@ -50,13 +50,15 @@ class Publisher:
         self._gathers: deque[tuple[Pending, int]] = deque()
         self._others: list[Pending] = []
 
-    def publish(self, unit: FlatUnit, *, cast: bool) -> None:
+    def publish(self, unit: FlatUnit, *, cast: bool, moving: Collection[int] | None = None) -> None:
         """Start to publish `unit`.
 
         Args:
             unit: one whose master has new values.
             cast: the master has yet to be written to the shard (a fused step has done so).
+            moving: slots with new values, on any rank; None: all.
         """
+        unit.outdate(range(len(unit.params)) if moving is None else moving)
         if cast and unit.has_separate_master and unit.shard is not None:
             assert unit.master is not None
             unit.shard.copy_(unit.master)

@@ -14,12 +14,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from .api import Sharded, sharded
 from .diagnostics import Mark, Meter, Span, attach_meter
 from .errors import ZeroError
+from .flat_unit import FlatUnit
+from .hooks import tensors_needing_grad
+from .params import tensors_in
 
 _ROWS = ("forward", "backward", "gather", "reduce")
 _COLOURS = {"forward": "#4c78a8", "backward": "#72b7b2", "gather": "#f58518", "reduce": "#e45756"}
@@ -60,7 +64,10 @@ def trace(model: nn.Module, path: str | Path, *, png: str | Path | None = None) 
     compute: list[tuple[str, str, Mark, Mark]] = []
     meter.sinks.append(spans)
     start = meter.mark()
-    removers = _watch_compute(state, meter, compute)
+    backwards: list[_Backward] = []
+    end_of_pass = partial(_end_all, backwards, meter)
+    state.reducer.listeners.append(end_of_pass)
+    removers = _watch_compute(state, meter, compute, backwards)
     events: list[Event] = []
     try:
         yield events
@@ -68,6 +75,12 @@ def trace(model: nn.Module, path: str | Path, *, png: str | Path | None = None) 
         for remover in removers:
             remover.remove()
         meter.sinks.remove(spans)
+        state.reducer.listeners.remove(end_of_pass)
+        compute += [
+            ("backward", each.name, each.begun, each.ended)
+            for each in backwards
+            if each.begun is not None and each.ended is not None
+        ]
         events += [
             Event(row, name, meter.seconds(start, begun), meter.seconds(begun, ended))
             for row, name, begun, ended in compute
@@ -82,17 +95,57 @@ def trace(model: nn.Module, path: str | Path, *, png: str | Path | None = None) 
             _draw(events, Path(png))
 
 
+@dataclass
+class _Backward:
+    """The backward of one call: from the first gradient of its outputs to the last one of its inputs."""
+
+    name: str
+    meter: Meter
+    begun: Mark | None = None
+    ended: Mark | None = None
+
+    def begin(self, _: torch.Tensor) -> None:
+        if self.begun is None:
+            self.begun = self.meter.mark()
+
+    def end(self, _: torch.Tensor) -> None:
+        if self.begun is not None:
+            self.ended = self.meter.mark()
+
+
+def _end_all(backwards: list[_Backward], meter: Meter, unit: FlatUnit | None) -> None:
+    """A pass is over, and with it what has no input that needs a gradient."""
+    for each in backwards:
+        if unit is None and each.begun is not None and each.ended is None:
+            each.ended = meter.mark()
+
+
 def _watch_compute(
-    state: Sharded, meter: Meter, compute: list[tuple[str, str, Mark, Mark]]
+    state: Sharded,
+    meter: Meter,
+    compute: list[tuple[str, str, Mark, Mark]],
+    backwards: list[_Backward],
 ) -> list[RemovableHandle]:
-    begun: dict[tuple[str, nn.Module], list[Mark]] = {}
+    """Hook modules, and tensors for their backward: torch's full backward hooks would forbid to write in place."""
+    begun: dict[nn.Module, list[tuple[Mark, _Backward]]] = {}
 
-    def enter(row: str, module: nn.Module, *_: Any) -> None:
-        begun.setdefault((row, module), []).append(meter.mark())
+    def enter(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        backward = _Backward(name, meter)
+        if torch.is_grad_enabled():
+            for tensor in tensors_in((args, kwargs)):
+                if tensor.requires_grad:
+                    tensor.register_hook(backward.end)
+        begun.setdefault(module, []).append((meter.mark(), backward))
 
-    def leave(row: str, name: str, module: nn.Module, *_: Any) -> None:
-        if begun.get((row, module)):
-            compute.append((row, name, begun[row, module].pop(), meter.mark()))
+    def leave(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        if begun.get(module):
+            mark, backward = begun[module].pop()
+            compute.append(("forward", name, mark, meter.mark()))
+            outputs = tensors_needing_grad(output)[0]
+            for tensor in outputs:
+                tensor.register_hook(backward.begin)
+            if outputs:
+                backwards.append(backward)
 
     names = {module: name for name, module in state.model.named_modules()}
     anchors = dict.fromkeys(anchor for unit in state.units for anchor in unit.anchors)
@@ -100,10 +153,8 @@ def _watch_compute(
     for module in anchors:
         name = names.get(module) or "(root)"
         removers += [
-            module.register_forward_pre_hook(partial(enter, "forward")),
-            module.register_forward_hook(partial(leave, "forward", name)),
-            module.register_full_backward_pre_hook(partial(enter, "backward")),
-            module.register_full_backward_hook(partial(leave, "backward", name)),
+            module.register_forward_pre_hook(partial(enter, name), with_kwargs=True),
+            module.register_forward_hook(partial(leave, name)),
         ]
     return removers
 

@@ -114,14 +114,19 @@ class Turns:
         return unit.to_gather(into)
 
     def arrive(self, unit: FlatUnit) -> None:
-        """Wait until the unit is whole."""
+        """Wait until the unit is whole; its parameters may be touched then."""
         if unit.residency is Residency.GATHERING:
             with self._back_to_shards_on_failure(unit):
                 self._on_the_way.pop(unit.index).wait()
             unit.enter(Residency.GATHERED, self.released)
+        elif (
+            unit.stage == 3 and unit.residency is Residency.GATHERED
+        ):  # others wait for their own late arrivals
+            unit.show()
 
     def free(self, unit: FlatUnit) -> None:
-        """Let the unit rest as shards."""
+        """Let the unit rest as shards, which take over what was written to its parameters."""
+        unit.take_edits()
         unit.enter(Residency.SHARDED, self.released)
 
     @contextmanager
@@ -199,6 +204,7 @@ class Turns:
 
     def _hand_out(self, unit: FlatUnit) -> None:
         """Take part in the gather of a unit that is whole here."""
+        unit.take_edits()
         self._gather(unit, torch.empty_like(unit.full)).wait()
 
     def _part(self, words: list[Word], parted: tuple[tuple[int, ...], tuple[int, ...]]) -> NoReturn:

@@ -35,6 +35,7 @@ class UnitSpec:
     Attributes:
         name: name of the unit's module ("(root)" for the rest), with what sets it apart where a module has more.
         params: each distinct parameter with all its names.
+        holders: of each, the modules that hold it, and its name there.
         anchors: modules at whose entry the unit must be whole and at whose exit it may be freed.
         stays_whole: the user wants it so, at stage 3.
         sparse: it is the weight of an embedding whose gradient is sparse by rows.
@@ -42,6 +43,7 @@ class UnitSpec:
 
     name: str
     params: tuple[tuple[tuple[str, ...], nn.Parameter], ...]
+    holders: tuple[tuple[tuple[nn.Module, str], ...], ...]
     anchors: tuple[nn.Module, ...]
     trainable: bool
     stays_whole: bool = False
@@ -89,6 +91,7 @@ def find_units(model: nn.Module, units: UnitChoice = None, whole: UnitChoice = N
             UnitSpec(
                 label,
                 tuple((tuple(names[p]), p) for p in params),
+                tuple(_holders(names[p], owners[p]) for p in params),
                 tuple(dict.fromkeys(anchors)),
                 trainable,
                 stays_whole=home in stay,
@@ -110,6 +113,12 @@ def _names_and_owners(
                 names.setdefault(param, []).append(f"{prefix}.{name}" if prefix else name)
                 owners.setdefault(param, []).append((prefix, module))
     return names, owners
+
+
+def _holders(names: list[str], owners: list[tuple[str, nn.Module]]) -> tuple[tuple[nn.Module, str], ...]:
+    """The modules that hold a parameter, each once, and its name there."""
+    held = ((owner, name.rpartition(".")[2]) for name, (_, owner) in zip(names, owners, strict=True))
+    return tuple(dict.fromkeys(held))
 
 
 def select_modules(

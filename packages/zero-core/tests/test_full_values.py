@@ -211,6 +211,27 @@ def test_sharded_state_resumes_bit_for_bit(stage: int, dtype: torch.dtype) -> No
     run_ranks(resume, 2, 2, stage, dtype)
 
 
+def one_rank_is_given_wrong_tensors(rank: int, world_size: int, stage: int) -> None:
+    model, opt = sharded_net(world_size, stage, overlap=zero.Overlap(timeout_s=20))
+    train(model, opt, rank, 1)
+    saved = {name: shard.local.clone() for name, shard in zero.sharded_state(model, opt).items()}
+    train(model, opt, rank, 1, skip=1)
+    before = zero.full_state_dict(model)
+    wrong = next(name for name, values in saved.items() if values.numel())
+    given = saved | {wrong: torch.zeros(saved[wrong].numel() + 1)} if rank == 1 else saved
+    with pytest.raises(zero.ZeroConfigError, match=rf"'{wrong}': expected .*\(rank 1 of 2\)"):
+        zero.load_sharded_state(model, opt, given)
+    after = zero.full_state_dict(model)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    zero.load_sharded_state(model, opt, saved)
+    assert any(not torch.equal(v, before[n]) for n, v in zero.full_state_dict(model).items())
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_what_one_rank_cannot_load_no_rank_loads(stage: int) -> None:
+    run_ranks(one_rank_is_given_wrong_tensors, 2, 2, stage)
+
+
 def released(rank: int, world_size: int) -> None:
     model, opt = sharded_net(world_size, 3)
     weight = model.blocks[1].up.weight

@@ -7,16 +7,13 @@ anything has changed. Next: `full_access` carries it out.
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
 from .api import Sharded, sharded
-from .collectives import Wire
 from .errors import ZeroConfigError
 from .flat_unit import FlatUnit
 from .hooks import Lane
@@ -90,7 +87,7 @@ def agree(
     except ZeroConfigError as error:
         problem = str(error)
     state.reducer.assemble()
-    told = gather_json(state.everyone, f"requests of {call}", [[name, what], problem, shape])
+    told = state.everyone.gather_json(f"requests of {call}", [[name, what], problem, shape])
     for rank, (wanted, found, _) in enumerate(told):
         if found:
             raise ZeroConfigError(f"{call}: {found} (rank {rank} of {len(told)})")
@@ -137,15 +134,3 @@ def nearest(word: str, known: Collection[str]) -> str:
     if near:
         return f"nearest: {', '.join(near)}"
     return f"there is {', '.join(sorted(known)[:6])}{' ...' if len(known) > 6 else ''}"
-
-
-def gather_json(wire: Wire, name: str, value: Any) -> list[Any]:
-    """Every rank's `value`, in rank order."""
-    rank, size = wire.group.rank(), wire.group.size()
-    text = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=wire.device)
-    length = torch.tensor([text.numel()], dtype=torch.int64, device=wire.device)
-    lengths = [length if r == rank else torch.empty_like(length) for r in range(size)]
-    wire.swap(f"lengths of {name}", [length] * size, lengths).wait()
-    texts = [text if r == rank else text.new_empty(int(lengths[r])) for r in range(size)]
-    wire.swap(name, [text] * size, texts).wait()
-    return [json.loads(bytes(each.tolist())) for each in texts]

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from .api import sharded
+from .collectives import Wire
 from .errors import ZeroConfigError
 from .layout import LocalSlot
 from .optimizer import ShardedOptimizer
@@ -94,8 +95,8 @@ def load_sharded_state(
     from the parameters.
 
     Raises:
-        ZeroConfigError: a name is missing or unexpected (`strict`), or a range has another size; nothing was changed
-            on this rank.
+        ZeroConfigError: on some rank a name is missing or unexpected (`strict`), or a range has another size; on
+            every rank, before anything has changed.
     """
     with optimizer.being_replaced() if strict and optimizer is not None else nullcontext():
         _load_sharded_state(model, optimizer, tensors, strict=strict)
@@ -114,7 +115,8 @@ def _load_sharded_state(
     problems = [f"unexpected '{name}'" for name in tensors.keys() - described.keys() - fresh.keys() if strict]
     if strict:
         problems += [f"missing '{name}'" for name in described.keys() - tensors.keys()]
-    _refuse("load_sharded_state", problems + _wrong_sizes(described, fresh, tensors))
+    problems += _wrong_sizes(described, fresh, tensors)
+    _refuse("load_sharded_state", _of_all_ranks(state.everyone, problems))
     of_optimizer = {name for name in described if name.startswith("optimizer.")}
     _copy_in(described, tensors, described.keys() - of_optimizer)
     for unit, flat in zip(state.units, values, strict=True):
@@ -168,6 +170,16 @@ def _wrong_sizes(
         for name, size in sizes.items()
         if name in tensors and tensors[name].numel() != size
     ]
+
+
+def _of_all_ranks(wire: Wire, problems: list[str]) -> list[str]:
+    """The problems of every rank, so that all of them refuse or none; collective."""
+    told = wire.gather_json("check of the sharded state", sorted(problems)[:8])
+    whose: dict[str, list[str]] = {}
+    for rank, found in enumerate(told):
+        for problem in found:
+            whose.setdefault(problem, []).append(str(rank))
+    return [f"{problem} (rank {', '.join(ranks)} of {len(told)})" for problem, ranks in whose.items()]
 
 
 def _refuse(call: str, problems: list[str]) -> None:

@@ -2,7 +2,7 @@
 
 The modules, in the order in which data flows:
 
-- `config`, `errors`, `api`: what a user meets.
+- `config`, `errors`, `api`, `overrides`: what a user meets.
 - `layout`, `units`, `flat_unit`, `fill`, `sharded_init`: parameters -> units -> flat buffers -> shards.
 - `tiles`, `tiling`: layers too large to be whole, in parts that are units.
 - `stores`: where shards rest, if not on the device.

@@ -29,6 +29,7 @@ from .gather import Gatherer
 from .groups import resolve_groups
 from .hooks import Entrance, Reducer
 from .late import LateArrivals
+from .overrides import Overrides
 from .params import Residency, release_class
 from .publish import show
 from .stores import ShardStore, Stores
@@ -68,6 +69,7 @@ class Sharded:
     gatherer: Gatherer | None
     late: LateArrivals | None = None
     meter: Meter | None = None
+    _overrides: Overrides = field(default_factory=Overrides)
     _removers: list[RemovableHandle] = field(default_factory=list)
 
     def units_of(self, module: nn.Module) -> list[FlatUnit]:
@@ -84,10 +86,10 @@ class Sharded:
         self._removers += Entrance(self.units, self.precision, self.reducer).hook(self.model)
         for module in self.model.modules():
             module.__dict__[_HANDLE] = self
-        self.model.__dict__["zero_grad"] = self._zero_grad
+            self.override_zero_grad(module)
         generate = getattr(self.model, "generate", None)
         if self.gatherer is not None and callable(generate):
-            self.model.__dict__["generate"] = _ended_together(generate, self.gatherer)
+            self._overrides.set(self.model, "generate", _ended_together(generate, self.gatherer))
 
     def close(self) -> None:
         """Remove every hook; the parameters stay as they are (make them whole first where that matters)."""
@@ -100,12 +102,28 @@ class Sharded:
             self.late.close()
         for module in self.model.modules():
             module.__dict__.pop(_HANDLE, None)
-        for name in ("zero_grad", "generate"):
-            self.model.__dict__.pop(name, None)
+        self._overrides.restore()
 
-    def _zero_grad(self, set_to_none: bool = True) -> None:
-        """`model.zero_grad()`: the accumulated gradients are not in `param.grad` alone."""
-        self.reducer.zero_grad(free=set_to_none)
+    def override_zero_grad(self, module: nn.Module) -> None:
+        """Have `module.zero_grad()` forget gradients: what has accumulated is not in `param.grad` alone."""
+        own = module.zero_grad
+
+        @functools.wraps(own)
+        def zero_grad(*args: Any, **kwargs: Any) -> Any:
+            result = own(*args, **kwargs)
+            owned = None if self.part(module) is self.model else self._slots_of(module)
+            self.reducer.zero_grad(owned, free=kwargs.get("set_to_none", all(args)))
+            return result
+
+        self._overrides.set(module, "zero_grad", zero_grad)
+
+    def _slots_of(self, module: nn.Module) -> dict[int, set[int]]:
+        """Unit index -> the slots of parameters of `module`."""
+        wanted = {id(param) for param in module.parameters()}
+        return {
+            unit.index: {index for index, param in enumerate(unit.params) if id(param) in wanted}
+            for unit in self.units
+        }
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
         """Refuse: hooks and process groups cannot be copied."""
@@ -253,8 +271,7 @@ def sharded(module: nn.Module) -> Sharded:
             what = f"contains {len(inside)} sharded models; pass one of them"
         raise ZeroStateError(f"{type(module).__name__} {what}")
     found = inside.popitem()[1]
-    if "zero_grad" not in module.__dict__:  # accumulated gradients are not in param.grad alone
-        module.__dict__["zero_grad"] = found.model.__dict__["zero_grad"]
+    found.override_zero_grad(module)
     return found
 
 

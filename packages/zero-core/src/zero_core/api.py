@@ -69,6 +69,7 @@ class Sharded:
     gatherer: Gatherer | None
     late: LateArrivals | None = None
     meter: Meter | None = None
+    _num_shown: int = 0
     _overrides: Overrides = field(default_factory=Overrides)
     _removers: list[RemovableHandle] = field(default_factory=list)
 
@@ -91,8 +92,38 @@ class Sharded:
         if self.gatherer is not None and callable(generate):
             self._overrides.set(self.model, "generate", _ended_together(generate, self.gatherer))
 
+    @contextmanager
+    def showing(self) -> Iterator[None]:
+        """Around a block that shows full values, and that `close` must not be called in."""
+        self._num_shown += 1
+        try:
+            yield
+        finally:
+            self._num_shown -= 1
+
     def close(self) -> None:
-        """Remove every hook; the parameters stay as they are (make them whole first where that matters)."""
+        """Undo `shard`: the model is an ordinary one with the values it has, on every rank; every rank must call it.
+
+        It may be sharded again. Its optimizers have nothing left to step: build new ones. Accumulated gradients are
+        forgotten (stages 1 to 3).
+
+        Raises:
+            ZeroStateError: it is called inside `materialized` or `stream_full`; nothing was undone.
+            CollectiveError: stage 3: the parameters cannot be gathered; nothing was undone.
+
+        Bytes per rank: at stage 3 the whole model beside the shards, plus one unit.
+        """
+        from .materialize import exact_values
+
+        if self._num_shown:
+            raise ZeroStateError(
+                "close: called inside materialized, or before stream_full came to its end; call it after that"
+            )
+        self.reducer.abandon()
+        whole = exact_values(self)
+        self.wire.fail(
+            "the model is no longer sharded, since it was closed; build an ordinary optimizer for it"
+        )
         for remover in self._removers:
             remover.remove()
         self.reducer.unhook()
@@ -103,6 +134,8 @@ class Sharded:
         for module in self.model.modules():
             module.__dict__.pop(_HANDLE, None)
         self._overrides.restore()
+        for unit, values in whole:
+            unit.hand_back(values)
 
     def override_zero_grad(self, module: nn.Module) -> None:
         """Have `module.zero_grad()` forget gradients: what has accumulated is not in `param.grad` alone."""

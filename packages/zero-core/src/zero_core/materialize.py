@@ -62,7 +62,7 @@ def _whole(state: Sharded, units: list[FlatUnit]) -> Iterator[None]:
     Where units are computed with as approximations, what the block writes is gone after it, unless it was taken over.
     """
     shown = [unit for unit in units if unit.approximate and unit.stage < 3]
-    with state.gatherer.hold(units) if state.gatherer else nullcontext():
+    with state.showing(), state.gatherer.hold(units) if state.gatherer else nullcontext():
         for unit in shown:
             if not unit.num_exact_uses:
                 unit.settle()
@@ -78,6 +78,17 @@ def _whole(state: Sharded, units: list[FlatUnit]) -> Iterator[None]:
                 if not unit.num_exact_uses:
                     show(unit, state.wire).wait()
                     unit.forget_edits()
+
+
+def exact_values(state: Sharded) -> list[tuple[FlatUnit, list[torch.Tensor]]]:
+    """Copies of the parameters of each unit that does not show its shards' own values; collective."""
+    found = []
+    for unit in state.units:
+        unit.settle()
+        if unit.stage == 3 or unit.approximate:
+            with _whole(state, [unit]):
+                found.append((unit, [param.detach().clone() for param in unit.params]))
+    return found
 
 
 def stream_full(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -278,13 +278,17 @@ class Wire:
 
     def broadcast_text(self, name: str, text: str) -> str:
         """The first rank's `text`, on every rank."""
-        encoded = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)
+        return self.broadcast_bytes(name, text.encode()).decode()
+
+    def broadcast_bytes(self, name: str, data: bytes) -> bytes:
+        """The first rank's `data`, on every rank."""
+        encoded = torch.tensor(list(data), dtype=torch.uint8, device=self.device)
         size = torch.tensor([encoded.numel()], dtype=torch.int64, device=self.device)
         self.broadcast(f"size of {name}", size)
         if self.group.rank() != 0:
             encoded = torch.empty(int(size), dtype=torch.uint8, device=self.device)
         self.broadcast(name, encoded)
-        return bytes(encoded.tolist()).decode()
+        return bytes(encoded.tolist())
 
     def gather_json(self, name: str, value: Any) -> list[Any]:
         """Every rank's `value`, in rank order."""

@@ -49,6 +49,7 @@ def sharded_state(model: nn.Module, optimizer: ShardedOptimizer | None = None) -
     but for parameters beside a separate master at stage 3, which are cast for the occasion (2P/N bytes while they
     last). State of an optimizer that steps whole tensors is listed whole by the parameter's owner (at stage 0 by all),
     under its own shape. `load_sharded_state` is the way back.
+    Extra state of modules (`get_extra_state`) is not among it; `full_state_dict` has it.
     """
     units = sharded(model).units
     if optimizer is not None:  # masters say what was written to parameters, too

@@ -314,6 +314,10 @@ def no_sync(model: nn.Module) -> Iterator[None]:
 
     The first backward after the block, or the step, reduces all that has accumulated. Full gradients live meanwhile,
     in every stage: in stages 2 and 3 that costs the memory which a reduction in every backward saves.
+
+    Ranks may have other numbers of backward passes under it. But the last one before a step, a norm or `get_full` of a
+    gradient is under it on every rank, or on none (no pass at all counts as none): else some ranks reduce while others
+    step, and all raise `CollectiveError`.
     """
     reducer = sharded(model).reducer
     before, reducer.sync = reducer.sync, False

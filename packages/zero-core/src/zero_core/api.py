@@ -12,6 +12,7 @@ import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import torch
@@ -21,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.hooks import RemovableHandle
 
 from .collectives import Collectives, Wire
-from .config import Overlap, Placement, Precision
+from .config import Overlap, Placement, Precision, refuse_what_has_no_effect
 from .errors import ReleasedParameterError, ZeroConfigError, ZeroStateError
 from .fill import fill_buffers, fill_units
 from .flat_unit import FlatUnit
@@ -220,10 +221,10 @@ def shard(
             "model: it, or a part of it, is sharded already; shard the outermost module, once"
         )
     placement = placement or Placement()
-    if stage < 3 and placement != Placement():
-        raise ZeroConfigError(
-            f"placement: at stage {stage} everything stays whole; leave it out, or use stage 3"
-        )
+    on_meta = any(tensor.is_meta for tensor in chain(model.parameters(), model.buffers()))
+    refuse_what_has_no_effect(
+        stage, overlap, placement, fills_nothing=init_module is not None and not on_meta
+    )
     stores = Stores.of(store, stage)
     groups = resolve_groups(mesh)
     device = _device_of(mesh, groups.shard)

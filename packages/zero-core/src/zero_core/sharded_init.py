@@ -28,13 +28,16 @@ from .errors import ZeroConfigError
 from .groups import resolve_groups
 from .params import allocate_storage, free_storage, release_class, tensors_in
 
+WHOLE_BYTES = 64 << 20
+"""Kept whole while constructing, if nothing else is said."""
+
 
 @contextmanager
 def sharded_init(
     mesh: DeviceMesh | dist.ProcessGroup,
     *,
     stage: int = 3,
-    whole_bytes: int = 64 << 20,
+    whole_bytes: int | None = None,
     overlap: Overlap | None = None,
 ) -> Iterator[None]:
     """Construct models inside this block as shards; every rank runs the same constructors.
@@ -45,20 +48,31 @@ def sharded_init(
     Args:
         mesh: as for `shard`.
         stage: the stage that `shard` will be called with.
-        whole_bytes: parameters kept whole at a time while constructing (the one in use always is).
-        overlap: the deadline of collectives.
+        whole_bytes: stage 3: parameters kept whole at a time while constructing (the one in use always is). None:
+            64 MiB.
+        overlap: stage 3: the deadline of collectives.
+
+    Raises:
+        ZeroConfigError: an argument cannot be honoured.
 
     Bytes per rank: the shards, `whole_bytes`, and the largest parameter.
     """
     if stage not in (0, 1, 2, 3):
         raise ZeroConfigError(f"stage: expected 0, 1, 2 or 3, got {stage!r}")
     if stage < 3:
+        for name, given in (("whole_bytes", whole_bytes), ("overlap", overlap)):
+            if given is not None:
+                raise ZeroConfigError(
+                    f"sharded_init({name}=...): at stage {stage} parameters stay whole, and nothing is done; leave "
+                    "it out"
+                )
         yield
         return
     group = resolve_groups(mesh).shard
     timeout_s = (overlap or Overlap()).timeout_s
     builder = _Builder(
-        Wire(group, PlainCollectives(group, timeout_s), torch.device("cpu"), timeout_s), whole_bytes
+        Wire(group, PlainCollectives(group, timeout_s), torch.device("cpu"), timeout_s),
+        WHOLE_BYTES if whole_bytes is None else whole_bytes,
     )
     removers = (
         register_module_parameter_registration_hook(builder.registered),

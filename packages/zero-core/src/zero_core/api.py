@@ -27,7 +27,7 @@ from .errors import ReleasedParameterError, ZeroConfigError, ZeroStateError
 from .fill import fill_buffers, fill_units
 from .flat_unit import FlatUnit
 from .gather import Gatherer
-from .groups import resolve_groups
+from .groups import device_type, resolve_groups
 from .hooks import Entrance, Reducer
 from .late import LateArrivals
 from .overrides import Overrides
@@ -341,12 +341,7 @@ def _ended_together(generate: Callable[..., Any], gatherer: Gatherer) -> Callabl
 
 
 def _device_of(mesh: DeviceMesh | dist.ProcessGroup, group: dist.ProcessGroup) -> torch.device:
-    kind = (
-        mesh.device_type
-        if isinstance(mesh, DeviceMesh)
-        else str(dist.distributed_c10d._get_pg_default_device(group))
-    )
-    kind = torch.device(kind).type
+    kind = device_type(mesh, group)
     if kind == "cpu":
         return torch.device("cpu")
     return torch.device(kind, torch.get_device_module(kind).current_device())

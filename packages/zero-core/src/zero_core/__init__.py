@@ -15,6 +15,8 @@ The modules, in the order in which data flows:
 - `materialize`, `state`, `memory`: full values, descriptions for checkpoints, plans.
 - `agreement`, `full_access`: one full tensor by its parameter's name.
 - `diagnostics`, `tracing`: what collectives cost, in numbers and as a picture.
+- `diagnosis`: what a collective that failed says.
+- `testing`: functions on several ranks of one machine.
 """
 
 from .api import Sharded, no_sync, shard, sharded

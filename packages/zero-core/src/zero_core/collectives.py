@@ -349,7 +349,7 @@ class PlainCollectives:
     """
 
     def __init__(
-        self, group: dist.ProcessGroup, timeout_s: float = 30.0, *, shared_memory: bool = True
+        self, group: dist.ProcessGroup, timeout_s: float = 300.0, *, shared_memory: bool = True
     ) -> None:
         self.group = group
         self.timeout_s = timeout_s

@@ -134,14 +134,14 @@ class Overlap:
             took a parameter's memory before the step (`param.data`, `param.detach()`) must not be read after it
             until the next forward is over.
         timeout_s: seconds after which a collective that has not finished is an error (where the back end of
-            the process group lets a wait end). Raise it where one rank works alone for longer.
+            the process group lets a wait end). Raise it where one rank works alone for longer, as to save a checkpoint.
     """
 
     enabled: bool = True
     reduce_bytes: int | None = None
     prefetch_bytes: int | None = None
     publish_late: bool = False
-    timeout_s: float = 30.0
+    timeout_s: float = 300.0
 
     def __post_init__(self) -> None:
         for field in ("reduce_bytes", "prefetch_bytes"):

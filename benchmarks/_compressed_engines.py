@@ -67,7 +67,10 @@ def zero_pp(model: GPT, job: Job, *, stage: int = 3, **settings: Any) -> Step:
         precision=precision,
         collectives=collectives,
         overlap=zero.Overlap(
-            publish_late=True, prefetch_bytes=two_bytes, reduce_bytes=two_bytes, timeout_s=300.0
+            publish_late=stage in (1, 2),
+            prefetch_bytes=two_bytes if stage == 3 else None,
+            reduce_bytes=two_bytes,
+            timeout_s=300.0,
         ),
     )
     return _zero_step(sharded, zero.ShardedOptimizer(sharded, torch_adamw(sharded.parameters())))

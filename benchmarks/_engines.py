@@ -182,7 +182,11 @@ def zero_stage(model: GPT, job: Job, *, stage: int, shared_memory: bool = True, 
     if slow:
         block = max(sum(p.numel() for p in m.parameters()) for m in model.modules() if isinstance(m, Block))
         two_bytes = int(2.1 * block * job.dtype.itemsize)  # with the padding of units
-        overlap = zero.Overlap(publish_late=True, prefetch_bytes=two_bytes, reduce_bytes=two_bytes)
+        overlap = zero.Overlap(
+            publish_late=stage in (1, 2),
+            prefetch_bytes=two_bytes if stage == 3 else None,
+            reduce_bytes=two_bytes,
+        )
         units = (Attention, nn.Sequential) if stage < 3 else None
     sharded = zero.shard(
         model, mesh, stage=stage, precision=precision, collectives=collectives, overlap=overlap, units=units

@@ -27,7 +27,14 @@ POLICIES: dict[str, dict[str, Any]] = {
 
 
 def policy(name: str, **settings: Any) -> zero.CheckpointPolicy:
-    return zero.CheckpointPolicy(min_bytes=1, **POLICIES[name], **settings)
+    return zero.CheckpointPolicy(**whatever_their_size(POLICIES[name] | settings))
+
+
+def whatever_their_size(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a policy, with inputs of any size kept where it says, if it says where."""
+    return settings | (
+        {"min_bytes": 1} if {"host", "contiguous_bytes", "partition"} & settings.keys() else {}
+    )
 
 
 class Layer(nn.Module):

@@ -103,6 +103,23 @@ def test_ranks_that_hold_other_values_are_named() -> None:
     run_ranks(unequal, 3, 3)
 
 
+def permuted(rank: int, world_size: int) -> None:
+    """Ranks hold the same numbers, in another order."""
+    torch.manual_seed(0)
+    model = Layers()
+    x = torch.randn(7, WIDTH)
+    others = [x.flip(0), x.flip(1), x.roll(1, 1), x.view(-1).roll(1).view_as(x), x[[1, 0, *range(2, 7)]]]
+    with zero.checkpoint_modules(model, Layer, make_policy({"verify": True})):
+        for other in others:
+            with pytest.raises(zero.ZeroStateError, match=r"on rank\(s\) 1 than"):
+                model.layers[0](other if rank == 1 else x)
+        model.layers[0](x)
+
+
+def test_the_same_values_in_another_order_are_not_the_same() -> None:
+    run_ranks(permuted, 2, 2)
+
+
 def absent(rank: int, world_size: int) -> str:
     torch.manual_seed(0)
     model = Layers()

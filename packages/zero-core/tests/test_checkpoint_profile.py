@@ -7,7 +7,7 @@ import builtins
 import pytest
 import torch
 import zero_core as zero
-from checkpoint_models import LAYERS, WIDTH, Layer, Layers, gradients, same
+from checkpoint_models import LAYERS, WIDTH, Layer, Layers, gradients, same, whatever_their_size
 
 ROWS = 64
 INPUT = ROWS * WIDTH * 4
@@ -23,7 +23,7 @@ def model() -> Layers:
 def test_bytes_and_times(settings: dict, model: Layers) -> None:
     x = torch.randn(ROWS, WIDTH, requires_grad=True)
     expected = gradients(model, lambda: model(x), x)
-    handle = zero.checkpoint_modules(model, Layer, zero.CheckpointPolicy(min_bytes=1, **settings))
+    handle = zero.checkpoint_modules(model, Layer, zero.CheckpointPolicy(**whatever_their_size(settings)))
     before = {name: dict(forward.__dict__) for name, forward in handle.forwards.items()}
     profile = zero.profile_checkpoints(model, lambda: model(x).sum().backward())
     assert [layer.name for layer in profile.layers] == [f"layers.{i}" for i in range(LAYERS)]

@@ -264,6 +264,11 @@ def test_what_cannot_be_honoured_is_refused(model: Layers) -> None:
         ({"contiguous_bytes": 2.5}, r"bytes >= 1, got 2\.5"),
         ({"host": True, "contiguous_bytes": 1}, "leave one of the two out"),
         ({"timeout_s": 0}, "seconds > 0"),
+        (
+            {"timeout_s": 5.0},
+            r"timeout_s=\.\.\.\): it is the deadline of gathers among the ranks of partition",
+        ),
+        ({"min_bytes": 64, "save_ops": MATMULS}, r"min_bytes=\.\.\.\): without partition, host or"),
     ):
         with pytest.raises(zero.ZeroConfigError, match=message):
             zero.CheckpointPolicy(**settings)

@@ -68,6 +68,52 @@ def test_state_dict_round_trip(stage: int) -> None:
     run_ranks(round_trip, 3, 3, stage)
 
 
+class Scaled(nn.Linear):
+    """A layer with state that is no tensor."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.register_buffer("seen", torch.zeros(2))
+        self.amax: object = {"history": torch.zeros(3), "name": "new"}
+
+    def get_extra_state(self) -> object:
+        return self.amax
+
+    def set_extra_state(self, state: object) -> None:
+        self.amax = state
+
+
+def extra_state(rank: int, world_size: int, stage: int) -> None:
+    plain = seeded(lambda: nn.Sequential(Scaled(), nn.Linear(4, 4), Scaled()))
+    model = zero.shard(copy.deepcopy(plain), dp_mesh(world_size), stage=stage)
+    assert list(zero.full_state_dict(model)) == list(plain.state_dict())
+    with torch.no_grad():
+        plain[0].weight.fill_(2.0)
+    plain[0].amax = {"history": torch.arange(3), "name": "known"}
+    zero.load_full_state_dict(model, plain.state_dict() if rank == 0 else None)
+    assert model[0].amax["name"] == "known"
+    assert model[0].amax["history"].tolist() == [0, 1, 2]
+    found = zero.full_state_dict(model)
+    plain.load_state_dict(found)
+    assert plain[0].amax == found["0._extra_state"]
+    assert list(zero.full_state_dict(model[2])) == list(plain[2].state_dict())
+
+    given = plain.state_dict()
+    del given["2._extra_state"]
+    with pytest.raises(zero.ZeroConfigError, match=r"missing: 2\._extra_state"):
+        zero.load_full_state_dict(model, given if rank == 0 else None)
+    zero.load_full_state_dict(model, given if rank == 0 else None, strict=False)
+    given = plain.state_dict() | {"0._extra_state": lambda: None, "1.bias": torch.full((4,), 7.0)}
+    with pytest.raises(zero.ZeroConfigError, match=r"0\._extra_state.* cannot be sent"):
+        zero.load_full_state_dict(model, given if rank == 0 else None)
+    assert not (zero.full_state_dict(model)["1.bias"] == 7).any()
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_extra_state_is_in_the_state_dict_and_comes_back(stage: int) -> None:
+    run_ranks(extra_state, 2, 2, stage)
+
+
 def ranks_start_from_the_first_ranks_values(rank: int, world_size: int, stage: int) -> float:
     model, _ = sharded_net(world_size, stage, seed=rank)
     return relative_error(zero.full_state_dict(model), seeded(lambda: Net(unused=True)).state_dict())
@@ -209,6 +255,27 @@ def resume(rank: int, world_size: int, stage: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_sharded_state_resumes_bit_for_bit(stage: int, dtype: torch.dtype) -> None:
     run_ranks(resume, 2, 2, stage, dtype)
+
+
+def one_rank_is_given_wrong_tensors(rank: int, world_size: int, stage: int) -> None:
+    model, opt = sharded_net(world_size, stage, overlap=zero.Overlap(timeout_s=20))
+    train(model, opt, rank, 1)
+    saved = {name: shard.local.clone() for name, shard in zero.sharded_state(model, opt).items()}
+    train(model, opt, rank, 1, skip=1)
+    before = zero.full_state_dict(model)
+    wrong = next(name for name, values in saved.items() if values.numel())
+    given = saved | {wrong: torch.zeros(saved[wrong].numel() + 1)} if rank == 1 else saved
+    with pytest.raises(zero.ZeroConfigError, match=rf"'{wrong}': expected .*\(rank 1 of 2\)"):
+        zero.load_sharded_state(model, opt, given)
+    after = zero.full_state_dict(model)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    zero.load_sharded_state(model, opt, saved)
+    assert any(not torch.equal(v, before[n]) for n, v in zero.full_state_dict(model).items())
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_what_one_rank_cannot_load_no_rank_loads(stage: int) -> None:
+    run_ranks(one_rank_is_given_wrong_tensors, 2, 2, stage)
 
 
 def released(rank: int, world_size: int) -> None:

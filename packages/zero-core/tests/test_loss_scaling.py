@@ -89,6 +89,7 @@ def test_scaler_arithmetic() -> None:
     static = zero.LossScaler(8.0, dynamic=False)
     static.update(REPORT)
     assert static.value == 8.0
+    assert zero.LossScaler(0.5, dynamic=False).value == 0.5, "min_scale bounds what changes"
 
 
 def test_at_the_smallest_scale_it_does_as_told(caplog: pytest.LogCaptureFixture) -> None:

@@ -128,6 +128,32 @@ def test_what_cannot_work_is_refused_before_anything_changes() -> None:
     run_ranks(refusals, 1, 1)
 
 
+def without_effect(rank: int, world_size: int) -> None:
+    mesh = dp_mesh(world_size)
+    late, ahead = zero.Overlap(publish_late=True), zero.Overlap(prefetch_bytes=1)
+    for stage, argument, message in [
+        (0, {"overlap": late}, r"Overlap\(publish_late=True\): at stage 0"),
+        (3, {"overlap": late}, r"Overlap\(publish_late=True\): at stage 3 it is for units that stay whole"),
+        (0, {"overlap": ahead}, r"Overlap\(prefetch_bytes=...\): at stage 0"),
+        (2, {"overlap": ahead}, r"Overlap\(prefetch_bytes=...\): at stage 2"),
+        (3, {"init_module": print}, "init_module: nothing of the model is on the meta device"),
+    ]:
+        model = seeded(Net)
+        with pytest.raises(zero.ZeroConfigError, match=message):
+            zero.shard(model, mesh, stage=stage, **argument)
+        zero.shard(model, mesh, stage=stage)  # nothing was changed
+    for name, value in (("whole_bytes", 1 << 20), ("overlap", zero.Overlap())):
+        with (
+            pytest.raises(zero.ZeroConfigError, match=rf"sharded_init\({name}=...\): at stage 2"),
+            zero.sharded_init(mesh, stage=2, **{name: value}),
+        ):
+            pass
+
+
+def test_what_would_have_no_effect_is_refused() -> None:
+    run_ranks(without_effect, 1, 1)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -135,6 +161,14 @@ def test_what_cannot_work_is_refused_before_anything_changes() -> None:
         (lambda: zero.Precision(compute=torch.float32, param=torch.bfloat16), "torch.autocast"),
         (lambda: zero.Overlap(reduce_bytes=-1), "reduce_bytes=...): expected a number of bytes >= 0, got -1"),
         (lambda: zero.Overlap(timeout_s=0), "timeout_s=...): expected seconds > 0"),
+        (lambda: zero.Overlap(enabled="no"), "enabled=...): expected a bool, got 'no'"),
+        (lambda: zero.Overlap(enabled=False, reduce_bytes=1), "leave reduce_bytes out"),
+        (lambda: zero.Overlap(enabled=False, prefetch_bytes=1), "leave prefetch_bytes out"),
+        (
+            lambda: zero.Stores(optimizer_ratio=0.5),
+            "Stores(optimizer_ratio=...): it says which optimizer state",
+        ),
+        (lambda: zero.Stores(keep_first=True), "Stores(keep_first=...): it says which optimizer state"),
     ],
 )
 def test_policies_validate_themselves(make, message: str) -> None:

@@ -88,7 +88,7 @@ def test_over_messages_the_deadline_tells() -> None:
 
 
 def test_the_default_deadline() -> None:
-    assert zero.Overlap().timeout_s == 30.0
+    assert zero.Overlap().timeout_s == 300.0
 
 
 def test_at_stage_3_ranks_that_part_know_it_at_once() -> None:

@@ -125,3 +125,20 @@ def uneven_accumulation(rank: int, world_size: int) -> float:
 
 def test_ranks_may_have_more_micro_batches_than_others() -> None:
     assert max(run_ranks(uneven_accumulation, 2, 2)) <= 2e-6
+
+
+def only_one_rank_accumulates(rank: int, world_size: int, stage: int) -> str:
+    model = zero.shard(seeded(Model), dp_mesh(world_size), stage=stage, overlap=zero.Overlap(timeout_s=20))
+    opt = zero.ShardedOptimizer(model, torch.optim.SGD(model.parameters(), lr=0.05))
+    if rank == 1:
+        with zero.no_sync(model):
+            model(**what("skips layers", 0, 0)).backward()
+    with pytest.raises(zero.CollectiveError) as caught:
+        opt.step()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_rank_that_alone_has_gradients_to_reduce_is_an_error_that_says_why(stage: int) -> None:
+    for message in run_ranks(only_one_rank_accumulates, 2, 2, stage):
+        assert "the last pass before a step is under no_sync on all of them or on none" in message

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 import zero_core as zero
 from torch import nn
 from zero_core.params import ReleasedParameter
@@ -33,7 +35,7 @@ class Custom(Net):
             nn.init.zeros_(module.bias) if module.bias is not None else None
 
 
-def built_like_plain(rank: int, world_size: int, stage: int, whole_bytes: int) -> float:
+def built_like_plain(rank: int, world_size: int, stage: int, whole_bytes: int | None) -> float:
     mesh = dp_mesh(world_size)
     expected = seeded(Custom).state_dict()
     torch.manual_seed(0)
@@ -49,8 +51,8 @@ def built_like_plain(rank: int, world_size: int, stage: int, whole_bytes: int) -
     return relative_error(found, expected)
 
 
-@pytest.mark.parametrize(("stage", "whole_bytes"), [(2, 0), (3, 0), (3, 5000), (3, 1 << 30)])
-def test_same_values_as_a_plain_construction(stage: int, whole_bytes: int) -> None:
+@pytest.mark.parametrize(("stage", "whole_bytes"), [(2, None), (3, 0), (3, 5000), (3, 1 << 30)])
+def test_same_values_as_a_plain_construction(stage: int, whole_bytes: int | None) -> None:
     assert run_ranks(built_like_plain, 3, 3, stage, whole_bytes) == [0.0] * 3
 
 
@@ -110,3 +112,29 @@ def from_meta(rank: int, world_size: int, stage: int) -> None:
 @pytest.mark.parametrize("stage", [0, 3])
 def test_meta_models_are_initialised_unit_by_unit(stage: int) -> None:
     run_ranks(from_meta, 2, 2, stage)
+
+
+def built_on_the_cpu(rank: int, world_size: int) -> None:
+    """A group that sends between accelerators, and a model that is constructed on the CPU."""
+    used: list[object] = []
+    gather = zero.PlainCollectives.all_gather
+
+    def record(self, shard, out, *, tag):
+        used.append(self.group)
+        return gather(self, shard, out, tag=tag)
+
+    group = dp_mesh(world_size).get_group()
+    expected = seeded(Custom).state_dict()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules["zero_core.sharded_init"], "device_type", lambda mesh, group: "cuda")
+        patch.setattr(zero.PlainCollectives, "all_gather", record)
+        torch.manual_seed(0)
+        with zero.sharded_init(group, whole_bytes=0):
+            model = Custom()
+    assert used
+    assert all(each is not group and dist.get_backend(each) == "gloo" for each in used)
+    assert relative_error(zero.full_state_dict(zero.shard(model, group, stage=3)), expected) == 0
+
+
+def test_a_model_built_on_the_cpu_travels_over_gloo() -> None:
+    run_ranks(built_on_the_cpu, 2, 2)

@@ -68,7 +68,8 @@ def compare(rank, world_size, stage, dtype, knobs, use_no_sync):
             train(ddp, inner, clip, rank, accumulate, num_backwards)
             references[key] = {n: v.clone() for n, v in ddp.module.state_dict().items()}
         precision = zero.Precision(compute=dtype, master=dtype)
-        knob_policy = zero.Overlap(enabled=overlap, reduce_bytes=bucket, prefetch_bytes=bucket)
+        limits = {"reduce_bytes": bucket} | ({"prefetch_bytes": bucket} if stage == 3 else {})
+        knob_policy = zero.Overlap(**limits) if overlap else zero.Overlap(enabled=False)
         model = zero.shard(start, mesh, stage=stage, precision=precision, overlap=knob_policy)
         opt = zero.ShardedOptimizer(model, build_optimizer(model.parameters(), dtype))
         no_sync = (lambda model=model: zero.no_sync(model)) if use_no_sync else None

@@ -166,7 +166,7 @@ def allreduce_1bit(
     state: OneBitState | None = None,
     *,
     norm: Norm = "l2",
-    timeout_s: float = 30.0,
+    timeout_s: float = 300.0,
 ) -> OneBitState:
     """Replace `tensor` by the same 1-bit approximation of its mean on all ranks; every rank of `group` calls it.
 

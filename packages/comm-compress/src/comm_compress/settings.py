@@ -38,7 +38,7 @@ class Settings:
     policy: Literal["always", "auto"] = "always"
     stochastic: bool = False
     loco: LoCoPolicy | None = None
-    timeout_s: float = 30.0
+    timeout_s: float = 300.0
     shared_memory: bool = True
 
     def __post_init__(self) -> None:

@@ -2,7 +2,7 @@
 
 The modules, in the order in which data flows:
 
-- `config`, `errors`, `api`: what a user meets.
+- `config`, `errors`, `api`, `overrides`: what a user meets.
 - `layout`, `units`, `flat_unit`, `fill`, `sharded_init`: parameters -> units -> flat buffers -> shards.
 - `tiles`, `tiling`: layers too large to be whole, in parts that are units.
 - `stores`: where shards rest, if not on the device.
@@ -16,6 +16,8 @@ The modules, in the order in which data flows:
 - `agreement`, `full_access`: one full tensor by its parameter's name.
 - `saved_layout`: whether the state dict of an optimizer is this rank's.
 - `diagnostics`, `tracing`: what collectives cost, in numbers and as a picture.
+- `diagnosis`: what a collective that failed says.
+- `testing`: functions on several ranks of one machine.
 """
 
 from .api import Sharded, no_sync, shard, sharded

@@ -7,16 +7,13 @@ before anything has changed. Next: `full_access` carries it out, or `optimizer` 
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
 from .api import Sharded, sharded
-from .collectives import Wire
 from .errors import ZeroConfigError
 from .flat_unit import FlatUnit
 from .hooks import Lane
@@ -91,7 +88,7 @@ def agree(
     except ZeroConfigError as error:
         problem = str(error)
     state.reducer.assemble()
-    told = gather_json(state.everyone, f"requests of {call}", [[name, what], problem, shape])
+    told = state.everyone.gather_json(f"requests of {call}", [[name, what], problem, shape])
     for rank, (wanted, found, _) in enumerate(told):
         if found:
             raise ZeroConfigError(f"{call}: {found} (rank {rank} of {len(told)})")
@@ -153,7 +150,7 @@ def agree_to_load(wire: Wire, given: Any, own: Layout) -> None:
     """
     problem = find_misfit(given, own)
     save = None if problem else [given["num_steps"], given["layout"]["frozen"], given["layout"]["owners"]]
-    told = gather_json(wire, "verdicts on optimizer states", [problem, save])
+    told = wire.gather_json("verdicts on optimizer states", [problem, save])
     for rank, (found, _) in enumerate(told):
         if found:
             raise ZeroConfigError(f"load_state_dict: {found} (rank {rank} of {len(told)})")
@@ -163,15 +160,3 @@ def agree_to_load(wire: Wire, given: Any, own: Layout) -> None:
                 f"load_state_dict: ranks have states of different saves: the first of step {told[0][1][0]}, rank "
                 f"{rank} of step {other[0]}; load on every rank what all have saved at once"
             )
-
-
-def gather_json(wire: Wire, name: str, value: Any) -> list[Any]:
-    """Every rank's `value`, in rank order."""
-    rank, size = wire.group.rank(), wire.group.size()
-    text = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=wire.device)
-    length = torch.tensor([text.numel()], dtype=torch.int64, device=wire.device)
-    lengths = [length if r == rank else torch.empty_like(length) for r in range(size)]
-    wire.swap(f"lengths of {name}", [length] * size, lengths).wait()
-    texts = [text if r == rank else text.new_empty(int(lengths[r])) for r in range(size)]
-    wire.swap(name, [text] * size, texts).wait()
-    return [json.loads(bytes(each.tolist())) for each in texts]

@@ -12,6 +12,7 @@ import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import torch
@@ -21,14 +22,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.hooks import RemovableHandle
 
 from .collectives import Collectives, Wire
-from .config import Overlap, Placement, Precision
+from .config import Overlap, Placement, Precision, refuse_what_has_no_effect
 from .errors import ReleasedParameterError, ZeroConfigError, ZeroStateError
 from .fill import fill_buffers, fill_units
 from .flat_unit import FlatUnit
 from .gather import Gatherer
-from .groups import resolve_groups
+from .groups import device_type, resolve_groups
 from .hooks import Entrance, Reducer
 from .late import LateArrivals
+from .overrides import Overrides
 from .params import Residency, release_class
 from .publish import show
 from .stores import ShardStore, Stores
@@ -68,6 +70,8 @@ class Sharded:
     gatherer: Gatherer | None
     late: LateArrivals | None = None
     meter: Meter | None = None
+    _num_shown: int = 0
+    _overrides: Overrides = field(default_factory=Overrides)
     _removers: list[RemovableHandle] = field(default_factory=list)
 
     def units_of(self, module: nn.Module) -> list[FlatUnit]:
@@ -84,13 +88,43 @@ class Sharded:
         self._removers += Entrance(self.units, self.precision, self.reducer).hook(self.model)
         for module in self.model.modules():
             module.__dict__[_HANDLE] = self
-        self.model.__dict__["zero_grad"] = self._zero_grad
+            self.override_zero_grad(module)
         generate = getattr(self.model, "generate", None)
         if self.gatherer is not None and callable(generate):
-            self.model.__dict__["generate"] = _ended_together(generate, self.gatherer)
+            self._overrides.set(self.model, "generate", _ended_together(generate, self.gatherer))
+
+    @contextmanager
+    def showing(self) -> Iterator[None]:
+        """Around a block that shows full values, and that `close` must not be called in."""
+        self._num_shown += 1
+        try:
+            yield
+        finally:
+            self._num_shown -= 1
 
     def close(self) -> None:
-        """Remove every hook; the parameters stay as they are (make them whole first where that matters)."""
+        """Undo `shard`: the model is an ordinary one with the values it has, on every rank; every rank must call it.
+
+        It may be sharded again. Its optimizers have nothing left to step: build new ones. Accumulated gradients are
+        forgotten (stages 1 to 3).
+
+        Raises:
+            ZeroStateError: it is called inside `materialized` or `stream_full`; nothing was undone.
+            CollectiveError: stage 3: the parameters cannot be gathered; nothing was undone.
+
+        Bytes per rank: at stage 3 the whole model beside the shards, plus one unit.
+        """
+        from .materialize import exact_values
+
+        if self._num_shown:
+            raise ZeroStateError(
+                "close: called inside materialized, or before stream_full came to its end; call it after that"
+            )
+        self.reducer.abandon()
+        whole = exact_values(self)
+        self.wire.fail(
+            "the model is no longer sharded, since it was closed; build an ordinary optimizer for it"
+        )
         for remover in self._removers:
             remover.remove()
         self.reducer.unhook()
@@ -100,12 +134,30 @@ class Sharded:
             self.late.close()
         for module in self.model.modules():
             module.__dict__.pop(_HANDLE, None)
-        for name in ("zero_grad", "generate"):
-            self.model.__dict__.pop(name, None)
+        self._overrides.restore()
+        for unit, values in whole:
+            unit.hand_back(values)
 
-    def _zero_grad(self, set_to_none: bool = True) -> None:
-        """`model.zero_grad()`: the accumulated gradients are not in `param.grad` alone."""
-        self.reducer.zero_grad(free=set_to_none)
+    def override_zero_grad(self, module: nn.Module) -> None:
+        """Have `module.zero_grad()` forget gradients: what has accumulated is not in `param.grad` alone."""
+        own = module.zero_grad
+
+        @functools.wraps(own)
+        def zero_grad(*args: Any, **kwargs: Any) -> Any:
+            result = own(*args, **kwargs)
+            owned = None if self.part(module) is self.model else self._slots_of(module)
+            self.reducer.zero_grad(owned, free=kwargs.get("set_to_none", all(args)))
+            return result
+
+        self._overrides.set(module, "zero_grad", zero_grad)
+
+    def _slots_of(self, module: nn.Module) -> dict[int, set[int]]:
+        """Unit index -> the slots of parameters of `module`."""
+        wanted = {id(param) for param in module.parameters()}
+        return {
+            unit.index: {index for index, param in enumerate(unit.params) if id(param) in wanted}
+            for unit in self.units
+        }
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
         """Refuse: hooks and process groups cannot be copied."""
@@ -169,10 +221,10 @@ def shard(
             "model: it, or a part of it, is sharded already; shard the outermost module, once"
         )
     placement = placement or Placement()
-    if stage < 3 and placement != Placement():
-        raise ZeroConfigError(
-            f"placement: at stage {stage} everything stays whole; leave it out, or use stage 3"
-        )
+    on_meta = any(tensor.is_meta for tensor in chain(model.parameters(), model.buffers()))
+    refuse_what_has_no_effect(
+        stage, overlap, placement, fills_nothing=init_module is not None and not on_meta
+    )
     stores = Stores.of(store, stage)
     groups = resolve_groups(mesh)
     device = _device_of(mesh, groups.shard)
@@ -253,8 +305,7 @@ def sharded(module: nn.Module) -> Sharded:
             what = f"contains {len(inside)} sharded models; pass one of them"
         raise ZeroStateError(f"{type(module).__name__} {what}")
     found = inside.popitem()[1]
-    if "zero_grad" not in module.__dict__:  # accumulated gradients are not in param.grad alone
-        module.__dict__["zero_grad"] = found.model.__dict__["zero_grad"]
+    found.override_zero_grad(module)
     return found
 
 
@@ -264,6 +315,10 @@ def no_sync(model: nn.Module) -> Iterator[None]:
 
     The first backward after the block, or the step, reduces all that has accumulated. Full gradients live meanwhile,
     in every stage: in stages 2 and 3 that costs the memory which a reduction in every backward saves.
+
+    Ranks may have other numbers of backward passes under it. But the last one before a step, a norm or `get_full` of a
+    gradient is under it on every rank, or on none (no pass at all counts as none): else some ranks reduce while others
+    step, and all raise `CollectiveError`.
     """
     reducer = sharded(model).reducer
     before, reducer.sync = reducer.sync, False
@@ -286,12 +341,7 @@ def _ended_together(generate: Callable[..., Any], gatherer: Gatherer) -> Callabl
 
 
 def _device_of(mesh: DeviceMesh | dist.ProcessGroup, group: dist.ProcessGroup) -> torch.device:
-    kind = (
-        mesh.device_type
-        if isinstance(mesh, DeviceMesh)
-        else str(dist.distributed_c10d._get_pg_default_device(group))
-    )
-    kind = torch.device(kind).type
+    kind = device_type(mesh, group)
     if kind == "cpu":
         return torch.device("cpu")
     return torch.device(kind, torch.get_device_module(kind).current_device())

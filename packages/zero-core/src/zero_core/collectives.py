@@ -7,12 +7,13 @@ package holds: one group's collectives, with names, a deadline, and an error tha
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -277,13 +278,28 @@ class Wire:
 
     def broadcast_text(self, name: str, text: str) -> str:
         """The first rank's `text`, on every rank."""
-        encoded = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)
+        return self.broadcast_bytes(name, text.encode()).decode()
+
+    def broadcast_bytes(self, name: str, data: bytes) -> bytes:
+        """The first rank's `data`, on every rank."""
+        encoded = torch.tensor(list(data), dtype=torch.uint8, device=self.device)
         size = torch.tensor([encoded.numel()], dtype=torch.int64, device=self.device)
         self.broadcast(f"size of {name}", size)
         if self.group.rank() != 0:
             encoded = torch.empty(int(size), dtype=torch.uint8, device=self.device)
         self.broadcast(name, encoded)
-        return bytes(encoded.tolist()).decode()
+        return bytes(encoded.tolist())
+
+    def gather_json(self, name: str, value: Any) -> list[Any]:
+        """Every rank's `value`, in rank order."""
+        rank, size = self.group.rank(), self.group.size()
+        text = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=self.device)
+        length = torch.tensor([text.numel()], dtype=torch.int64, device=self.device)
+        lengths = [length if r == rank else torch.empty_like(length) for r in range(size)]
+        self.swap(f"lengths of {name}", [length] * size, lengths).wait()
+        texts = [text if r == rank else text.new_empty(int(lengths[r])) for r in range(size)]
+        self.swap(name, [text] * size, texts).wait()
+        return [json.loads(bytes(each.tolist())) for each in texts]
 
     def connect(self) -> Messages | SharedMemory:
         """The way of small values on the CPU: the collectives' own, if they have one; collective at first."""
@@ -333,7 +349,7 @@ class PlainCollectives:
     """
 
     def __init__(
-        self, group: dist.ProcessGroup, timeout_s: float = 30.0, *, shared_memory: bool = True
+        self, group: dist.ProcessGroup, timeout_s: float = 300.0, *, shared_memory: bool = True
     ) -> None:
         self.group = group
         self.timeout_s = timeout_s

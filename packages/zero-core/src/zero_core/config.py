@@ -123,7 +123,7 @@ class Overlap:
     """How many bytes may be on their way while compute goes on; no setting changes a bit of the result.
 
     Args:
-        enabled: False waits for every collective where it is launched.
+        enabled: False waits for every collective where it is launched; the other limits have no meaning then.
         reduce_bytes: full gradients in reduction at once, per rank, and at stages 1 and 2 updated parameters on their
             way to it; at the limit the oldest is waited for. `None`: one largest unit. At stage 3 on the CPU a rank
             waits for no other here, whatever limit or `enabled` say, since others may need its shards.
@@ -134,14 +134,14 @@ class Overlap:
             took a parameter's memory before the step (`param.data`, `param.detach()`) must not be read after it
             until the next forward is over.
         timeout_s: seconds after which a collective that has not finished is an error (where the back end of
-            the process group lets a wait end). Raise it where one rank works alone for longer.
+            the process group lets a wait end). Raise it where one rank works alone for longer, as to save a checkpoint.
     """
 
     enabled: bool = True
     reduce_bytes: int | None = None
     prefetch_bytes: int | None = None
     publish_late: bool = False
-    timeout_s: float = 30.0
+    timeout_s: float = 300.0
 
     def __post_init__(self) -> None:
         for field in ("reduce_bytes", "prefetch_bytes"):
@@ -150,11 +150,49 @@ class Overlap:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise ZeroConfigError(f"Overlap({field}=...): expected a number of bytes >= 0, got {value!r}")
-        if not isinstance(self.publish_late, bool):
-            raise ZeroConfigError(f"Overlap(publish_late=...): expected a bool, got {self.publish_late!r}")
-        if not self.enabled and self.publish_late:
+        for field in ("enabled", "publish_late"):
+            if not isinstance(getattr(self, field), bool):
+                raise ZeroConfigError(f"Overlap({field}=...): expected a bool, got {getattr(self, field)!r}")
+        limits = [field for field in ("reduce_bytes", "prefetch_bytes") if getattr(self, field) is not None]
+        if not self.enabled and (limits or self.publish_late):
             raise ZeroConfigError(
-                "Overlap(enabled=False) waits for every collective where it is launched; leave publish_late out"
+                "Overlap(enabled=False) waits for every collective where it is launched; leave "
+                f"{' and '.join(limits + ['publish_late'] * self.publish_late)} out"
             )
         if not (isinstance(self.timeout_s, (int, float)) and 0 < self.timeout_s < math.inf):
             raise ZeroConfigError(f"Overlap(timeout_s=...): expected seconds > 0, got {self.timeout_s!r}")
+
+
+def refuse_what_has_no_effect(
+    stage: int, overlap: Overlap, placement: Placement, *, fills_nothing: bool
+) -> None:
+    """Raise where `shard` is asked for something that cannot happen at this stage, or with this model.
+
+    Args:
+        stage: of the model.
+        overlap: what was asked for.
+        placement: likewise.
+        fills_nothing: `init_module` was given, and nothing of the model is on the meta device.
+
+    Raises:
+        ZeroConfigError: names the argument, and says why.
+    """
+    is_whole = f"at stage {stage} everything stays whole; leave it out, or use stage 3"
+    rules = [
+        (stage < 3 and placement != Placement(), f"placement: {is_whole}"),
+        (stage < 3 and overlap.prefetch_bytes is not None, f"Overlap(prefetch_bytes=...): {is_whole}"),
+        (
+            overlap.publish_late and stage == 0,
+            "Overlap(publish_late=True): at stage 0 every rank updates all parameters itself; leave it out, or use "
+            "stage 1 or 2",
+        ),
+        (
+            overlap.publish_late and stage == 3 and placement == Placement(),
+            "Overlap(publish_late=True): at stage 3 it is for units that stay whole, and without placement= there are "
+            "none; leave it out",
+        ),
+        (fills_nothing, "init_module: nothing of the model is on the meta device to be filled; leave it out"),
+    ]
+    for broken, message in rules:
+        if broken:
+            raise ZeroConfigError(message)

@@ -30,7 +30,8 @@ def diagnose(group: dist.ProcessGroup, what: str, timeout_s: float, error: Excep
     ]
     return CollectiveError(
         f"rank {rank} of {size}: {what} cannot finish ({str(error).strip().splitlines()[0]}); {'; '.join(lines)}. "
-        "All ranks must use the same units in the same passes; end the job, look at the first rank that failed, and "
+        "All ranks must use the same units in the same passes, and the last pass before a step is under no_sync on all "
+        "of them or on none; end the job, look at the first rank that failed, and "
         f"resume from a checkpoint. Where a rank works alone for longer than {timeout_s:g} s, raise Overlap(timeout_s=)"
     )
 

@@ -355,6 +355,18 @@ class FlatUnit:
         for param in self.params:
             param.__class__ = released
 
+    def hand_back(self, values: list[torch.Tensor]) -> None:
+        """Make the parameters ordinary ones, with memory of their own; they are this unit's no longer.
+
+        Args:
+            values: one for each parameter, in its shape and dtype; not copied.
+        """
+        for param, cls, value in zip(self.params, self.classes, values, strict=True):
+            param.__class__ = cls
+            param.data = value
+        if self.resting is not None:
+            self.resting.store.release(self.resting.name)
+
     @cached_property
     def label(self) -> str:
         """Name and parameters, for messages."""

@@ -14,7 +14,7 @@ from typing import NoReturn
 import torch
 from torch import nn
 
-from .agreement import Request, agree, gather_json, nearest
+from .agreement import Request, agree, nearest
 from .errors import ZeroConfigError, ZeroStateError
 from .optimizer import ShardedOptimizer
 from .publish import show
@@ -154,7 +154,7 @@ def _tell(request: Request, mine: Shard | None) -> list[_Extent | None]:
         used, keys = request.index in request.lane.bucket.used, []
     else:
         used, keys = True, [] if request.holder is None else sorted(map(str, request.holder.state))
-    told = gather_json(request.state.wire, f"extents for {request}", [extent, used, keys])
+    told = request.state.wire.gather_json(f"extents for {request}", [extent, used, keys])
     absent = not any(extent for extent, _, _ in told)
     if request.what == "grad" and (absent or (request.call == "get_full" and not any(u for _, u, _ in told))):
         raise ZeroStateError(

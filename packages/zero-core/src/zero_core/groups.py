@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import cast
 
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -50,6 +51,13 @@ def resolve_groups(mesh: DeviceMesh | dist.ProcessGroup) -> Groups:
         "mesh: expected one dimension, or one named 'dp', or 'dp_shard' with or without 'dp_replicate', got dimensions "
         f'{names or mesh.ndim}; pass mesh["name"]'
     )
+
+
+def device_type(mesh: DeviceMesh | dist.ProcessGroup, group: dist.ProcessGroup) -> str:
+    """The type of the devices between which `group`, that of a mesh, is meant to send."""
+    if isinstance(mesh, DeviceMesh):
+        return torch.device(mesh.device_type).type
+    return torch.device(dist.distributed_c10d._get_pg_default_device(group)).type
 
 
 def group_of_all(mesh: DeviceMesh | dist.ProcessGroup, groups: Groups) -> dist.ProcessGroup:

@@ -6,9 +6,11 @@ unit beyond the shards is whole at a time, except inside `materialized` and in a
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
@@ -63,7 +65,7 @@ def _whole(state: Sharded, units: list[FlatUnit]) -> Iterator[None]:
     Where units are computed with as approximations, what the block writes is gone after it, unless it was taken over.
     """
     shown = [unit for unit in units if unit.approximate and unit.stage < 3]
-    with state.gatherer.hold(units) if state.gatherer else nullcontext():
+    with state.showing(), state.gatherer.hold(units) if state.gatherer else nullcontext():
         for unit in shown:
             if not unit.num_exact_uses:
                 unit.settle()
@@ -79,6 +81,17 @@ def _whole(state: Sharded, units: list[FlatUnit]) -> Iterator[None]:
                 if not unit.num_exact_uses:
                     show(unit, state.wire).wait()
                     unit.forget_edits()
+
+
+def exact_values(state: Sharded) -> list[tuple[FlatUnit, list[torch.Tensor]]]:
+    """Copies of the parameters of each unit that does not show its shards' own values; collective."""
+    found = []
+    for unit in state.units:
+        unit.settle()
+        if unit.stage == 3 or unit.approximate:
+            with _whole(state, [unit]):
+                found.append((unit, [param.detach().clone() for param in unit.params]))
+    return found
 
 
 def stream_full(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -109,10 +122,11 @@ def _stream(model: nn.Module) -> Iterator[tuple[list[str], torch.Tensor]]:
 
 def full_state_dict(
     model: nn.Module, *, rank0_only: bool = False, device: torch.device | str = "cpu"
-) -> dict[str, torch.Tensor]:
+) -> dict[str, Any]:
     """The state dict of the unsharded model: plain names, shapes and the parameters' dtypes.
 
-    Every rank must call it.
+    Every rank must call it. Buffers and extra state (`get_extra_state`) are the rank's own. Hooks that modules have on
+    `state_dict` and `load_state_dict` are not run.
 
     Args:
         model: a sharded model or a part of it.
@@ -124,35 +138,46 @@ def full_state_dict(
     state = sharded(model)
     model = state.part(model)
     keep = not rank0_only or state.everyone.group.rank() == 0
-    found: dict[str, torch.Tensor] = {}
+    found: dict[str, Any] = {}
     for names, tensor in _stream(model):
         if keep:
             found |= dict.fromkeys(names, tensor.to(device, copy=True))  # tied names share one copy
-    return {name: found[name] for name in _expected(model) if name in found}
+    expected = _expected(model, "get_extra_state")
+    for name in _extra_states(expected) if keep else ():
+        found[name] = _owner(model, name).get_extra_state()
+    return {name: found[name] for name in expected if name in found}
 
 
 def load_full_state_dict(
-    model: nn.Module, state_dict: Mapping[str, torch.Tensor] | None, *, strict: bool = True
+    model: nn.Module, state_dict: Mapping[str, Any] | None, *, strict: bool = True
 ) -> None:
     """Load plain torch names and shapes; the first rank's dict counts, other ranks may pass None.
 
     Every rank must call it. Values travel one unit at a time and are cast to the parameters' dtypes; masters follow.
+    Extra state (`set_extra_state`) travels pickled, its tensors on the CPU.
 
     Raises:
-        ZeroConfigError: names are missing or unexpected (`strict`), or a shape is not the parameter's; on every rank,
-            before anything has changed.
+        ZeroConfigError: names are missing or unexpected (`strict`), a shape is not the parameter's, or extra state
+            cannot be pickled; on every rank, before anything has changed.
     """
     state = sharded(model)
     model = state.part(model)
     untiled = Untiled(model)
     wire, reads = state.everyone, state.everyone.group.rank() == 0
     state.reducer.assemble()
-    expected = _expected(model)
+    expected = _expected(model, "set_extra_state")
     problems: list[str] = []
+    extra = b""
     if reads and state_dict is None:
         problems = ["the first rank must pass the state dict, got None"]
     elif reads:
-        problems = _mismatch(expected, state_dict or {}, strict=strict)
+        assert state_dict is not None
+        problems = _mismatch(expected, state_dict, strict=strict)
+        given_extra = {name: state_dict[name] for name in _extra_states(expected) & state_dict.keys()}
+        try:
+            extra = _packed(given_extra)
+        except Exception as error:  # whatever a value's own pickling raises
+            problems.append(f"{', '.join(sorted(given_extra))} cannot be sent to the other ranks: {error}")
     problems = json.loads(wire.broadcast_text("check of the state dict", json.dumps(problems)))
     if problems:
         raise ZeroConfigError("load_full_state_dict: " + "; ".join(problems))
@@ -173,6 +198,9 @@ def load_full_state_dict(
                 if reads and state_dict is not None:
                     buffer.copy_(state_dict[name])
                 wire.broadcast(f"buffer '{name}'", buffer)
+    if _extra_states(expected) & present:
+        for name, value in _unpacked(wire.broadcast_bytes("extra state", extra)).items():
+            _owner(model, name).set_extra_state(value)
 
 
 @torch.no_grad()
@@ -185,9 +213,14 @@ def _take_over(state: Sharded, unit: FlatUnit, *, keep_unchanged: bool = False) 
         show(unit, state.wire).wait()
 
 
-def _expected(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of `model.state_dict()`, in its order, without touching values."""
-    expected: dict[str, tuple[int, ...]] = {}
+def _expected(model: nn.Module, accessor: str) -> dict[str, tuple[int, ...] | None]:
+    """Names and shapes of `model.state_dict()`, in its order, without touching values; None for extra state.
+
+    Args:
+        model: a sharded model or a part of it.
+        accessor: the method by which a module has extra state, `get_extra_state` or `set_extra_state`.
+    """
+    expected: dict[str, tuple[int, ...] | None] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         dot = f"{prefix}." if prefix else ""
         if isinstance(module, Tile):
@@ -202,11 +235,34 @@ def _expected(model: nn.Module) -> dict[str, tuple[int, ...]]:
                 if b is not None and n not in module._non_persistent_buffers_set
             }
         )
+        if getattr(type(module), accessor) is not getattr(nn.Module, accessor):
+            expected[f"{dot}_extra_state"] = None
     return expected
 
 
+def _extra_states(expected: Mapping[str, tuple[int, ...] | None]) -> set[str]:
+    return {name for name, shape in expected.items() if shape is None}
+
+
+def _owner(model: nn.Module, name: str) -> nn.Module:
+    """The module that an entry of the state dict belongs to."""
+    return model.get_submodule(name.rpartition(".")[0])
+
+
+def _packed(value: Any) -> bytes:
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
+
+
+def _unpacked(packed: bytes) -> Any:
+    return torch.load(
+        io.BytesIO(packed), map_location="cpu", weights_only=False
+    )  # from a rank of this very job
+
+
 def _persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
-    expected = _expected(model)
+    expected = _expected(model, "get_extra_state")
     return {name: buffer for name, buffer in model.named_buffers(remove_duplicate=False) if name in expected}
 
 
@@ -219,7 +275,7 @@ def local_names(state: Sharded, model: nn.Module, names: tuple[str, ...]) -> lis
 
 
 def _mismatch(
-    expected: dict[str, tuple[int, ...]], given: Mapping[str, torch.Tensor], *, strict: bool
+    expected: dict[str, tuple[int, ...] | None], given: Mapping[str, Any], *, strict: bool
 ) -> list[str]:
     problems = []
     missing, unexpected = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
@@ -232,6 +288,6 @@ def _mismatch(
         problems.append(f"unexpected: {', '.join(unexpected[:8])}{more}")
     return problems + [
         f"'{name}': expected shape {expected[name]}, got {tuple(given[name].shape)}"
-        for name in sorted(expected.keys() & given.keys())
+        for name in sorted(expected.keys() & given.keys() - _extra_states(expected))
         if tuple(given[name].shape) != expected[name]
     ]

@@ -95,7 +95,7 @@ class LossScaler:
         growth_factor, backoff_factor: what it is multiplied by when it grows, or backs off.
         hysteresis: overflows that are tolerated (skipped) before the scale backs off.
         consecutive_hysteresis: a finite step restores the tolerance; otherwise only growth does.
-        min_scale: the scale never goes below.
+        min_scale: a dynamic scale never goes below.
         at_minimum: what happens when gradients overflow there. "raise": `OverflowError`, since training stands still;
             "skip": a warning, and the step is skipped; or a function that is called on every rank with the
             `OverflowReport`, to save a checkpoint say, before the error is raised.
@@ -127,7 +127,7 @@ class LossScaler:
             "growth_factor > 1": growth_factor > 1,
             "0 < backoff_factor < 1": 0 < backoff_factor < 1,
             "hysteresis >= 1": hysteresis >= 1,
-            "0 < min_scale <= init_scale": 0 < min_scale <= init_scale,
+            "0 < min_scale <= init_scale": not dynamic or 0 < min_scale <= init_scale,
             "at_minimum 'raise', 'skip' or a function": at_minimum in ("raise", "skip")
             or callable(at_minimum),
             "history >= 0": history >= 0,

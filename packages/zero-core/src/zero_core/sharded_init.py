@@ -25,8 +25,11 @@ from torch.nn.modules.module import (
 from .collectives import PlainCollectives, Wire
 from .config import Overlap
 from .errors import ZeroConfigError
-from .groups import resolve_groups
+from .groups import device_type, resolve_groups, sibling_group
 from .params import allocate_storage, free_storage, release_class, tensors_in
+
+WHOLE_BYTES = 64 << 20
+"""Kept whole while constructing, if nothing else is said."""
 
 
 @contextmanager
@@ -34,7 +37,7 @@ def sharded_init(
     mesh: DeviceMesh | dist.ProcessGroup,
     *,
     stage: int = 3,
-    whole_bytes: int = 64 << 20,
+    whole_bytes: int | None = None,
     overlap: Overlap | None = None,
 ) -> Iterator[None]:
     """Construct models inside this block as shards; every rank runs the same constructors.
@@ -43,23 +46,37 @@ def sharded_init(
     whole, so nothing is done.
 
     Args:
-        mesh: as for `shard`.
+        mesh: as for `shard`. Parameters may be constructed on its devices (`with torch.device("cuda")`) or on the CPU,
+            where they travel over a gloo group beside it.
         stage: the stage that `shard` will be called with.
-        whole_bytes: parameters kept whole at a time while constructing (the one in use always is).
-        overlap: the deadline of collectives.
+        whole_bytes: stage 3: parameters kept whole at a time while constructing (the one in use always is). None:
+            64 MiB.
+        overlap: stage 3: the deadline of collectives.
+
+    Raises:
+        ZeroConfigError: an argument cannot be honoured.
 
     Bytes per rank: the shards, `whole_bytes`, and the largest parameter.
     """
     if stage not in (0, 1, 2, 3):
         raise ZeroConfigError(f"stage: expected 0, 1, 2 or 3, got {stage!r}")
     if stage < 3:
+        for name, given in (("whole_bytes", whole_bytes), ("overlap", overlap)):
+            if given is not None:
+                raise ZeroConfigError(
+                    f"sharded_init({name}=...): at stage {stage} parameters stay whole, and nothing is done; leave "
+                    "it out"
+                )
         yield
         return
     group = resolve_groups(mesh).shard
     timeout_s = (overlap or Overlap()).timeout_s
-    builder = _Builder(
-        Wire(group, PlainCollectives(group, timeout_s), torch.device("cpu"), timeout_s), whole_bytes
-    )
+    kind = device_type(mesh, group)
+    wires = {kind: Wire(group, PlainCollectives(group, timeout_s), torch.device(kind), timeout_s)}
+    if kind != "cpu":
+        beside = sibling_group(group, "gloo")
+        wires["cpu"] = Wire(beside, PlainCollectives(beside, timeout_s), torch.device("cpu"), timeout_s)
+    builder = _Builder(wires, WHOLE_BYTES if whole_bytes is None else whole_bytes)
     removers = (
         register_module_parameter_registration_hook(builder.registered),
         register_module_module_registration_hook(builder.attached),
@@ -82,10 +99,15 @@ class _Part:
 
 
 class _Builder:
-    """Keeps the parameters used last whole, up to a budget, and the others as shards."""
+    """Keeps the parameters used last whole, up to a budget, and the others as shards.
 
-    def __init__(self, wire: Wire, whole_bytes: int) -> None:
-        self.wire = wire
+    Args:
+        wires: type of device -> how parameters that are on such a device travel among the ranks.
+        whole_bytes: the budget.
+    """
+
+    def __init__(self, wires: dict[str, Wire], whole_bytes: int) -> None:
+        self.wires = wires
         self.whole_bytes = whole_bytes
         self.parts: dict[int, _Part] = {}
         self.whole: dict[int, int] = {}
@@ -128,16 +150,24 @@ class _Builder:
             self._cut(self.parts[key])
             del self.whole[key]
 
+    def _wire_of(self, param: nn.Parameter) -> Wire:
+        if param.device.type not in self.wires:
+            raise ZeroConfigError(
+                f"sharded_init: a parameter is constructed on '{param.device}', and the ranks of the mesh exchange "
+                f"between devices of type {' or '.join(self.wires)}; construct it there"
+            )
+        return self.wires[param.device.type]
+
     def _touch(self, param: nn.Parameter) -> None:
         self.whole.pop(id(param), None)
         self.whole[id(param)] = param.numel() * param.element_size()
 
     @torch.no_grad()
     def _cut(self, part: _Part) -> None:
-        param, size = part.param, self.wire.group.size()
+        param, group = part.param, self._wire_of(part.param).group
         flat = param.detach().reshape(-1)
-        n = math.ceil(flat.numel() / size)
-        start = self.wire.group.rank() * n
+        n = math.ceil(flat.numel() / group.size())
+        start = group.rank() * n
         part.local = torch.zeros(n, dtype=flat.dtype, device=flat.device)
         mine = flat[start : start + n]
         part.local[: mine.numel()].copy_(mine)
@@ -152,12 +182,9 @@ class _Builder:
         if part.local is None:
             self._touch(param)
             return
-        full = torch.empty(
-            part.local.numel() * self.wire.group.size(), dtype=param.dtype, device=param.device
-        )
-        self.wire.gather(
-            f"a parameter of shape {tuple(param.shape)} under construction", part.local, full
-        ).wait()
+        wire = self._wire_of(param)
+        full = torch.empty(part.local.numel() * wire.group.size(), dtype=param.dtype, device=param.device)
+        wire.gather(f"a parameter of shape {tuple(param.shape)} under construction", part.local, full).wait()
         param.__class__ = part.cls
         allocate_storage(param)
         param.copy_(full[: param.numel()].view(param.shape))

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from .api import sharded
+from .collectives import Wire
 from .errors import ZeroConfigError
 from .layout import LocalSlot
 from .optimizer import ShardedOptimizer
@@ -48,6 +49,7 @@ def sharded_state(model: nn.Module, optimizer: ShardedOptimizer | None = None) -
     but for parameters beside a separate master at stage 3, which are cast for the occasion (2P/N bytes while they
     last). State of an optimizer that steps whole tensors is listed whole by the parameter's owner (at stage 0 by all),
     under its own shape. `load_sharded_state` is the way back.
+    Extra state of modules (`get_extra_state`) is not among it; `full_state_dict` has it.
     """
     units = sharded(model).units
     if optimizer is not None:  # masters say what was written to parameters, too
@@ -94,8 +96,8 @@ def load_sharded_state(
     from the parameters.
 
     Raises:
-        ZeroConfigError: a name is missing or unexpected (`strict`), or a range has another size; nothing was changed
-            on this rank.
+        ZeroConfigError: on some rank a name is missing or unexpected (`strict`), or a range has another size; on
+            every rank, before anything has changed.
     """
     with optimizer.being_replaced() if strict and optimizer is not None else nullcontext():
         _load_sharded_state(model, optimizer, tensors, strict=strict)
@@ -114,7 +116,8 @@ def _load_sharded_state(
     problems = [f"unexpected '{name}'" for name in tensors.keys() - described.keys() - fresh.keys() if strict]
     if strict:
         problems += [f"missing '{name}'" for name in described.keys() - tensors.keys()]
-    _refuse("load_sharded_state", problems + _wrong_sizes(described, fresh, tensors))
+    problems += _wrong_sizes(described, fresh, tensors)
+    _refuse("load_sharded_state", _of_all_ranks(state.everyone, problems))
     of_optimizer = {name for name in described if name.startswith("optimizer.")}
     _copy_in(described, tensors, described.keys() - of_optimizer)
     for unit, flat in zip(state.units, values, strict=True):
@@ -168,6 +171,16 @@ def _wrong_sizes(
         for name, size in sizes.items()
         if name in tensors and tensors[name].numel() != size
     ]
+
+
+def _of_all_ranks(wire: Wire, problems: list[str]) -> list[str]:
+    """The problems of every rank, so that all of them refuse or none; collective."""
+    told = wire.gather_json("check of the sharded state", sorted(problems)[:8])
+    whose: dict[str, list[str]] = {}
+    for rank, found in enumerate(told):
+        for problem in found:
+            whose.setdefault(problem, []).append(str(rank))
+    return [f"{problem} (rank {', '.join(ranks)} of {len(told)})" for problem, ranks in whose.items()]
 
 
 def _refuse(call: str, problems: list[str]) -> None:

@@ -94,6 +94,12 @@ class Stores:
             raise ZeroConfigError(
                 f"Stores(optimizer_ratio=...): expected 0 to 1, got {self.optimizer_ratio!r}"
             )
+        for name, is_set in (("optimizer_ratio", self.optimizer_ratio != 1), ("keep_first", self.keep_first)):
+            if is_set and self.optimizer is None:
+                raise ZeroConfigError(
+                    f"Stores({name}=...): it says which optimizer state goes to the store of the optimizer, and "
+                    "optimizer is None; leave it out, or give Stores(optimizer=...)"
+                )
 
     @staticmethod
     def of(store: ShardStore | Stores | None, stage: int) -> Stores:
@@ -125,7 +131,8 @@ class Stores:
         Args:
             sizes: trainable elements.
         """
-        near, left = replace(self, optimizer=None), self.optimizer_ratio * sum(sizes)
+        near = replace(self, optimizer=None, optimizer_ratio=1.0, keep_first=False)
+        left = self.optimizer_ratio * sum(sizes)
         found, is_full = [], False
         for size in reversed(sizes) if self.keep_first else sizes:
             fits = size <= left * (1 + 1e-9) and not is_full

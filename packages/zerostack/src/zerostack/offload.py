@@ -108,6 +108,8 @@ def stores(config: Config) -> zero.Stores | None:
     frozen = frozen_store(config)
     if optimizer is None and params is None and frozen is None:
         return None
+    if optimizer is None:
+        return zero.Stores(params=params, frozen=frozen)
     return zero.Stores(
         params=params,
         frozen=frozen,

@@ -58,22 +58,23 @@ def accumulates_reduced(config: Config) -> bool:
 
 
 def overlap(config: Config, *, publish_late: bool = False) -> zero.Overlap:
-    """How many bytes travel while compute goes on; sizes that are not given are zero-core's own."""
-    policy = precision(config)
-    param = policy.param_dtype(torch.float32)
-    sizes: dict[str, int] = {}
-    if config.zero_optimization.reduce_bucket_size is not None:
-        sizes["reduce_bytes"] = (
-            config.zero_optimization.reduce_bucket_size * policy.reduce_dtype(param).itemsize
-        )
-    if config.zero_optimization.stage3_prefetch_bucket_size is not None:
-        sizes["prefetch_bytes"] = config.zero_optimization.stage3_prefetch_bucket_size * param.itemsize
-    wanted = config.zero_optimization.overlap_comm
+    """How many bytes travel while compute goes on; sizes not given, or without meaning here, are zero-core's own."""
+    section = config.zero_optimization
+    wanted = section.overlap_comm
     if publish_late and wanted is False:
         raise ConfigError(
             "publish_late=True leaves gathers under way, and overlap_comm is false; leave one out"
         )
-    return zero.Overlap(enabled=True if wanted is None else wanted, publish_late=publish_late, **sizes)
+    if wanted is False:
+        return zero.Overlap(enabled=False)
+    policy = precision(config)
+    param = policy.param_dtype(torch.float32)
+    sizes: dict[str, int] = {}
+    if section.reduce_bucket_size is not None:
+        sizes["reduce_bytes"] = section.reduce_bucket_size * policy.reduce_dtype(param).itemsize
+    if section.stage3_prefetch_bucket_size is not None and section.stage == 3:
+        sizes["prefetch_bytes"] = section.stage3_prefetch_bucket_size * param.itemsize
+    return zero.Overlap(publish_late=publish_late, **sizes)
 
 
 def is_offloaded(config: Config) -> bool:
@@ -161,7 +162,7 @@ def loss_scaler(config: Config) -> zero.LossScaler | None:
     fp16 = config.fp16
     in_float16 = fp16.enabled or (config.torch_autocast.enabled and config.torch_autocast.dtype == "float16")
     if in_float16 and fp16.loss_scale:
-        return zero.LossScaler(fp16.loss_scale, dynamic=False, min_scale=fp16.loss_scale)
+        return zero.LossScaler(fp16.loss_scale, dynamic=False)
     if in_float16:
         return zero.LossScaler(
             2.0**fp16.initial_scale_power,
@@ -171,7 +172,7 @@ def loss_scaler(config: Config) -> zero.LossScaler | None:
             min_scale=fp16.min_loss_scale,
         )
     if config.bf16.enabled and config.bf16.check_grad_overflow:
-        return zero.LossScaler(1.0, dynamic=False, min_scale=1.0)
+        return zero.LossScaler(1.0, dynamic=False)
     return None
 
 

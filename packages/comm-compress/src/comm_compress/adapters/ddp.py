@@ -65,7 +65,7 @@ def ddp_hook(
         policy: "int8", "int4": "auto" leaves compression off where it measurably does not pay; None: "always".
         loco: "int8", "int4": what is lost comes back, averaged. `LoCoPolicy(beta=0, reset_steps=0)` is plain error
             feedback.
-        timeout_s: "int8", "int4", "1bit": deadline of a wait on the CPU; None: 30 s. The others have the group's own.
+        timeout_s: "int8", "int4", "1bit": deadline of a wait on the CPU; None: 300 s. The others have the group's own.
         shared_memory: "int8", "int4", "1bit": on the CPU, use memory that ranks of one machine share; None: yes.
         options: "powersgd": of `torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook.PowerSGDState`.
 

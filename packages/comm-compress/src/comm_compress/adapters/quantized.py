@@ -74,7 +74,7 @@ class QuantizedCollectives:
         policy: Literal["always", "auto"] = "always",
         stochastic: bool = False,
         loco: LoCoPolicy | None = None,
-        timeout_s: float = 30.0,
+        timeout_s: float = 300.0,
         shared_memory: bool = True,
         group: dist.ProcessGroup | None = None,
     ) -> None:

@@ -38,7 +38,7 @@ class Compression:
     scale_layers: bool = False
     variance_floor: float = 1e-3
     reduce_dtype: torch.dtype | None = None
-    timeout_s: float = 30.0
+    timeout_s: float = 300.0
 
     def __post_init__(self) -> None:
         checks = {

@@ -6,6 +6,7 @@ launched by every rank as its backward comes to the checkpoint. The bytes travel
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import torch
@@ -55,16 +56,14 @@ class Partition:
         return full[:numel]
 
     def check_alike(self, flat: torch.Tensor, name: str) -> None:
-        """Compare a checksum over the group: one collective of 2 N numbers.
+        """Compare a checksum over the group: one collective of 3 N numbers.
 
         Raises:
             ZeroStateError: the ranks hold different values.
         """
-        words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]
-        sums = torch.zeros(self.group.size(), 2, dtype=torch.int64, device=flat.device)
-        sums[self.group.rank()] = torch.stack(
-            [flat.contiguous().view(words).sum(dtype=torch.int64), sums.new_tensor(flat.numel())]
-        )
+        sums = torch.zeros(self.group.size(), 3, dtype=torch.int64, device=flat.device)
+        sums[self.group.rank(), 0] = flat.numel()
+        sums[self.group.rank(), 1:] = _checksum(flat)
         wire = self._wire(flat.device)
         wire.all_reduce(f"checksum of the inputs of {name}", sums, dist.ReduceOp.SUM).wait()
         others = [rank for rank, row in enumerate(sums.tolist()) if row != sums[0].tolist()]
@@ -81,3 +80,21 @@ class Partition:
             collectives = PlainCollectives(self.group, self.timeout_s)
             self._wires[device] = Wire(self.group, collectives, device, self.timeout_s)
         return self._wires[device]
+
+
+def _checksum(flat: torch.Tensor) -> torch.Tensor:
+    """Two int64 numbers, [2], that tell where which bits are: sums of the rows and of the columns of a square.
+
+    Each row and each column has a random weight: two sums of all elements, instead of a weight for each element.
+    """
+    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]
+    values = flat.contiguous().view(words).long()
+    width = math.isqrt(values.numel()) or 1
+    rows, rest = divmod(values.numel(), width)
+    square, last = values[: rows * width].view(rows, width), values[rows * width :]
+    of_columns = square.sum(0)
+    of_columns[:rest] += last
+    of_rows = torch.cat([square.sum(1), last.sum().view(1)])
+    same_everywhere = torch.Generator().manual_seed(0)
+    weights = torch.randint(2**62, (rows + 1 + width,), generator=same_everywhere).to(flat.device)
+    return torch.stack([(of_rows * weights[: rows + 1]).sum(), (of_columns * weights[rows + 1 :]).sum()])

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from ..config import Overlap
 from ..errors import ZeroConfigError
 from ..groups import resolve_groups
 from .arena import Arena
@@ -41,9 +42,11 @@ class CheckpointPolicy:
         host_bytes: bound of that memory; inputs beyond it stay on their device. None: no bound.
         contiguous_bytes: keep inputs in one buffer per device (and stream that computes), of this size, allocated with
             the first input. A full buffer is an error that names the size to give.
-        min_bytes: inputs smaller than this, or not floating-point, are kept as they are.
+        min_bytes: with partition, host or contiguous_bytes: inputs smaller than this, or not floating-point, are kept
+            as they are. None: 4096.
         preserve_rng: restore the random state for the recomputation, so that dropout drops the same.
-        timeout_s: seconds after which a gather on the CPU that has not finished is an error.
+        timeout_s: with partition: seconds after which a gather on the CPU that has not finished is an error. None: as
+            `zero_core.Overlap`.
 
     Raises:
         ZeroConfigError: a value out of range, or a setting that would have no effect beside the others.
@@ -58,9 +61,9 @@ class CheckpointPolicy:
     host: bool = False
     host_bytes: int | None = None
     contiguous_bytes: int | None = None
-    min_bytes: int = 4096
+    min_bytes: int | None = None
     preserve_rng: bool = True
-    timeout_s: float = 30.0
+    timeout_s: float | None = None
 
     def __post_init__(self) -> None:
         for op in self.save_ops:
@@ -80,13 +83,15 @@ class CheckpointPolicy:
             )
         for field in ("host_bytes", "contiguous_bytes", "min_bytes"):
             value = getattr(self, field)
-            if field != "min_bytes" and value is None:
+            if value is None:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ZeroConfigError(
                     f"CheckpointPolicy({field}=...): expected a number of bytes >= 1, got {value!r}"
                 )
-        if not (isinstance(self.timeout_s, int | float) and 0 < self.timeout_s < math.inf):
+        if self.timeout_s is not None and not (
+            isinstance(self.timeout_s, int | float) and 0 < self.timeout_s < math.inf
+        ):
             raise ZeroConfigError(
                 f"CheckpointPolicy(timeout_s=...): expected seconds > 0, got {self.timeout_s!r}"
             )
@@ -101,6 +106,17 @@ class CheckpointPolicy:
             raise ZeroConfigError(
                 "CheckpointPolicy(host_bytes=...): it bounds host memory, and host is False"
             )
+        if self.timeout_s is not None and self.partition is None:
+            raise ZeroConfigError(
+                "CheckpointPolicy(timeout_s=...): it is the deadline of gathers among the ranks of partition, and that "
+                "is None"
+            )
+        elsewhere = self.host or self.partition is not None or self.contiguous_bytes is not None
+        if self.min_bytes is not None and not elsewhere:
+            raise ZeroConfigError(
+                "CheckpointPolicy(min_bytes=...): without partition, host or contiguous_bytes all inputs are kept as "
+                "they are; leave it out"
+            )
         if self.host and self.contiguous_bytes is not None:
             raise ZeroConfigError(
                 "CheckpointPolicy(host=True, contiguous_bytes=...): inputs wait either on the host, in a pool of its "
@@ -112,7 +128,8 @@ class CheckpointPolicy:
         """What the policy holds at run time; made at the first use, without communication."""
         holder = self._holder()
         check = holder.check_alike if self.verify and isinstance(holder, Partition) else None
-        return Keeper(holder, self.min_bytes, self.save_ops, check)
+        min_bytes = 4096 if self.min_bytes is None else self.min_bytes
+        return Keeper(holder, min_bytes, self.save_ops, check)
 
     def _holder(self) -> Holder | None:
         holder: Holder | None = None
@@ -125,4 +142,5 @@ class CheckpointPolicy:
         group = resolve_groups(self.partition).shard
         if group.size() == 1:
             return holder
-        return Partition(group, holder or Copies(), self.timeout_s)
+        timeout_s = Overlap.timeout_s if self.timeout_s is None else self.timeout_s
+        return Partition(group, holder or Copies(), timeout_s)

@@ -211,6 +211,31 @@ def test_step_needs_a_backward():
         engine.step()
 
 
+def test_zero_grad_before_every_micro_batch_drops_and_says_so_and_trains(caplog):
+    engine = zerostack.initialize(model=Small(), config=config(2, gradient_accumulation_steps=3))[0]
+    expected = zerostack.initialize(model=Small(), config=config(2))[0]
+    for step in range(2):
+        for micro in range(3):
+            engine.zero_grad()
+            loss = engine(batch(3 * step + micro, 0))
+            engine.backward(loss)
+            engine.step()
+        expected.backward(
+            expected(batch(3 * step + 2, 0)) / 3
+        )  # the last one's gradients are all that is left
+        expected.step()
+    assert (engine.micro_steps, engine.global_steps) == (6, 2)
+    values = zero.full_state_dict(expected.module)
+    assert all(
+        torch.equal(value, values[name])
+        for name, value in zero.full_state_dict(engine.module).items()
+        if name != "calls"
+    )
+    told = [record.getMessage() for record in caplog.records if "zero_grad() drops" in record.getMessage()]
+    assert len(told) == 1
+    assert "of 1 of the 3 micro-batches" in told[0]
+
+
 def test_an_overflow_is_skipped_with_its_schedule_and_reported(caplog):
     raw = config(2, fp16={"enabled": True, "initial_scale_power": 8, "hysteresis": 1})
     raw["scheduler"] = {"type": "WarmupLR", "params": {"warmup_num_steps": 4}}
@@ -226,6 +251,45 @@ def test_an_overflow_is_skipped_with_its_schedule_and_reported(caplog):
     engine.backward(engine(batch(1, 0)))
     engine.step()
     assert (engine.skipped_steps, engine.lr_scheduler.last_epoch) == (1, 1)
+
+
+def test_a_step_that_raises_may_be_called_again(monkeypatch):
+    made = [
+        zerostack.initialize(model=Small(), config=config(2, gradient_accumulation_steps=2)) for _ in "ab"
+    ]
+    (engine, optimizer, *_), (expected, *_) = made
+    for each in (engine, expected):
+        each.backward(each(batch(0, 0)))
+        each.step()
+        each.backward(each(batch(1, 0)))
+    expected.step()
+
+    def full(closure=None):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(optimizer, "step", full)
+        with pytest.raises(OSError, match="No space left"):
+            engine.step()
+    assert (engine.micro_steps, engine.global_steps, engine.global_samples) == (1, 0, 0)
+    engine.step()
+    assert engine.progress == expected.progress
+    values = zero.full_state_dict(expected.module)
+    assert all(torch.equal(v, values[name]) for name, v in zero.full_state_dict(engine.module).items())
+
+
+def test_an_overflow_at_the_least_scale_leaves_the_engine_where_it_was():
+    fp16 = {"enabled": True, "initial_scale_power": 0, "hysteresis": 1}
+    engine = zerostack.initialize(model=Small(), config=config(1, fp16=fp16))[0]
+    engine.backward(engine(batch(0, 0)) * float("inf"))
+    for _ in range(2):
+        with pytest.raises(OverflowError):
+            engine.step()
+        assert (engine.micro_steps, engine.global_steps) == (0, 0)
+    engine.zero_grad()
+    engine.backward(engine(batch(1, 0)))
+    engine.step()
+    assert (engine.micro_steps, engine.global_steps, engine.skipped_steps) == (1, 1, 0)
 
 
 def test_bf16_skips_a_step_that_is_not_finite():

@@ -36,6 +36,7 @@ class Engine(Facts):
     clock: Clock = field(init=False)
     _pending_backward: bool = field(default=False, init=False)
     _reported_step: int | None = field(default=None, init=False)
+    _told_of_dropped: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         self.clock = Clock(enabled=self.config.wall_clock_breakdown, device=self.device)
@@ -90,6 +91,9 @@ class Engine(Facts):
     def step(self) -> None:
         """End one micro-batch; at a boundary, clip, update the parameters and advance the schedule.
 
+        An update that raises (a drive is full, the loss scale cannot become smaller) moves no counter: `step` may be
+        called again, or `zero_grad` to leave the update out.
+
         Raises:
             EngineStateError: If there was no `backward()` since the last call.
         """
@@ -97,30 +101,32 @@ class Engine(Facts):
             raise EngineStateError(
                 "step() before backward(): call engine.backward(loss) for every micro-batch first"
             )
-        self._pending_backward = False
         boundary = self.is_gradient_accumulation_boundary()
-        self.progress.micro_steps += 1
         if boundary:
             with self.clock.span("step"):
                 self._update()
+        self._pending_backward = False
+        self.progress.micro_steps += 1
+        if boundary:
+            if self.parts.scheduler is not None and not self.parts.optimizer.last_step_skipped:
+                self.parts.scheduler.step()
             self._report()
 
     def _update(self) -> None:
+        """Step the optimizer; only then anything counts."""
         optimizer, clip = self.parts.optimizer, self.config.gradient_clipping
         if clip > 0:
             self.last_grad_norm = float(zero.clip_grad_norm(optimizer, clip))
         elif self.config.zero_optimization.compute_grad_norm:
             self.last_grad_norm = float(zero.grad_norm(optimizer))
         optimizer.step()
-        skipped = optimizer.last_step_skipped
         optimizer.zero_grad()
+        skipped = optimizer.last_step_skipped
         self.progress.global_steps += 1
         self.progress.global_samples += self.train_batch_size()
         self.progress.skipped_steps += int(skipped)
         if skipped:
             log.warning("step %d skipped: %s", self.global_steps, optimizer.overflow_report)
-        elif self.parts.scheduler is not None:
-            self.parts.scheduler.step()
 
     def _report(self) -> None:
         every = self.config.steps_per_print
@@ -144,10 +150,22 @@ class Engine(Facts):
         return zero.no_sync(self.module)
 
     def zero_grad(self) -> None:
-        """Forget the gradients that have accumulated; the next micro-batch is the first of an update again."""
+        """Forget the gradients that have accumulated; the counters stay, so the update comes when it was to come.
+
+        `step` does it after every update. Between micro-batches of one it drops what the earlier ones gave, which the
+        first call says in the log.
+        """
+        dropped = self.micro_steps % self.gradient_accumulation_steps()
+        if dropped and not self._told_of_dropped and self.global_rank == 0:
+            log.warning(
+                "zero_grad() drops the gradients of %d of the %d micro-batches of an update; leave it out where that "
+                "is not meant: step() forgets gradients after every update",
+                dropped,
+                self.gradient_accumulation_steps(),
+            )
+        self._told_of_dropped = self._told_of_dropped or dropped > 0
         self.parts.optimizer.zero_grad()
         self._pending_backward = False
-        self.progress.micro_steps -= self.micro_steps % self.gradient_accumulation_steps()
 
     def train(self, mode: bool = True) -> Engine:
         """Put the model in training mode."""

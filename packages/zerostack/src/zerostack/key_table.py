@@ -258,7 +258,9 @@ ROWS: dict[str, Key | Rows] = {
     "bf16": _BF16,
     "torch_autocast": _AUTOCAST,
     "data_types": {"grad_accum_dtype": honoured("zero_core.Precision(accumulate=)")},
-    "gradient_clipping": honoured("zero_core.clip_grad_norm; absent means 1.0 as in DeepSpeed, 0 is off"),
+    "gradient_clipping": honoured(
+        "zero_core.clip_grad_norm; absent or 0 is off, as when DeepSpeed runs (its page says that absent is 1.0)"
+    ),
     "communication_data_type": honoured("zero_core.Precision(reduce=): gradients on the wire"),
     "fp32_allreduce": honoured(
         "zero_core.Precision(reduce=float32): older spelling of communication_data_type"

@@ -1,4 +1,4 @@
-"""The typed configuration as frozen pydantic models: DeepSpeed's names, types and documented defaults.
+"""The typed configuration as frozen pydantic models: DeepSpeed's names, types and defaults.
 
 Every field has a row in `key_table` (a test holds the two together). `config` fills these models from JSON.
 """
@@ -398,7 +398,7 @@ class Config(Section):
     bf16: BF16 = BF16()
     torch_autocast: TorchAutocast = TorchAutocast()
     data_types: DataTypes = DataTypes()
-    gradient_clipping: Rate = 1.0
+    gradient_clipping: Rate = 0.0
     communication_data_type: Dtype | None = None
     fp32_allreduce: bool = False
     prescale_gradients: bool = False

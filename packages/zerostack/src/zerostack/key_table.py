@@ -165,7 +165,9 @@ _ZERO: Rows = {
     "enable_sanity_checks": no_effect("checks are always on"),
     "save_muon_momentum_buffer_in_memory": no_effect("Muon's state is never offloaded"),
     "offload_param": {
-        "device": honoured("zero_core.Stores(params=): zero_offload_nvme.HostStore or NvmeStore (stage 3)"),
+        "device": honoured(
+            'zero_core.Stores(params=): HostStore or NvmeStore (stage 3); absent in a section is "cpu"'
+        ),
         "nvme_path": honoured("zero_offload_nvme.NvmeStore(path)"),
         "pin_memory": honoured("zero_offload_nvme.HostStore(pin=)"),
         "buffer_count": no_effect(_BUFFERS),
@@ -173,7 +175,9 @@ _ZERO: Rows = {
         "max_in_cpu": no_effect("shards of parameters are read ahead of their gather, and not kept after it"),
     },
     "offload_optimizer": {
-        "device": honoured("zero_core.Stores(optimizer=, grads=): HostStore or NvmeStore (stages 1 to 3)"),
+        "device": honoured(
+            'zero_core.Stores(optimizer=, grads=): HostStore or NvmeStore (stages 1 to 3); absent in a section is "cpu"'
+        ),
         "nvme_path": honoured("zero_offload_nvme.NvmeStore(path)"),
         "pin_memory": honoured("zero_offload_nvme.HostStore(pin=)"),
         "buffer_count": no_effect(_BUFFERS),
@@ -293,7 +297,9 @@ ROWS: dict[str, Key | Rows] = {
     },
     "aio": {
         "block_size": honoured("accel_kernels.TransferEngine(block_bytes=)"),
-        "queue_depth": honoured("accel_kernels.TransferEngine(queue_depth=): blocks under way"),
+        "queue_depth": honoured(
+            "accel_kernels.TransferEngine(queue_depth=): blocks under way; absent means 32 (DeepSpeed: 8)"
+        ),
         "thread_count": honoured(
             "accel_kernels.TransferEngine(num_threads=), at least 4: where io_uring is refused"
         ),

@@ -77,6 +77,7 @@ def effective(
     ready, sources = auto.resolve(checked, around, strict=strict)
     typed = config.parse(ready)
     _check_consistent(typed)
+    findings.no_effect.update(_of_no_device(ready, typed))
     micro = typed.train_micro_batch_size_per_gpu
     if typed.train_batch_size is None and micro is None and not strict:
         micro, sources[MICRO] = 1, sources.get(MICRO, "nothing given: 1 assumed")
@@ -105,6 +106,21 @@ def _given(raw: Mapping[str, Any], path: str) -> bool:
             return False
         node = node[name]
     return True
+
+
+def _of_no_device(ready: Mapping[str, Any], typed: Config) -> dict[str, str]:
+    """What is given for an offload that is switched off."""
+    found: dict[str, str] = {}
+    for name in ("offload_param", "offload_optimizer"):
+        section = join("zero_optimization", name)
+        given = (ready.get("zero_optimization") or {}).get(name) or {}
+        if getattr(typed.zero_optimization, name).device == "none":
+            found |= {
+                join(section, key): f'{name}.device is "none"'
+                for key, value in given.items()
+                if key != "device" and value is not None
+            }
+    return found
 
 
 def _check_consistent(typed: Config) -> None:

@@ -1,5 +1,7 @@
 """The typed configuration as frozen pydantic models: DeepSpeed's names, types and defaults.
 
+Three defaults are not those of its page: `gradient_clipping` (its program's is meant), and `pin_memory` and
+`aio.queue_depth`, which are what is fast here.
 Every field has a row in `key_table` (a test holds the two together). `config` fills these models from JSON.
 """
 
@@ -247,6 +249,12 @@ class Offload(Section):
     pin_memory: bool = True
     buffer_count: Count = 4
 
+    @model_validator(mode="before")
+    @classmethod
+    def _somewhere(cls, given: Any) -> Any:
+        """A section that says anything is wanted: as documented, "cpu" is where no device is given."""
+        return {"device": "cpu", **given} if isinstance(given, dict) and given else given
+
 
 class OffloadOptimizer(Offload):
     """The optimizer's states and masters, and reduced gradients."""
@@ -263,6 +271,7 @@ class OffloadOptimizer(Offload):
 class OffloadParam(Offload):
     """Shards of parameters (stage 3)."""
 
+    buffer_count: Count = 5
     buffer_size: Size = 100_000_000
     max_in_cpu: Size = 1_000_000_000
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -57,6 +59,7 @@ def initialize(
     whole_tensors: bool | None = None,
     placement: zero.Placement | None = None,
     publish_late: bool = False,
+    timeout_s: float | None = None,
 ) -> tuple[Engine, zero.ShardedOptimizer, EpochLoader | DataLoader[Any] | None, LRScheduler | None]:
     """Shard a model and its optimizer over the data-parallel ranks; all ranks call it.
 
@@ -81,6 +84,10 @@ def initialize(
         placement: Stage 3: what stays whole between uses.
         publish_late: Stages 1 and 2: `step` returns while updated parameters are on their way; their use waits for
             them. For slow networks and accelerators; see `zero_core.Overlap`.
+        timeout_s: Seconds after which a rank that does not come is an error (on the CPU; on an accelerator the
+            deadline of the process group counts, which is this one where `initialize` makes the group); None is
+            zero-core's own. Raise it where one rank works alone for longer. An optimizer that is passed and has
+            collectives of its own keeps its own.
 
     Returns:
         (engine, optimizer, loader, schedule).
@@ -94,7 +101,13 @@ def initialize(
         raise ConfigError("initialize: model is missing")
     if mpu is not None:
         raise ConfigError("mpu: known DeepSpeed argument; pass mesh_device= with a dimension 'dp' instead")
-    init_distributed(distributed_port=distributed_port, dist_init_required=dist_init_required)
+    if timeout_s is not None and not 0 < timeout_s < math.inf:
+        raise ConfigError(f"timeout_s: expected seconds above 0, got {timeout_s!r}")
+    init_distributed(
+        distributed_port=distributed_port,
+        timeout=None if timeout_s is None else timedelta(seconds=timeout_s),
+        dist_init_required=dist_init_required,
+    )
     mesh = data_parallel_mesh(mesh_device)
     group = zero.data_parallel_group(mesh)
     given_loader = training_data if isinstance(training_data, DataLoader) else None
@@ -111,8 +124,8 @@ def initialize(
     mesh = with_replicas(
         mesh, settings.config.zero_optimization.mics_shard_size, given=mesh_device is not None
     )
-    overlap = policies.overlap(settings.config, publish_late=publish_late)
-    made = _optimizer(settings, model, optimizer, model_parameters)
+    overlap = policies.overlap(settings.config, publish_late=publish_late, timeout_s=timeout_s)
+    made = _optimizer(settings, model, optimizer, model_parameters, overlap.timeout_s)
     signs.check(settings.config, made, mesh, publish_late=publish_late, whole_tensors=whole_tensors)
     zero.steps_whole_tensors(made, whole_tensors)  # refuses what cannot be stepped before the model changes
     policies.check_rates(settings.config, made)
@@ -124,7 +137,7 @@ def initialize(
     check_offload(settings.config)
     num_shards = zero.sharding_group(mesh).size()
     check_compression(settings.config, num_shards)
-    compressed = collectives(settings.config, num_shards)
+    compressed = collectives(settings.config, num_shards, overlap.timeout_s)
     late = zenflow(settings.config, made)
     policies.check_offloaded(settings.config, made, whole_tensors, model, placement)
 
@@ -212,6 +225,7 @@ def _optimizer(
     model: nn.Module,
     given: Optimizer | MakesOptimizer | None,
     parameters: Iterable[Any] | None,
+    timeout_s: float,
 ) -> Optimizer:
     if isinstance(given, Optimizer):
         made = given
@@ -219,7 +233,11 @@ def _optimizer(
         trainable = (
             [p for p in model.parameters() if p.requires_grad] if parameters is None else list(parameters)
         )
-        made = policies.optimizer(settings.config, trainable) if given is None else given(trainable)
+        made = (
+            policies.optimizer(settings.config, trainable, timeout_s=timeout_s)
+            if given is None
+            else given(trainable)
+        )
     if given is not None:
         policies.check_same(settings.config, made)
     return made

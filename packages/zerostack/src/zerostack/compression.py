@@ -47,7 +47,7 @@ def check_compression(config: Config, num_ranks: int) -> None:
         )
 
 
-def collectives(config: Config, num_ranks: int) -> cc.QuantizedCollectives | None:
+def collectives(config: Config, num_ranks: int, timeout_s: float) -> cc.QuantizedCollectives | None:
     """How bytes travel; None: as they are.
 
     A node is `zero_hpz_partition_size` ranks; where that is not given, as many as torchrun has started on this machine,
@@ -56,6 +56,7 @@ def collectives(config: Config, num_ranks: int) -> cc.QuantizedCollectives | Non
     Args:
         config: the whole configuration.
         num_ranks: that share one set of shards.
+        timeout_s: deadline of each.
     """
     section = config.zero_optimization
     secondary = section.zero_hpz_partition_size > 1
@@ -69,6 +70,7 @@ def collectives(config: Config, num_ranks: int) -> cc.QuantizedCollectives | Non
         node_size=section.zero_hpz_partition_size if secondary else _ranks_of_this_machine(num_ranks),
         secondary=secondary,
         loco=_loco(section),
+        timeout_s=timeout_s,
     )
 
 

@@ -57,11 +57,11 @@ def accumulates_reduced(config: Config) -> bool:
     return policy.accumulate_dtype(param) != policy.reduce_dtype(param)
 
 
-def overlap(config: Config, *, publish_late: bool = False) -> zero.Overlap:
-    """How many bytes travel while compute goes on; sizes that are not given are zero-core's own."""
+def overlap(config: Config, *, publish_late: bool = False, timeout_s: float | None = None) -> zero.Overlap:
+    """How many bytes travel while compute goes on, and for how long; what is not given is zero-core's own."""
     policy = precision(config)
     param = policy.param_dtype(torch.float32)
-    sizes: dict[str, int] = {}
+    sizes: dict[str, Any] = {} if timeout_s is None else {"timeout_s": timeout_s}
     if config.zero_optimization.reduce_bucket_size is not None:
         sizes["reduce_bytes"] = (
             config.zero_optimization.reduce_bucket_size * policy.reduce_dtype(param).itemsize
@@ -175,8 +175,15 @@ def loss_scaler(config: Config) -> zero.LossScaler | None:
     return None
 
 
-def optimizer(config: Config, parameters: Iterable[Any]) -> Optimizer:
+def optimizer(
+    config: Config, parameters: Iterable[Any], *, timeout_s: float = zero.Overlap.timeout_s
+) -> Optimizer:
     """The optimizer that the configuration names, over parameters or parameter groups.
+
+    Args:
+        config: All of it.
+        parameters: Parameters or groups.
+        timeout_s: Deadline of collectives, for an optimizer that has some of its own.
 
     Raises:
         ConfigError: If it names none.
@@ -188,7 +195,7 @@ def optimizer(config: Config, parameters: Iterable[Any]) -> Optimizer:
     if "betas" in params:
         params["betas"] = tuple(params["betas"])
     if kind in signs.KINDS:
-        return signs.make(config, kind, params, parameters)
+        return signs.make(config, kind, params, parameters, timeout_s)
     params.pop("bias_correction")
     if kind in {"Adam", "AdamW"}:
         params.pop("torch_adam")

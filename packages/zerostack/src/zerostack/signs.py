@@ -25,7 +25,9 @@ KINDS: dict[str, type[cc.CompressedOptimizer]] = {
 }
 
 
-def make(config: Config, kind: str, params: dict[str, Any], parameters: Any) -> cc.CompressedOptimizer:
+def make(
+    config: Config, kind: str, params: dict[str, Any], parameters: Any, timeout_s: float
+) -> cc.CompressedOptimizer:
     """The optimizer that a configuration names.
 
     Args:
@@ -33,6 +35,7 @@ def make(config: Config, kind: str, params: dict[str, Any], parameters: Any) -> 
         kind: One of `KINDS`.
         params: Its "params", `betas` a tuple.
         parameters: Parameters or groups.
+        timeout_s: Deadline of its collectives.
 
     Raises:
         ConfigError: Values that contradict each other.
@@ -41,7 +44,7 @@ def make(config: Config, kind: str, params: dict[str, Any], parameters: Any) -> 
     if kind != "ZeroOneAdam":
         given["shard"] = config.zero_optimization.stage == 1
     try:
-        return KINDS[kind](parameters, **given)
+        return KINDS[kind](parameters, compression=cc.Compression(timeout_s=timeout_s), **given)
     except cc.CompressConfigError as error:
         raise ConfigError(f"optimizer.params: {error}") from error
 

@@ -191,6 +191,31 @@ def test_optimizers_that_cannot_be_stepped_are_refused_before_the_model_changes(
     zerostack.initialize(model=model, config=config(2))
 
 
+def test_what_is_wrong_with_parameters_and_data_is_found_before_the_model_changes():
+    model, other = Small(), Small()
+    with pytest.raises(ConfigError, match=r"of shapes .* are not the model's"):
+        zerostack.initialize(model=model, model_parameters=other.parameters(), config=config(3))
+    stranger = torch.optim.AdamW([*model.parameters(), *other.blocks.parameters()], lr=0.01, weight_decay=0.1)
+    with pytest.raises(ConfigError, match="are not the model's; pass parameters of the very model"):
+        zerostack.initialize(model=model, optimizer=stranger, config=config(3))
+    model.requires_grad_(False)
+    with pytest.raises(ConfigError, match="every parameter is frozen"):
+        zerostack.initialize(model=model, model_parameters=model.parameters(), config=config(3))
+    model.requires_grad_(True)
+    with pytest.raises(TypeError):
+        zerostack.initialize(model=model, training_data=object(), config=config(3))
+    zerostack.initialize(model=model, config=config(3))  # none of them had touched the model
+
+
+def test_a_schedule_that_raises_says_what_has_happened_to_the_model():
+    def schedule(optimizer):
+        raise KeyError("steps")
+
+    with pytest.raises(ConfigError, match=r"raised KeyError: 'steps'; the model is sharded by now") as error:
+        zerostack.initialize(model=Small(), lr_scheduler=schedule, config=config(1))
+    assert isinstance(error.value.__cause__, KeyError)
+
+
 def test_lion_is_the_lion_of_its_paper():
     torch.manual_seed(0)
     parameter = torch.nn.Parameter(torch.randn(7))

@@ -94,7 +94,7 @@ def initialize(
 
     Raises:
         ConfigError: If the configuration, or something passed beside it, cannot be honoured; nothing has happened
-            to the model then.
+            to the model then. A schedule that was passed and raises says so, too, and by then the model is sharded.
     """
     source = _only_config(args, config, config_params)
     if model is None:
@@ -126,6 +126,7 @@ def initialize(
     )
     overlap = policies.overlap(settings.config, publish_late=publish_late, timeout_s=timeout_s)
     made = _optimizer(settings, model, optimizer, model_parameters, overlap.timeout_s)
+    _check_parameters(model, made)
     signs.check(settings.config, made, mesh, publish_late=publish_late, whole_tensors=whole_tensors)
     zero.steps_whole_tensors(made, whole_tensors)  # refuses what cannot be stepped before the model changes
     policies.check_rates(settings.config, made)
@@ -140,6 +141,17 @@ def initialize(
     compressed = collectives(settings.config, num_shards, overlap.timeout_s)
     late = zenflow(settings.config, made)
     policies.check_offloaded(settings.config, made, whole_tensors, model, placement)
+    loader = None
+    if training_data is not None and given_loader is None:
+        loader = EpochLoader(
+            training_data,
+            batch_size=settings.batch.micro,
+            rank=group.rank(),
+            world=group.size(),
+            seed=settings.config.seed,
+            drop_last=settings.config.dataloader_drop_last,
+            collate_fn=collate_fn,
+        )
 
     model = zero.shard(
         model,
@@ -153,17 +165,6 @@ def initialize(
     )
     sharded = policies.sharded_optimizer(settings.config, model, made, scaler, whole_tensors, late)
     scheduler = _scheduler(settings, sharded, lr_scheduler)
-    loader = None
-    if training_data is not None and not isinstance(training_data, DataLoader):
-        loader = EpochLoader(
-            training_data,
-            batch_size=settings.batch.micro,
-            rank=group.rank(),
-            world=group.size(),
-            seed=settings.config.seed,
-            drop_last=settings.config.dataloader_drop_last,
-            collate_fn=collate_fn,
-        )
     kind = mesh.device_type
     device = torch.device(kind)
     if kind != "cpu":
@@ -243,9 +244,33 @@ def _optimizer(
     return made
 
 
+def _check_parameters(model: nn.Module, optimizer: Optimizer) -> None:
+    """Refuse an optimizer of other parameters, or of none that is trained."""
+    own = {id(param) for param in model.parameters()}
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    foreign = [tuple(param.shape) for param in params if id(param) not in own]
+    if foreign:
+        raise ConfigError(
+            f"optimizer, model_parameters: {len(foreign)} parameter(s), of shapes {foreign[:4]}, are not the model's; "
+            "pass parameters of the very model that is to be trained"
+        )
+    if not any(param.requires_grad for param in params):
+        raise ConfigError(
+            "optimizer, model_parameters: every parameter is frozen; set requires_grad on what is to be trained"
+        )
+
+
 def _scheduler(
     settings: Effective, optimizer: zero.ShardedOptimizer, given: LRScheduler | MakesScheduler | None
 ) -> LRScheduler | None:
     if given is None:
         return policies.scheduler(settings.config, optimizer)
-    return given(optimizer) if callable(given) and not isinstance(given, LRScheduler) else given
+    if isinstance(given, LRScheduler) or not callable(given):
+        return given
+    try:
+        return given(optimizer)
+    except Exception as error:
+        raise ConfigError(
+            f"initialize(lr_scheduler=...) raised {type(error).__name__}: {error}; the model is sharded by now: build "
+            "model and optimizer anew before another try"
+        ) from error

@@ -6,6 +6,7 @@ Modules, in the order in which data flows:
 - `config`, `schema`: JSON to typed values.
 - `auto`, `batch`, `resolve`: "auto", the batch equation, the effective configuration with its sources.
 - `policies`, `schedules`, `lion`: typed values to zero-core's policies, an optimizer and a schedule.
+- `checks`: what cannot go together.
 - `launchers`, `distributed`, `api`: `initialize`.
 - `facts`, `engine`, `clock`, `loader`: the engine.
 - `snapshot`, `full_model`, `ranks`: what is saved, how, and how it comes back.

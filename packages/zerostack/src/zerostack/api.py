@@ -25,14 +25,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from . import policies, signs
 from .auto import Surroundings
-from .compression import check_compression, collectives
+from .checks import check
+from .compression import collectives
 from .distributed import data_parallel_mesh, init_distributed, with_replicas
 from .engine import Engine
 from .errors import ConfigError
 from .explain import explain
 from .facts import Parts
 from .loader import EpochLoader
-from .offload import check_offload, stores, zenflow
+from .offload import sharded_optimizer, stores, zenflow
 from .resolve import Effective, effective
 
 log = logging.getLogger(__name__)
@@ -127,22 +128,26 @@ def initialize(
     overlap = policies.overlap(settings.config, publish_late=publish_late, timeout_s=timeout_s)
     made = _optimizer(settings, model, optimizer, model_parameters, overlap.timeout_s)
     _check_parameters(model, made)
-    signs.check(settings.config, made, mesh, publish_late=publish_late, whole_tensors=whole_tensors)
-    zero.steps_whole_tensors(made, whole_tensors)  # refuses what cannot be stepped before the model changes
-    policies.check_rates(settings.config, made)
+    num_shards = zero.sharding_group(mesh).size()
+    check(
+        settings.config,
+        made,
+        num_shards=num_shards,
+        num_replicas=group.size() // num_shards,
+        model=model,
+        placement=placement,
+        publish_late=publish_late,
+        whole_tensors=whole_tensors,
+    )
     if lr_scheduler is not None and settings.config.scheduler is not None:
         raise ConfigError(
             'both initialize(lr_scheduler=...) and a "scheduler" section are given; leave one out'
         )
     scaler = policies.loss_scaler(settings.config)
-    check_offload(settings.config)
-    num_shards = zero.sharding_group(mesh).size()
-    check_compression(settings.config, num_shards)
     compressed = collectives(settings.config, num_shards, overlap.timeout_s)
     late = zenflow(settings.config, made)
-    policies.check_offloaded(settings.config, made, whole_tensors, model, placement)
     loader = None
-    if training_data is not None and given_loader is None:
+    if training_data is not None and not isinstance(training_data, DataLoader):
         loader = EpochLoader(
             training_data,
             batch_size=settings.batch.micro,
@@ -163,7 +168,7 @@ def initialize(
         placement=placement,
         store=stores(settings.config),
     )
-    sharded = policies.sharded_optimizer(settings.config, model, made, scaler, whole_tensors, late)
+    sharded = sharded_optimizer(settings.config, model, made, scaler, whole_tensors, late)
     scheduler = _scheduler(settings, sharded, lr_scheduler)
     kind = mesh.device_type
     device = torch.device(kind)

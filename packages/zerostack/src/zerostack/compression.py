@@ -31,7 +31,7 @@ def check_compression(config: Config, num_ranks: int) -> None:
     for name, asked, stage in (
         ("zero_quantized_weights", section.zero_quantized_weights, 1),
         ("zero_quantized_nontrainable_weights", section.zero_quantized_nontrainable_weights, 3),
-        ("zero_hpz_partition_size", section.zero_hpz_partition_size > 1, 3),
+        ("zero_hpz_partition_size", section.keeps_secondary, 3),
     ):
         if asked and section.stage < stage:
             raise ConfigError(f"{_SECTION}.{name}: needs stage {stage} or above, got stage {section.stage}")
@@ -59,14 +59,13 @@ def collectives(config: Config, num_ranks: int, timeout_s: float) -> cc.Quantize
         timeout_s: deadline of each.
     """
     section = config.zero_optimization
-    secondary = section.zero_hpz_partition_size > 1
-    frozen = section.zero_quantized_nontrainable_weights
-    if not (section.zero_quantized_weights or section.zero_quantized_gradients or secondary or frozen):
+    secondary = section.keeps_secondary
+    if not section.compresses:
         return None
     return cc.QuantizedCollectives(
         weights="int8" if section.zero_quantized_weights else None,
         grads="int4" if section.zero_quantized_gradients else None,
-        frozen="int8" if frozen else None,
+        frozen="int8" if section.zero_quantized_nontrainable_weights else None,
         node_size=section.zero_hpz_partition_size if secondary else _ranks_of_this_machine(num_ranks),
         secondary=secondary,
         loco=_loco(section),

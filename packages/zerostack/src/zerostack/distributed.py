@@ -88,21 +88,18 @@ def with_replicas(mesh: DeviceMesh, shard_size: int, *, given: bool) -> DeviceMe
 
     Args:
         mesh: All ranks.
-        shard_size: Ranks that share one set of shards.
+        shard_size: Ranks that share one set of shards; it divides all.
         given: The mesh is the caller's, who has said there what is sharded.
 
     Raises:
-        ConfigError: If the ranks do not divide, or the caller gave a mesh.
+        ConfigError: If the caller gave a mesh.
     """
     if shard_size < 1:
         return mesh
-    where = "zero_optimization.mics_shard_size"
     if given:
         raise ConfigError(
-            f"{where}: initialize(mesh_device=...) decides; give that mesh dimensions 'dp_replicate' and 'dp_shard', "
-            "or leave one of the two out"
+            "zero_optimization.mics_shard_size: initialize(mesh_device=...) decides; give that mesh dimensions "
+            "'dp_replicate' and 'dp_shard', or leave one of the two out"
         )
-    if mesh.size() % shard_size:
-        raise ConfigError(f"{where}: expected a divisor of the {mesh.size()} ranks, got {shard_size}")
     shape = (mesh.size() // shard_size, shard_size)
     return init_device_mesh(mesh.device_type, shape, mesh_dim_names=("dp_replicate", "dp_shard"))

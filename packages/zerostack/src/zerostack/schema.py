@@ -368,6 +368,26 @@ class Zero(Section):
         return "zenflow" in self.model_fields_set
 
     @property
+    def offloads(self) -> bool:
+        """Whether anything that an optimizer steps rests in a store."""
+        return not self.offload_optimizer.device == self.offload_param.device == "none"
+
+    @property
+    def keeps_secondary(self) -> bool:
+        """Whether weights are gathered for backward within a node."""
+        return self.zero_hpz_partition_size > 1
+
+    @property
+    def compresses(self) -> bool:
+        """Whether anything travels otherwise than as it is."""
+        return (
+            self.zero_quantized_weights
+            or self.zero_quantized_gradients
+            or self.zero_quantized_nontrainable_weights
+            or self.keeps_secondary
+        )
+
+    @property
     def uses_loco(self) -> bool:
         """Whether error feedback of quantized gradients is asked for."""
         return "zeropp_loco_param" in self.model_fields_set

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import comm_compress as cc
 import zero_core as zero
-from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from .errors import CheckpointError, ConfigError
@@ -44,15 +44,29 @@ def make(
     if kind != "ZeroOneAdam":
         given["shard"] = config.zero_optimization.stage == 1
     try:
-        return KINDS[kind](parameters, compression=cc.Compression(timeout_s=timeout_s), **given)
+        made = KINDS[kind](parameters, **given)
     except cc.CompressConfigError as error:
         raise ConfigError(f"optimizer.params: {error}") from error
+    made.compression = replace(made.compression, timeout_s=timeout_s)
+    return made
 
 
 def check(
-    config: Config, optimizer: Optimizer, mesh: DeviceMesh, *, publish_late: bool, whole_tensors: bool | None
+    config: Config,
+    optimizer: Optimizer,
+    *,
+    num_replicas: int,
+    publish_late: bool = False,
+    whole_tensors: bool | None = None,
 ) -> None:
     """Refuse what an optimizer of `KINDS` cannot be combined with; any other passes.
+
+    Args:
+        config: All of it.
+        optimizer: That is to step.
+        num_replicas: Sets of shards.
+        publish_late: As `initialize`.
+        whole_tensors: As `initialize`.
 
     Raises:
         ConfigError: With what to change.
@@ -61,13 +75,6 @@ def check(
         return
     name, section = type(optimizer).__name__, config.zero_optimization
     stage, shard = section.stage, bool(getattr(optimizer, "shard", False))
-    quantized = section.zero_quantized_weights or section.zero_quantized_gradients
-    quantized = (
-        quantized or section.zero_quantized_nontrainable_weights or section.zero_hpz_partition_size > 1
-    )
-    names = mesh.mesh_dim_names or ()
-    replicas = "dp_replicate" in names and mesh["dp_replicate"].size() > 1
-    offloaded = not section.offload_optimizer.device == section.offload_param.device == "none"
     wrong = {
         f"zero_optimization.stage {stage}: {name} needs every gradient and momentum whole; use stage 0 or 1, or AdamW "
         "with quantized collectives": stage > 1,
@@ -76,14 +83,15 @@ def check(
         f"zero_optimization.stage {stage} and {name}(shard={shard}): say the same in both": stage < 2
         and not isinstance(optimizer, cc.ZeroOneAdam)
         and shard != (stage == 1),
-        f"offload_optimizer, offload_param: {name} steps on the device; leave them out": offloaded,
+        f"offload_optimizer, offload_param: {name} steps on the device; leave them out": section.offloads,
         f"zenflow: {name} steps everything at once; leave it out": section.uses_zenflow,
-        f"mics_shard_size, dp_replicate: {name} sends signs among all data-parallel ranks; leave them out": replicas,
+        f"mics_shard_size, dp_replicate: {name} sends signs among all data-parallel ranks; leave them out": num_replicas
+        > 1,
         f"bf16_master_weights_and_grads: {name} keeps fp32 states; leave it out": (
             config.bf16.bf16_master_weights_and_grads
         ),
         f"zero_quantized_..., zero_hpz_partition_size: {name} sends momenta, no gradients or weights; leave them out": (
-            quantized
+            section.compresses
         ),
         f"publish_late: {name} gathers no parameters after its step; leave it out": publish_late,
         f"whole_tensors: {name} does its own stepping; leave it out": whole_tensors is True,

@@ -123,7 +123,9 @@ _AUTOCAST: Rows = {
 }
 
 _ZERO: Rows = {
-    "stage": honoured("zero_core.shard(stage=)"),
+    "stage": honoured(
+        "zero_core.shard(stage=); in place of the whole section, true is stage 1 and false stage 0"
+    ),
     "overlap_comm": honoured("zero_core.Overlap(enabled=); absent means true (the results are the same)"),
     "reduce_bucket_size": honoured("zero_core.Overlap(reduce_bytes=): elements x bytes on the wire"),
     "stage3_prefetch_bucket_size": honoured("zero_core.Overlap(prefetch_bytes=): elements x bytes of one"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 
 import pytest
 import torch
@@ -154,3 +155,19 @@ def test_gradients_are_added_up_in_the_dtype_that_was_asked_for():
     assert abs(wide - sharded) < 0.3 * abs(
         narrow - sharded
     )  # means travel in bf16, of which one stage rounds more
+
+
+def skipped(rank):
+    told = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())
+    logging.getLogger("zerostack.engine").addHandler(handler)
+    engine = zerostack.initialize(model=Small(), config=config(1, bf16={"enabled": True}))[0]
+    engine.backward(engine(batch(0, rank)) * float("nan"))
+    engine.step()
+    assert engine.skipped_steps == 1
+    return len(told)
+
+
+def test_a_skipped_step_is_told_once():
+    assert run_ranks(skipped, 2) == [1, 0]

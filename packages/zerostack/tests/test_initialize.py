@@ -351,6 +351,31 @@ def test_progress_lines_say_what_was_asked_for(caplog):
         assert words in lines[1]
 
 
+@pytest.mark.parametrize("asked", ["wall_clock_breakdown", "memory_breakdown", "dump_state"])
+def test_a_breakdown_is_told_even_where_progress_is_not(caplog, asked):
+    caplog.set_level(logging.INFO, logger="zerostack")
+    engine = zerostack.initialize(model=Small(), config=config(1, steps_per_print=None, **{asked: True}))[0]
+    for step in range(20):
+        engine.backward(engine(batch(step, 0)))
+        engine.step()
+    lines = [record.getMessage() for record in caplog.records if record.name == "zerostack.engine"]
+    assert [line.split(",")[0] for line in lines] == (["step 10", "step 20"] if "breakdown" in asked else [])
+
+
+def test_an_engine_is_itself_and_hands_arguments_to_its_schedule():
+    class Told(torch.optim.lr_scheduler.StepLR):
+        def step(self, told=None):
+            super().step()
+            self.told = told
+
+    make = lambda optimizer: Told(optimizer, 1)  # noqa: E731
+    engine = zerostack.initialize(model=Small(), config=config(1), lr_scheduler=make)[0]
+    engine.backward(engine(batch(0, 0)))
+    engine.step(lr_kwargs={"told": 7})
+    assert engine.lr_scheduler.told == 7
+    assert {engine: 1}[engine] == 1
+
+
 def test_evaluation_and_no_sync():
     engine = zerostack.initialize(model=Small(), config=config(3))[0]
     engine.eval()

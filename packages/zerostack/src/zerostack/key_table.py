@@ -281,7 +281,9 @@ ROWS: dict[str, Key | Rows] = {
     "zero_optimization": _ZERO,
     "seed": honoured("the order in which the data loader visits samples"),
     "dataloader_drop_last": honoured("the data loader of initialize(training_data=)"),
-    "steps_per_print": honoured("engine log: a line every n steps"),
+    "steps_per_print": honoured(
+        "engine log: a line every n steps; null: none, or every 10 where a breakdown is asked for"
+    ),
     "wall_clock_breakdown": honoured("engine log: milliseconds of forward, backward and step"),
     "memory_breakdown": honoured("engine log: peak bytes of the process or device"),
     "dump_state": honoured("engine log: the effective configuration, once"),

@@ -166,7 +166,15 @@ def test_errors_are_one_line_without_a_traceback(capsys, tmp_path):
 def test_doctor_reports_this_machine_and_measures(capsys):
     status, out, _ = run(capsys, "doctor", "--max-mb", "1")
     assert status == 0
-    for words in ("processor", "bf16 on the CPU", "torch", "adam_step", "all_reduce GB/s", "1.05 MB"):
+    for words in (
+        "processor",
+        "bf16 on the CPU",
+        "comm-compress",
+        "torch",
+        "adam_step",
+        "all_reduce GB/s",
+        "1.05 MB",
+    ):
         assert words in out
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from .key_table_later import LATER
 from .keys import Key, KeyTable, Rows, honoured, no_effect, refused
 
-_OFFLOAD = "needs package zero-offload-nvme"
 _BUFFERS = "a window and a cache of fixed size bound the memory"
 _PIPELINE = "states are always read ahead of their step and written behind it"
 _UNITS = "parameters are gathered and freed in whole units (repeated blocks): nothing to tune"
@@ -17,6 +16,7 @@ _ONE_GATHER = "a unit is one all-gather, whatever the sizes of its parameters"
 
 _ZERO_ONE = honoured("comm_compress.ZeroOneAdam")
 _LAMB = honoured("comm_compress.OneBitLamb")
+_MUON = refused("Muon is passed as initialize(optimizer=torch.optim.Muon(...)), with its own arguments", None)
 
 _OPTIMIZER: Rows = {
     "type": honoured('the optimizer\'s class; "Adam" means AdamW unless adam_w_mode is false'),
@@ -46,6 +46,10 @@ _OPTIMIZER: Rows = {
         "factor_max": _LAMB,
         "factor_min": _LAMB,
         "factor_threshold": _LAMB,
+        "muon_lr": _MUON,
+        "adam_lr": _MUON,
+        "ns_method": _MUON,
+        "per_head_muon": _MUON,
         "cuda_aware": no_effect(
             "signs travel through the process group, whatever its back end; there is no MPI"
         ),
@@ -103,7 +107,7 @@ _FP16: Rows = {
     "hysteresis": honoured("zero_core.LossScaler(hysteresis=)"),
     "consecutive_hysteresis": honoured("zero_core.LossScaler(consecutive_hysteresis=)"),
     "min_loss_scale": honoured("zero_core.LossScaler(min_scale=)"),
-    "fp16_master_weights_and_grads": refused(_OFFLOAD, False),
+    "fp16_master_weights_and_grads": refused("masters of fp16 parameters are fp32", False),
 }
 
 _BF16: Rows = {

@@ -11,7 +11,7 @@ Modules, in the order in which data flows:
 - `launchers`, `distributed`, `api`: `initialize`.
 - `facts`, `engine`, `clock`, `loader`: the engine.
 - `snapshot`, `full_model`, `ranks`: what is saved, how, and how it comes back.
-- `explain`, `machine`, `cli`, `demo`: what a person runs.
+- `explain`, `footprint`, `machine`, `cli`, `demo`: what a person runs.
 """
 
 from .api import add_config_arguments, initialize

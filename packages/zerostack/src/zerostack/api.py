@@ -186,7 +186,7 @@ def initialize(
         collectives=compressed,
     )
     if settings.config.dump_state and group.rank() == 0:
-        log.info("%s", explain(settings, model))
+        log.info("%s", explain(settings, model, made, num_shards))
     return Engine(parts), sharded, loader if loader is not None else given_loader, scheduler
 
 

@@ -111,13 +111,21 @@ def stage(config: Config, optimizer: Optimizer) -> int:
     return 0 if isinstance(optimizer, cc.CompressedOptimizer) else config.zero_optimization.stage
 
 
-def state_bytes(config: Config, world: int, numel: int) -> int | None:
-    """Bytes per rank that the optimizer keeps when it keeps most; None for other optimizers."""
-    if config.optimizer is None or config.optimizer.type not in KINDS:
-        return None
-    alone = getattr(config.optimizer.params, "local_step_clipper", 1) > 1
+def kind_of(config: Config, optimizer: Optimizer | None) -> str | None:
+    """Which of `KINDS` steps: the optimizer, or where there is none the one that the configuration names."""
+    if optimizer is None:
+        name = None if config.optimizer is None else config.optimizer.type
+    else:
+        name = type(optimizer).__name__
+    return name if name in KINDS else None
+
+
+def state_bytes(config: Config, kind: str, world: int, numel: int) -> int:
+    """Bytes per rank that an optimizer of `KINDS` keeps when it keeps most."""
+    params = None if config.optimizer is None else config.optimizer.params
+    alone = getattr(params, "local_step_clipper", 2) > 1
     shard = config.zero_optimization.stage == 1
-    return int(numel * max(cc.state_bytes(config.optimizer.type, world, shard=shard, steps_alone=alone)))
+    return int(numel * max(cc.state_bytes(kind, world, shard=shard, steps_alone=alone)))
 
 
 # -- checkpoints ----------------------------------------------------------------------------------------------

@@ -146,7 +146,7 @@ def test_explain_shows_value_source_and_bytes(capsys, tmp_path):
         "gradient_accumulation_steps 4 derived: train_batch_size 32 / (train_micro_batch_size_per_gpu 2 x ranks 4)"
         in words
     )
-    assert "gradient_clipping 1.0 default" in words
+    assert "gradient_clipping 0.0 default" in words
     assert "optimizer.params.lr auto auto: from the optimizer or args.learning_rate, at initialize()" in words
     assert any(line.startswith("zero_optimization.contiguous_gradients gradients always") for line in words)
     assert any(line.startswith("zero_optimization.legacy_stage1 would be refused") for line in words)
@@ -166,7 +166,15 @@ def test_errors_are_one_line_without_a_traceback(capsys, tmp_path):
 def test_doctor_reports_this_machine_and_measures(capsys):
     status, out, _ = run(capsys, "doctor", "--max-mb", "1")
     assert status == 0
-    for words in ("processor", "bf16 on the CPU", "torch", "adam_step", "all_reduce GB/s", "1.05 MB"):
+    for words in (
+        "processor",
+        "bf16 on the CPU",
+        "comm-compress",
+        "torch",
+        "adam_step",
+        "all_reduce GB/s",
+        "1.05 MB",
+    ):
         assert words in out
 
 

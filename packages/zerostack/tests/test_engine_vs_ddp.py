@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 
 import pytest
 import torch
@@ -33,6 +34,34 @@ def ddp_losses(rank, world, kind=torch.optim.AdamW):
         optimizer.zero_grad()
         schedule.step()
     return losses, norms
+
+
+def unclipped(rank, world):
+    """A configuration without "gradient_clipping" clips nothing, as without an engine."""
+    plain = DistributedDataParallel(Small())
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.5)
+    raw = {"train_micro_batch_size_per_gpu": 2, "optimizer": {"type": "SGD", "params": {"lr": 0.5}}}
+    engine = zerostack.initialize(model=Small(), config=raw | {"zero_optimization": {"stage": 1}})[0]
+    silent = {"zero_optimization": {"stage": 1, "compute_grad_norm": False}}
+    without_norm = zerostack.initialize(model=Small(), config=raw | silent)[0]
+    norms = []
+    for step in range(3):
+        optimizer.zero_grad()
+        expected = plain(batch(step, rank))
+        losses = [each(batch(step, rank)) for each in (engine, without_norm)]
+        expected.backward()
+        optimizer.step()
+        for each, loss in zip((engine, without_norm), losses, strict=True):
+            assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+            each.backward(loss)
+            each.step()
+        norms.append(engine.get_global_grad_norm())
+    assert max(norms) > 1, "clipping at 1 would have changed the losses"
+    assert without_norm.get_global_grad_norm() is None
+
+
+def test_nothing_is_clipped_unless_it_is_asked_for():
+    run_ranks(unclipped, 2, 2)
 
 
 def engine_losses(rank, stage, optimizer="AdamW", **more):
@@ -126,3 +155,19 @@ def test_gradients_are_added_up_in_the_dtype_that_was_asked_for():
     assert abs(wide - sharded) < 0.3 * abs(
         narrow - sharded
     )  # means travel in bf16, of which one stage rounds more
+
+
+def skipped(rank):
+    told = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())
+    logging.getLogger("zerostack.engine").addHandler(handler)
+    engine = zerostack.initialize(model=Small(), config=config(1, bf16={"enabled": True}))[0]
+    engine.backward(engine(batch(0, rank)) * float("nan"))
+    engine.step()
+    assert engine.skipped_steps == 1
+    return len(told)
+
+
+def test_a_skipped_step_is_told_once():
+    assert run_ranks(skipped, 2) == [1, 0]

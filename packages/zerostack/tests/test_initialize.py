@@ -191,6 +191,31 @@ def test_optimizers_that_cannot_be_stepped_are_refused_before_the_model_changes(
     zerostack.initialize(model=model, config=config(2))
 
 
+def test_what_is_wrong_with_parameters_and_data_is_found_before_the_model_changes():
+    model, other = Small(), Small()
+    with pytest.raises(ConfigError, match=r"of shapes .* are not the model's"):
+        zerostack.initialize(model=model, model_parameters=other.parameters(), config=config(3))
+    stranger = torch.optim.AdamW([*model.parameters(), *other.blocks.parameters()], lr=0.01, weight_decay=0.1)
+    with pytest.raises(ConfigError, match="are not the model's; pass parameters of the very model"):
+        zerostack.initialize(model=model, optimizer=stranger, config=config(3))
+    model.requires_grad_(False)
+    with pytest.raises(ConfigError, match="every parameter is frozen"):
+        zerostack.initialize(model=model, model_parameters=model.parameters(), config=config(3))
+    model.requires_grad_(True)
+    with pytest.raises(TypeError):
+        zerostack.initialize(model=model, training_data=object(), config=config(3))
+    zerostack.initialize(model=model, config=config(3))  # none of them had touched the model
+
+
+def test_a_schedule_that_raises_says_what_has_happened_to_the_model():
+    def schedule(optimizer):
+        raise KeyError("steps")
+
+    with pytest.raises(ConfigError, match=r"raised KeyError: 'steps'; the model is sharded by now") as error:
+        zerostack.initialize(model=Small(), lr_scheduler=schedule, config=config(1))
+    assert isinstance(error.value.__cause__, KeyError)
+
+
 def test_lion_is_the_lion_of_its_paper():
     torch.manual_seed(0)
     parameter = torch.nn.Parameter(torch.randn(7))
@@ -211,6 +236,31 @@ def test_step_needs_a_backward():
         engine.step()
 
 
+def test_zero_grad_before_every_micro_batch_drops_and_says_so_and_trains(caplog):
+    engine = zerostack.initialize(model=Small(), config=config(2, gradient_accumulation_steps=3))[0]
+    expected = zerostack.initialize(model=Small(), config=config(2))[0]
+    for step in range(2):
+        for micro in range(3):
+            engine.zero_grad()
+            loss = engine(batch(3 * step + micro, 0))
+            engine.backward(loss)
+            engine.step()
+        expected.backward(
+            expected(batch(3 * step + 2, 0)) / 3
+        )  # the last one's gradients are all that is left
+        expected.step()
+    assert (engine.micro_steps, engine.global_steps) == (6, 2)
+    values = zero.full_state_dict(expected.module)
+    assert all(
+        torch.equal(value, values[name])
+        for name, value in zero.full_state_dict(engine.module).items()
+        if name != "calls"
+    )
+    told = [record.getMessage() for record in caplog.records if "zero_grad() drops" in record.getMessage()]
+    assert len(told) == 1
+    assert "of 1 of the 3 micro-batches" in told[0]
+
+
 def test_an_overflow_is_skipped_with_its_schedule_and_reported(caplog):
     raw = config(2, fp16={"enabled": True, "initial_scale_power": 8, "hysteresis": 1})
     raw["scheduler"] = {"type": "WarmupLR", "params": {"warmup_num_steps": 4}}
@@ -226,6 +276,45 @@ def test_an_overflow_is_skipped_with_its_schedule_and_reported(caplog):
     engine.backward(engine(batch(1, 0)))
     engine.step()
     assert (engine.skipped_steps, engine.lr_scheduler.last_epoch) == (1, 1)
+
+
+def test_a_step_that_raises_may_be_called_again(monkeypatch):
+    made = [
+        zerostack.initialize(model=Small(), config=config(2, gradient_accumulation_steps=2)) for _ in "ab"
+    ]
+    (engine, optimizer, *_), (expected, *_) = made
+    for each in (engine, expected):
+        each.backward(each(batch(0, 0)))
+        each.step()
+        each.backward(each(batch(1, 0)))
+    expected.step()
+
+    def full(closure=None):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(optimizer, "step", full)
+        with pytest.raises(OSError, match="No space left"):
+            engine.step()
+    assert (engine.micro_steps, engine.global_steps, engine.global_samples) == (1, 0, 0)
+    engine.step()
+    assert engine.progress == expected.progress
+    values = zero.full_state_dict(expected.module)
+    assert all(torch.equal(v, values[name]) for name, v in zero.full_state_dict(engine.module).items())
+
+
+def test_an_overflow_at_the_least_scale_leaves_the_engine_where_it_was():
+    fp16 = {"enabled": True, "initial_scale_power": 0, "hysteresis": 1}
+    engine = zerostack.initialize(model=Small(), config=config(1, fp16=fp16))[0]
+    engine.backward(engine(batch(0, 0)) * float("inf"))
+    for _ in range(2):
+        with pytest.raises(OverflowError):
+            engine.step()
+        assert (engine.micro_steps, engine.global_steps) == (0, 0)
+    engine.zero_grad()
+    engine.backward(engine(batch(1, 0)))
+    engine.step()
+    assert (engine.micro_steps, engine.global_steps, engine.skipped_steps) == (1, 1, 0)
 
 
 def test_bf16_skips_a_step_that_is_not_finite():
@@ -260,6 +349,31 @@ def test_progress_lines_say_what_was_asked_for(caplog):
         "peak memory",
     ):
         assert words in lines[1]
+
+
+@pytest.mark.parametrize("asked", ["wall_clock_breakdown", "memory_breakdown", "dump_state"])
+def test_a_breakdown_is_told_even_where_progress_is_not(caplog, asked):
+    caplog.set_level(logging.INFO, logger="zerostack")
+    engine = zerostack.initialize(model=Small(), config=config(1, steps_per_print=None, **{asked: True}))[0]
+    for step in range(20):
+        engine.backward(engine(batch(step, 0)))
+        engine.step()
+    lines = [record.getMessage() for record in caplog.records if record.name == "zerostack.engine"]
+    assert [line.split(",")[0] for line in lines] == (["step 10", "step 20"] if "breakdown" in asked else [])
+
+
+def test_an_engine_is_itself_and_hands_arguments_to_its_schedule():
+    class Told(torch.optim.lr_scheduler.StepLR):
+        def step(self, told=None):
+            super().step()
+            self.told = told
+
+    make = lambda optimizer: Told(optimizer, 1)  # noqa: E731
+    engine = zerostack.initialize(model=Small(), config=config(1), lr_scheduler=make)[0]
+    engine.backward(engine(batch(0, 0)))
+    engine.step(lr_kwargs={"told": 7})
+    assert engine.lr_scheduler.told == 7
+    assert {engine: 1}[engine] == 1
 
 
 def test_evaluation_and_no_sync():

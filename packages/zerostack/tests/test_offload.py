@@ -12,7 +12,9 @@ import zero_core as zero
 import zerostack
 from zero_core.testing import run_ranks
 from zerostack import CheckpointError, ConfigError, snapshot
+from zerostack.auto import Surroundings
 from zerostack.offload import stores
+from zerostack.resolve import effective
 from zerostack.schema import Config
 from zerostack_models import Small, batch, config, train
 
@@ -198,6 +200,27 @@ def test_pin_memory_is_each_sections_own():
         device = torch.accelerator.is_available()
         assert (found.optimizer.pin, found.params.pin) == (first and device, second and device)
         assert (found.optimizer is found.params) == (first == second)
+
+
+def test_a_section_that_names_no_device_means_the_host():
+    around = Surroundings(world=2)
+    section = {"stage": 3, "offload_optimizer": {"ratio": 0.5}, "offload_param": {"pin_memory": False}}
+    found = effective({"train_batch_size": 2, "zero_optimization": section}, around).config.zero_optimization
+    assert (found.offload_optimizer.device, found.offload_param.device) == ("cpu", "cpu")
+    for off in (None, False, {}):
+        section = {"stage": 3, "offload_optimizer": off}
+        found = effective({"train_batch_size": 2, "zero_optimization": section}, around).config
+        assert found.zero_optimization.offload_optimizer.device == "none"
+
+
+def test_what_is_said_of_an_offload_that_is_off_is_listed():
+    off = {"device": "none", "ratio": 0.5, "nvme_path": "/local_nvme", "buffer_count": 4}
+    section = {"stage": 3, "offload_optimizer": off, "offload_param": {"device": "none", "nvme_path": None}}
+    found = effective({"train_batch_size": 2, "zero_optimization": section}, Surroundings(world=2))
+    for name in ("ratio", "nvme_path", "buffer_count"):
+        path = f"zero_optimization.offload_optimizer.{name}"
+        assert found.findings.no_effect[path] == 'offload_optimizer.device is "none"'
+    assert "zero_optimization.offload_param.nvme_path" not in found.findings.no_effect
 
 
 def test_what_cannot_be_is_refused_before_anything_moves(tmp_path):

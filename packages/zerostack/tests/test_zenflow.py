@@ -42,7 +42,7 @@ def by_hand(rank, stage, steps):
         for step in steps:
             loss = model(batch(step, rank))
             loss.backward()
-            zero.clip_grad_norm(optimizer, raw.get("gradient_clipping", 1.0))
+            zero.clip_grad_norm(optimizer, raw["gradient_clipping"])
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss.item())

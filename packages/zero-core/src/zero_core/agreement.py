@@ -9,11 +9,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from .api import Sharded, sharded
+from .collectives import Wire
 from .errors import ZeroConfigError
 from .flat_unit import FlatUnit
 from .hooks import Lane

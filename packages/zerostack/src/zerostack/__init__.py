@@ -6,10 +6,12 @@ Modules, in the order in which data flows:
 - `config`, `schema`: JSON to typed values.
 - `auto`, `batch`, `resolve`: "auto", the batch equation, the effective configuration with its sources.
 - `policies`, `schedules`, `lion`: typed values to zero-core's policies, an optimizer and a schedule.
-- `distributed`, `api`: `initialize`.
+- `offload`, `compression`, `signs`: to tiers of memory, compressed collectives and 1-bit optimizers.
+- `checks`: what cannot go together.
+- `launchers`, `distributed`, `api`: `initialize`.
 - `facts`, `engine`, `clock`, `loader`: the engine.
 - `snapshot`, `full_model`, `ranks`: what is saved, how, and how it comes back.
-- `explain`, `cli`, `demo`: what a person runs.
+- `explain`, `footprint`, `machine`, `cli`, `demo`: what a person runs.
 """
 
 from .api import add_config_arguments, initialize

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -23,14 +25,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from . import policies, signs
 from .auto import Surroundings
-from .compression import check_compression, collectives
+from .checks import check
+from .compression import collectives
 from .distributed import data_parallel_mesh, init_distributed, with_replicas
 from .engine import Engine
 from .errors import ConfigError
 from .explain import explain
 from .facts import Parts
 from .loader import EpochLoader
-from .offload import check_offload, stores, zenflow
+from .offload import sharded_optimizer, stores, zenflow
 from .resolve import Effective, effective
 
 log = logging.getLogger(__name__)
@@ -57,6 +60,7 @@ def initialize(
     whole_tensors: bool | None = None,
     placement: zero.Placement | None = None,
     publish_late: bool = False,
+    timeout_s: float | None = None,
 ) -> tuple[Engine, zero.ShardedOptimizer, EpochLoader | DataLoader[Any] | None, LRScheduler | None]:
     """Shard a model and its optimizer over the data-parallel ranks; all ranks call it.
 
@@ -81,20 +85,30 @@ def initialize(
         placement: Stage 3: what stays whole between uses.
         publish_late: Stages 1 and 2: `step` returns while updated parameters are on their way; their use waits for
             them. For slow networks and accelerators; see `zero_core.Overlap`.
+        timeout_s: Seconds after which a rank that does not come is an error (on the CPU; on an accelerator the
+            deadline of the process group counts, which is this one where `initialize` makes the group); None is
+            zero-core's own. Raise it where one rank works alone for longer. An optimizer that is passed and has
+            collectives of its own keeps its own.
 
     Returns:
         (engine, optimizer, loader, schedule).
 
     Raises:
         ConfigError: If the configuration, or something passed beside it, cannot be honoured; nothing has happened
-            to the model then.
+            to the model then. A schedule that was passed and raises says so, too, and by then the model is sharded.
     """
     source = _only_config(args, config, config_params)
     if model is None:
         raise ConfigError("initialize: model is missing")
     if mpu is not None:
         raise ConfigError("mpu: known DeepSpeed argument; pass mesh_device= with a dimension 'dp' instead")
-    init_distributed(distributed_port=distributed_port, dist_init_required=dist_init_required)
+    if timeout_s is not None and not 0 < timeout_s < math.inf:
+        raise ConfigError(f"timeout_s: expected seconds above 0, got {timeout_s!r}")
+    init_distributed(
+        distributed_port=distributed_port,
+        timeout=None if timeout_s is None else timedelta(seconds=timeout_s),
+        dist_init_required=dist_init_required,
+    )
     mesh = data_parallel_mesh(mesh_device)
     group = zero.data_parallel_group(mesh)
     given_loader = training_data if isinstance(training_data, DataLoader) else None
@@ -111,35 +125,27 @@ def initialize(
     mesh = with_replicas(
         mesh, settings.config.zero_optimization.mics_shard_size, given=mesh_device is not None
     )
-    overlap = policies.overlap(settings.config, publish_late=publish_late)
-    made = _optimizer(settings, model, optimizer, model_parameters)
-    signs.check(settings.config, made, mesh, publish_late=publish_late, whole_tensors=whole_tensors)
-    zero.steps_whole_tensors(made, whole_tensors)  # refuses what cannot be stepped before the model changes
-    policies.check_rates(settings.config, made)
+    overlap = policies.overlap(settings.config, publish_late=publish_late, timeout_s=timeout_s)
+    made = _optimizer(settings, model, optimizer, model_parameters, overlap.timeout_s)
+    _check_parameters(model, made)
+    num_shards = zero.sharding_group(mesh).size()
+    check(
+        settings.config,
+        made,
+        num_shards=num_shards,
+        num_replicas=group.size() // num_shards,
+        model=model,
+        placement=placement,
+        publish_late=publish_late,
+        whole_tensors=whole_tensors,
+    )
     if lr_scheduler is not None and settings.config.scheduler is not None:
         raise ConfigError(
             'both initialize(lr_scheduler=...) and a "scheduler" section are given; leave one out'
         )
     scaler = policies.loss_scaler(settings.config)
-    check_offload(settings.config)
-    num_shards = zero.sharding_group(mesh).size()
-    check_compression(settings.config, num_shards)
-    compressed = collectives(settings.config, num_shards)
+    compressed = collectives(settings.config, num_shards, overlap.timeout_s)
     late = zenflow(settings.config, made)
-    policies.check_offloaded(settings.config, made, whole_tensors, model, placement)
-
-    model = zero.shard(
-        model,
-        mesh,
-        stage=signs.stage(settings.config, made),
-        precision=policies.precision(settings.config),
-        collectives=signs.collectives(made) or compressed,
-        overlap=overlap,
-        placement=placement,
-        store=stores(settings.config),
-    )
-    sharded = policies.sharded_optimizer(settings.config, model, made, scaler, whole_tensors, late)
-    scheduler = _scheduler(settings, sharded, lr_scheduler)
     loader = None
     if training_data is not None and not isinstance(training_data, DataLoader):
         loader = EpochLoader(
@@ -151,6 +157,19 @@ def initialize(
             drop_last=settings.config.dataloader_drop_last,
             collate_fn=collate_fn,
         )
+
+    model = zero.shard(
+        model,
+        mesh,
+        stage=signs.stage(settings.config, made),
+        precision=policies.precision(settings.config),
+        collectives=signs.collectives(made) or compressed,
+        overlap=overlap,
+        placement=placement,
+        store=stores(settings.config),
+    )
+    sharded = sharded_optimizer(settings.config, model, made, scaler, whole_tensors, late)
+    scheduler = _scheduler(settings, sharded, lr_scheduler)
     kind = mesh.device_type
     device = torch.device(kind)
     if kind != "cpu":
@@ -167,7 +186,7 @@ def initialize(
         collectives=compressed,
     )
     if settings.config.dump_state and group.rank() == 0:
-        log.info("%s", explain(settings, model))
+        log.info("%s", explain(settings, model, made, num_shards))
     return Engine(parts), sharded, loader if loader is not None else given_loader, scheduler
 
 
@@ -212,6 +231,7 @@ def _optimizer(
     model: nn.Module,
     given: Optimizer | MakesOptimizer | None,
     parameters: Iterable[Any] | None,
+    timeout_s: float,
 ) -> Optimizer:
     if isinstance(given, Optimizer):
         made = given
@@ -219,10 +239,30 @@ def _optimizer(
         trainable = (
             [p for p in model.parameters() if p.requires_grad] if parameters is None else list(parameters)
         )
-        made = policies.optimizer(settings.config, trainable) if given is None else given(trainable)
+        made = (
+            policies.optimizer(settings.config, trainable, timeout_s=timeout_s)
+            if given is None
+            else given(trainable)
+        )
     if given is not None:
         policies.check_same(settings.config, made)
     return made
+
+
+def _check_parameters(model: nn.Module, optimizer: Optimizer) -> None:
+    """Refuse an optimizer of other parameters, or of none that is trained."""
+    own = {id(param) for param in model.parameters()}
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    foreign = [tuple(param.shape) for param in params if id(param) not in own]
+    if foreign:
+        raise ConfigError(
+            f"optimizer, model_parameters: {len(foreign)} parameter(s), of shapes {foreign[:4]}, are not the model's; "
+            "pass parameters of the very model that is to be trained"
+        )
+    if not any(param.requires_grad for param in params):
+        raise ConfigError(
+            "optimizer, model_parameters: every parameter is frozen; set requires_grad on what is to be trained"
+        )
 
 
 def _scheduler(
@@ -230,4 +270,12 @@ def _scheduler(
 ) -> LRScheduler | None:
     if given is None:
         return policies.scheduler(settings.config, optimizer)
-    return given(optimizer) if callable(given) and not isinstance(given, LRScheduler) else given
+    if isinstance(given, LRScheduler) or not callable(given):
+        return given
+    try:
+        return given(optimizer)
+    except Exception as error:
+        raise ConfigError(
+            f"initialize(lr_scheduler=...) raised {type(error).__name__}: {error}; the model is sharded by now: build "
+            "model and optimizer anew before another try"
+        ) from error

@@ -31,7 +31,7 @@ def check_compression(config: Config, num_ranks: int) -> None:
     for name, asked, stage in (
         ("zero_quantized_weights", section.zero_quantized_weights, 1),
         ("zero_quantized_nontrainable_weights", section.zero_quantized_nontrainable_weights, 3),
-        ("zero_hpz_partition_size", section.zero_hpz_partition_size > 1, 3),
+        ("zero_hpz_partition_size", section.keeps_secondary, 3),
     ):
         if asked and section.stage < stage:
             raise ConfigError(f"{_SECTION}.{name}: needs stage {stage} or above, got stage {section.stage}")
@@ -47,7 +47,7 @@ def check_compression(config: Config, num_ranks: int) -> None:
         )
 
 
-def collectives(config: Config, num_ranks: int) -> cc.QuantizedCollectives | None:
+def collectives(config: Config, num_ranks: int, timeout_s: float) -> cc.QuantizedCollectives | None:
     """How bytes travel; None: as they are.
 
     A node is `zero_hpz_partition_size` ranks; where that is not given, as many as torchrun has started on this machine,
@@ -56,19 +56,20 @@ def collectives(config: Config, num_ranks: int) -> cc.QuantizedCollectives | Non
     Args:
         config: the whole configuration.
         num_ranks: that share one set of shards.
+        timeout_s: deadline of each.
     """
     section = config.zero_optimization
-    secondary = section.zero_hpz_partition_size > 1
-    frozen = section.zero_quantized_nontrainable_weights
-    if not (section.zero_quantized_weights or section.zero_quantized_gradients or secondary or frozen):
+    secondary = section.keeps_secondary
+    if not section.compresses:
         return None
     return cc.QuantizedCollectives(
         weights="int8" if section.zero_quantized_weights else None,
         grads="int4" if section.zero_quantized_gradients else None,
-        frozen="int8" if frozen else None,
+        frozen="int8" if section.zero_quantized_nontrainable_weights else None,
         node_size=section.zero_hpz_partition_size if secondary else _ranks_of_this_machine(num_ranks),
         secondary=secondary,
         loco=_loco(section),
+        timeout_s=timeout_s,
     )
 
 

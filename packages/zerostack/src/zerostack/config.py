@@ -118,7 +118,7 @@ def _why_not(section: str, name: str) -> str:
     if section == "scheduler" or name == "None":
         return ""
     if name.lower() in {"lamb", "muon", "musgd", "muadam", "muadamw"}:
-        return "; its update needs whole tensors, not shards"
+        return "; pass it as initialize(optimizer=..., whole_tensors=True), which steps whole parameters"
     return "; any other elementwise torch optimizer can be passed as initialize(optimizer=...)"
 
 

@@ -7,6 +7,7 @@ and nothing else; the maths are zero-core's. Next: `snapshot` for what a checkpo
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +26,7 @@ from .full_model import save_full_model
 log = logging.getLogger(__name__)
 
 
-@dataclass
+@dataclass(eq=False)
 class Engine(Facts):
     """Trains one model with DeepSpeed's calls.
 
@@ -36,9 +37,12 @@ class Engine(Facts):
     clock: Clock = field(init=False)
     _pending_backward: bool = field(default=False, init=False)
     _reported_step: int | None = field(default=None, init=False)
+    _told_of_dropped: bool = field(default=False, init=False)
+    _waits: bool = field(init=False)
 
     def __post_init__(self) -> None:
         self.clock = Clock(enabled=self.config.wall_clock_breakdown, device=self.device)
+        self._waits = self.zero_optimization_stage() <= 1 and not policies.accumulates_reduced(self.config)
 
     # -- training ---------------------------------------------------------------------------------------------
 
@@ -82,13 +86,18 @@ class Engine(Facts):
         Stages 2 and 3 reduce every micro-batch: full gradients would have to live from the first to the last. So does a
         job that adds them up in another dtype (`data_types.grad_accum_dtype`): full ones are in the one that travels.
         """
-        waits = self.zero_optimization_stage() <= 1 and not policies.accumulates_reduced(self.config)
-        if waits and not self.is_gradient_accumulation_boundary():
+        if self._waits and not self.is_gradient_accumulation_boundary():
             return zero.no_sync(self.module)
         return nullcontext()
 
-    def step(self) -> None:
+    def step(self, lr_kwargs: Mapping[str, Any] | None = None) -> None:
         """End one micro-batch; at a boundary, clip, update the parameters and advance the schedule.
+
+        An update that raises (a drive is full, the loss scale cannot become smaller) moves no counter: `step` may be
+        called again, or `zero_grad` to leave the update out.
+
+        Args:
+            lr_kwargs: For the `step` of the schedule.
 
         Raises:
             EngineStateError: If there was no `backward()` since the last call.
@@ -97,33 +106,37 @@ class Engine(Facts):
             raise EngineStateError(
                 "step() before backward(): call engine.backward(loss) for every micro-batch first"
             )
-        self._pending_backward = False
         boundary = self.is_gradient_accumulation_boundary()
-        self.progress.micro_steps += 1
         if boundary:
             with self.clock.span("step"):
                 self._update()
+        self._pending_backward = False
+        self.progress.micro_steps += 1
+        if boundary:
+            if self.parts.scheduler is not None and not self.parts.optimizer.last_step_skipped:
+                self.parts.scheduler.step(**(lr_kwargs or {}))
             self._report()
 
     def _update(self) -> None:
+        """Step the optimizer; only then anything counts."""
         optimizer, clip = self.parts.optimizer, self.config.gradient_clipping
         if clip > 0:
             self.last_grad_norm = float(zero.clip_grad_norm(optimizer, clip))
         elif self.config.zero_optimization.compute_grad_norm:
             self.last_grad_norm = float(zero.grad_norm(optimizer))
         optimizer.step()
-        skipped = optimizer.last_step_skipped
         optimizer.zero_grad()
+        skipped = optimizer.last_step_skipped
         self.progress.global_steps += 1
         self.progress.global_samples += self.train_batch_size()
         self.progress.skipped_steps += int(skipped)
-        if skipped:
+        if skipped and self.parts.group.rank() == 0:
             log.warning("step %d skipped: %s", self.global_steps, optimizer.overflow_report)
-        elif self.parts.scheduler is not None:
-            self.parts.scheduler.step()
 
     def _report(self) -> None:
         every = self.config.steps_per_print
+        if every is None and (self.config.wall_clock_breakdown or self.config.memory_breakdown):
+            every = 10
         if every is None or self.global_steps % every:
             return
         elapsed_s, spans = self.clock.since_last_report()
@@ -144,10 +157,22 @@ class Engine(Facts):
         return zero.no_sync(self.module)
 
     def zero_grad(self) -> None:
-        """Forget the gradients that have accumulated; the next micro-batch is the first of an update again."""
+        """Forget the gradients that have accumulated; the counters stay, so the update comes when it was to come.
+
+        `step` does it after every update. Between micro-batches of one it drops what the earlier ones gave, which the
+        first call says in the log.
+        """
+        dropped = self.micro_steps % self.gradient_accumulation_steps()
+        if dropped and not self._told_of_dropped and self.parts.group.rank() == 0:
+            log.warning(
+                "zero_grad() drops the gradients of %d of the %d micro-batches of an update; leave it out where that "
+                "is not meant: step() forgets gradients after every update",
+                dropped,
+                self.gradient_accumulation_steps(),
+            )
+        self._told_of_dropped = self._told_of_dropped or dropped > 0
         self.parts.optimizer.zero_grad()
         self._pending_backward = False
-        self.progress.micro_steps -= self.micro_steps % self.gradient_accumulation_steps()
 
     def train(self, mode: bool = True) -> Engine:
         """Put the model in training mode."""
@@ -168,7 +193,7 @@ class Engine(Facts):
             self.parts.optimizer.flush()
 
     def close(self) -> None:
-        """End the thread of "zenflow", when it has done what it was given; raises what it met."""
+        """End the thread that steps what is offloaded, when it has done what it was given; raises what it met."""
         if isinstance(self.parts.optimizer, OffloadedOptimizer):
             self.parts.optimizer.close()
 

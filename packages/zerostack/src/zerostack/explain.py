@@ -6,22 +6,30 @@ In: `resolve.Effective`, and a model's size if known. Out: text. Nothing here de
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import Any
 
-import zero_core as zero
 from torch import nn
+from torch.optim import Optimizer
+from zero_offload_nvme import Tier
 
-from . import policies, signs
+from . import policies
+from .footprint import TIERS, footprint
 from .resolve import Effective
 
 
-def explain(settings: Effective, model_or_num_params: nn.Module | float | None = None) -> str:
+def explain(
+    settings: Effective,
+    model_or_num_params: nn.Module | float | None = None,
+    optimizer: Optimizer | None = None,
+    num_shards: int | None = None,
+) -> str:
     """The whole explanation.
 
     Args:
         settings: The effective configuration.
         model_or_num_params: What bytes per rank are to be counted for; None leaves them out.
+        optimizer: See `footprint`.
+        num_shards: Likewise.
     """
     rows = [(path, _shown(value), source) for path, value, source in settings.rows()]
     parts = [f"Effective configuration for {settings.world} rank(s)", table(("key", "value", "from"), rows)]
@@ -35,7 +43,11 @@ def explain(settings: Effective, model_or_num_params: nn.Module | float | None =
         ]
     parts += ["Handed to zero-core", _policies(settings)]
     if model_or_num_params is not None:
-        parts += [f"Bytes per rank, stage {_stage(settings)}", _memory(settings, model_or_num_params)]
+        stage = settings.config.zero_optimization.stage
+        parts += [
+            f"Bytes per rank, stage {stage}",
+            _memory(settings, model_or_num_params, optimizer, num_shards),
+        ]
     return "\n\n".join(parts)
 
 
@@ -65,10 +77,6 @@ def _shown(value: Any) -> str:
     return "-" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _stage(settings: Effective) -> int:
-    return settings.config.zero_optimization.stage
-
-
 def _policies(settings: Effective) -> str:
     scaler = policies.loss_scaler(settings.config)
     scale = "none" if scaler is None else f"{scaler.value:g}, {'dynamic' if scaler.dynamic else 'static'}"
@@ -80,38 +88,19 @@ def _policies(settings: Effective) -> str:
     return "\n".join(lines).replace("torch.", "")
 
 
-def optimizer_kind(settings: Effective) -> str:
-    """The optimizer's name as `zero_core.plan_memory` knows it."""
-    section = settings.config.optimizer
-    if section is None:
-        return "adam"
-    momentum = section.type == "SGD" and section.params.momentum
-    return "sgd-momentum" if momentum else str(section.type).lower()
-
-
-def plan(settings: Effective, model_or_num_params: nn.Module | float) -> zero.MemoryPlan:
-    """Bytes per rank under a configuration."""
-    of = signs.state_bytes(settings.config, settings.world, 1)
-    planned = zero.plan_memory(
-        model_or_num_params,
-        stage=_stage(settings) if of is None else 0,
-        world=settings.world,
-        precision=policies.precision(settings.config),
-        optimizer="adam" if of is not None else optimizer_kind(settings),
-    )
-    if of is None:
-        return planned
-    whole = signs.state_bytes(
-        settings.config, settings.world, planned.optimizer // 8
-    )  # Adam's: 8 a parameter
-    assert whole is not None
-    return replace(planned, stage=_stage(settings), optimizer=whole)
-
-
-def _memory(settings: Effective, model_or_num_params: nn.Module | float) -> str:
-    planned = plan(settings, model_or_num_params)
-    kinds = ("params", "grads", "master", "optimizer", "in_flight")
-    rows = [(kind, num_bytes(getattr(planned, kind))) for kind in kinds]
-    if not isinstance(model_or_num_params, nn.Module) and _stage(settings) >= 2:
-        rows[-1] = ("in_flight", "the largest units of the model, which a number does not tell")
-    return table(("what", "bytes"), [*rows, ("total", num_bytes(planned.total))])
+def _memory(
+    settings: Effective,
+    model_or_num_params: nn.Module | float,
+    optimizer: Optimizer | None,
+    num_shards: int | None,
+) -> str:
+    found = footprint(settings, model_or_num_params, optimizer, num_shards)
+    tiers: list[Tier] = [tier for tier in TIERS.values() if tier == "device" or found.total(tier)]
+    head = ["what", "bytes"] if len(tiers) == 1 else ["what", *tiers]
+    rows = [[kind, *[num_bytes(of.get(tier, 0)) for tier in tiers]] for kind, of in found.nbytes.items()]
+    lines = [table(head, [*rows, ["total", *[num_bytes(found.total(tier)) for tier in tiers]]])]
+    if found.assumed is not None:
+        lines.append(f"optimizer: {found.assumed} is assumed")
+    if not isinstance(model_or_num_params, nn.Module) and settings.config.zero_optimization.stage >= 2:
+        lines.append("in_flight: besides, the largest units of the model, which a number does not tell")
+    return "\n".join(lines)

@@ -57,7 +57,7 @@ class Progress:
     skipped_steps: int = 0
 
 
-@dataclass
+@dataclass(eq=False)
 class Facts:
     """The read-only side of `engine.Engine`."""
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from .key_table_later import LATER
 from .keys import Key, KeyTable, Rows, honoured, no_effect, refused
 
-_OFFLOAD = "needs package zero-offload-nvme"
 _BUFFERS = "a window and a cache of fixed size bound the memory"
 _PIPELINE = "states are always read ahead of their step and written behind it"
 _UNITS = "parameters are gathered and freed in whole units (repeated blocks): nothing to tune"
@@ -17,6 +16,7 @@ _ONE_GATHER = "a unit is one all-gather, whatever the sizes of its parameters"
 
 _ZERO_ONE = honoured("comm_compress.ZeroOneAdam")
 _LAMB = honoured("comm_compress.OneBitLamb")
+_MUON = refused("Muon is passed as initialize(optimizer=torch.optim.Muon(...)), with its own arguments", None)
 
 _OPTIMIZER: Rows = {
     "type": honoured('the optimizer\'s class; "Adam" means AdamW unless adam_w_mode is false'),
@@ -46,6 +46,10 @@ _OPTIMIZER: Rows = {
         "factor_max": _LAMB,
         "factor_min": _LAMB,
         "factor_threshold": _LAMB,
+        "muon_lr": _MUON,
+        "adam_lr": _MUON,
+        "ns_method": _MUON,
+        "per_head_muon": _MUON,
         "cuda_aware": no_effect(
             "signs travel through the process group, whatever its back end; there is no MPI"
         ),
@@ -103,7 +107,7 @@ _FP16: Rows = {
     "hysteresis": honoured("zero_core.LossScaler(hysteresis=)"),
     "consecutive_hysteresis": honoured("zero_core.LossScaler(consecutive_hysteresis=)"),
     "min_loss_scale": honoured("zero_core.LossScaler(min_scale=)"),
-    "fp16_master_weights_and_grads": refused(_OFFLOAD, False),
+    "fp16_master_weights_and_grads": refused("masters of fp16 parameters are fp32", False),
 }
 
 _BF16: Rows = {
@@ -123,7 +127,9 @@ _AUTOCAST: Rows = {
 }
 
 _ZERO: Rows = {
-    "stage": honoured("zero_core.shard(stage=)"),
+    "stage": honoured(
+        "zero_core.shard(stage=); in place of the whole section, true is stage 1 and false stage 0"
+    ),
     "overlap_comm": honoured("zero_core.Overlap(enabled=); absent means true (the results are the same)"),
     "reduce_bucket_size": honoured("zero_core.Overlap(reduce_bytes=): elements x bytes on the wire"),
     "stage3_prefetch_bucket_size": honoured("zero_core.Overlap(prefetch_bytes=): elements x bytes of one"),
@@ -165,7 +171,9 @@ _ZERO: Rows = {
     "enable_sanity_checks": no_effect("checks are always on"),
     "save_muon_momentum_buffer_in_memory": no_effect("Muon's state is never offloaded"),
     "offload_param": {
-        "device": honoured("zero_core.Stores(params=): zero_offload_nvme.HostStore or NvmeStore (stage 3)"),
+        "device": honoured(
+            'zero_core.Stores(params=): HostStore or NvmeStore (stage 3); absent in a section is "cpu"'
+        ),
         "nvme_path": honoured("zero_offload_nvme.NvmeStore(path)"),
         "pin_memory": honoured("zero_offload_nvme.HostStore(pin=)"),
         "buffer_count": no_effect(_BUFFERS),
@@ -173,7 +181,9 @@ _ZERO: Rows = {
         "max_in_cpu": no_effect("shards of parameters are read ahead of their gather, and not kept after it"),
     },
     "offload_optimizer": {
-        "device": honoured("zero_core.Stores(optimizer=, grads=): HostStore or NvmeStore (stages 1 to 3)"),
+        "device": honoured(
+            'zero_core.Stores(optimizer=, grads=): HostStore or NvmeStore (stages 1 to 3); absent in a section is "cpu"'
+        ),
         "nvme_path": honoured("zero_offload_nvme.NvmeStore(path)"),
         "pin_memory": honoured("zero_offload_nvme.HostStore(pin=)"),
         "buffer_count": no_effect(_BUFFERS),
@@ -258,7 +268,9 @@ ROWS: dict[str, Key | Rows] = {
     "bf16": _BF16,
     "torch_autocast": _AUTOCAST,
     "data_types": {"grad_accum_dtype": honoured("zero_core.Precision(accumulate=)")},
-    "gradient_clipping": honoured("zero_core.clip_grad_norm; absent means 1.0 as in DeepSpeed, 0 is off"),
+    "gradient_clipping": honoured(
+        "zero_core.clip_grad_norm; absent or 0 is off, as when DeepSpeed runs (its page says that absent is 1.0)"
+    ),
     "communication_data_type": honoured("zero_core.Precision(reduce=): gradients on the wire"),
     "fp32_allreduce": honoured(
         "zero_core.Precision(reduce=float32): older spelling of communication_data_type"
@@ -273,7 +285,9 @@ ROWS: dict[str, Key | Rows] = {
     "zero_optimization": _ZERO,
     "seed": honoured("the order in which the data loader visits samples"),
     "dataloader_drop_last": honoured("the data loader of initialize(training_data=)"),
-    "steps_per_print": honoured("engine log: a line every n steps"),
+    "steps_per_print": honoured(
+        "engine log: a line every n steps; null: none, or every 10 where a breakdown is asked for"
+    ),
     "wall_clock_breakdown": honoured("engine log: milliseconds of forward, backward and step"),
     "memory_breakdown": honoured("engine log: peak bytes of the process or device"),
     "dump_state": honoured("engine log: the effective configuration, once"),
@@ -291,7 +305,9 @@ ROWS: dict[str, Key | Rows] = {
     },
     "aio": {
         "block_size": honoured("accel_kernels.TransferEngine(block_bytes=)"),
-        "queue_depth": honoured("accel_kernels.TransferEngine(queue_depth=): blocks under way"),
+        "queue_depth": honoured(
+            "accel_kernels.TransferEngine(queue_depth=): blocks under way; absent means 32 (DeepSpeed: 8)"
+        ),
         "thread_count": honoured(
             "accel_kernels.TransferEngine(num_threads=), at least 4: where io_uring is refused"
         ),

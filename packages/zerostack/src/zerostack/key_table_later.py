@@ -34,7 +34,7 @@ _CURRICULUM = {
 
 LATER: dict[str, Key] = {
     "activation_checkpointing": refused(
-        "wrap blocks of the model in torch.utils.checkpoint instead: it works at every stage",
+        "use zero_core.checkpoint_modules on the model, at every stage: its policy partitions, and moves to the host",
         inside="partition_activations=false cpu_checkpointing=false "
         "contiguous_memory_optimization=false number_checkpoints=null "
         "synchronize_checkpoint_boundary=false profile=false",
@@ -136,7 +136,9 @@ LATER: dict[str, Key] = {
         inside="enabled=false persistent_storage_path persistent_time_interval "
         "num_of_version_in_retention enable_nebula_load load_path",
     ),
-    "datastates_ckpt": refused("needs package ckpt-universal", inside="*"),
+    "datastates_ckpt": refused(
+        "another engine; ckpt_universal.AsyncSaver writes while training goes on", inside="*"
+    ),
     "amp": refused(
         "NVIDIA Apex is not supported; use bf16, fp16 or torch_autocast", inside="enabled=false *"
     ),

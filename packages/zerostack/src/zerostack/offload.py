@@ -1,15 +1,30 @@
-"""Where optimizer state and parameters rest between uses, as the configuration says: stores of zero-offload-nvme.
+"""Where optimizer state and parameters rest between uses, as the configuration says, and what steps them there.
 
-In: "offload_optimizer", "offload_param" and "aio". Out: zero-core's `Stores`. Next: `api` shards the model over them.
+In: "offload_optimizer", "offload_param", "zenflow" and "aio". Out: zero-core's `Stores`, over which `api` shards the
+model, and its optimizer.
 """
 
 from __future__ import annotations
 
-import accel_kernels as ak
-import zero_core as zero
-from torch.optim import Adam, AdamW, Optimizer
-from zero_offload_nvme import HostStore, NvmeStore, OffloadConfigError, ZenFlow
+from typing import Any, Literal
 
+import accel_kernels as ak
+import comm_compress as cc
+import torch
+import zero_core as zero
+from torch import nn
+from torch.optim import Adam, AdamW, Optimizer
+from zero_core.units import find_units
+from zero_offload_nvme import (
+    HostStore,
+    NvmeStore,
+    OffloadConfigError,
+    OffloadedOptimizer,
+    StoreStepper,
+    ZenFlow,
+)
+
+from . import policies
 from .compression import frozen_store
 from .errors import ConfigError
 from .schema import Aio, Config, Offload
@@ -44,6 +59,55 @@ def check_offload(config: Config) -> None:
             raise ConfigError(
                 f'{path}.device is "nvme", and {path}.nvme_path is missing: name a folder of a fast drive'
             )
+
+
+def check_stepped(
+    config: Config,
+    optimizer: Optimizer,
+    whole_tensors: bool | None,
+    model: nn.Module | None,
+    placement: zero.Placement | None,
+) -> None:
+    """Refuse, before the model changes, what cannot be stepped where it is to rest; None: it is not known yet.
+
+    Raises:
+        ConfigError: the state is to be offloaded, and no kernel steps this optimizer block by block, or such masters;
+            or `super_offload` or ZenFlow is asked for, and the ratio leaves all optimizer state on the device.
+    """
+    section = config.zero_optimization
+    if not section.offloads:
+        return
+    if zero.steps_whole_tensors(optimizer, whole_tensors):
+        raise ConfigError(
+            f"offload_optimizer, offload_param: {type(optimizer).__name__} looks at whole tensors, and offloaded "
+            "state is stepped block by block; use AdamW, Adam, Adagrad or SGD"
+        )
+    try:
+        StoreStepper(optimizer)
+    except OffloadConfigError as error:
+        raise ConfigError(f"offload_optimizer, offload_param: {error}") from error
+    policy = policies.precision(config)
+    params = [] if model is None else [param for param in model.parameters() if param.requires_grad]
+    masters = {policy.master_dtype(dtype) for dtype in {param.dtype for param in params} or {torch.float32}}
+    if wrong := masters - {torch.float32}:
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in wrong))
+        raise ConfigError(
+            f"offload_optimizer, offload_param: kernels step fp32 masters, and these are {names}; leave "
+            "bf16_master_weights_and_grads out, or train without offload"
+        )
+    if model is None or not (section.offload_optimizer.super_offload or section.uses_zenflow):
+        return
+    units = find_units(model, whole=None if placement is None else placement.whole_modules)
+    sizes = [sum(param.numel() for _, param in unit.params) * unit.trainable for unit in units]
+    ratio, keep_first = section.offload_optimizer.ratio, section.offload_optimizer.super_offload
+    stores: Any = "the device of offload_optimizer"  # of_units hands it on
+    planned = zero.Stores(optimizer=stores, optimizer_ratio=ratio, keep_first=keep_first).of_units(sizes)
+    if not any(size and each.optimizer is not None for size, each in zip(sizes, planned, strict=True)):
+        raise ConfigError(
+            f"offload_optimizer.ratio: {ratio} of {sum(sizes)} trainable elements is less than any whole unit that may "
+            "go, and all optimizer state would stay on the device; give a larger ratio, or leave super_offload and "
+            "zenflow out"
+        )
 
 
 def zenflow(config: Config, optimizer: Optimizer) -> ZenFlow | None:
@@ -118,6 +182,32 @@ def stores(config: Config) -> zero.Stores | None:
         optimizer_ratio=section.offload_optimizer.ratio,
         keep_first=section.offload_optimizer.super_offload,
     )
+
+
+def sharded_optimizer(
+    config: Config,
+    model: nn.Module,
+    optimizer: Optimizer,
+    scaler: zero.LossScaler | None,
+    whole_tensors: bool | None,
+    late: ZenFlow | None,
+) -> zero.ShardedOptimizer:
+    """The optimizer of a sharded model, which steps what is offloaded where it rests.
+
+    Raises:
+        ConfigError: `super_offload` or ZenFlow (`late`), and the ratio leaves all optimizer state on the device.
+    """
+    if isinstance(optimizer, cc.CompressedOptimizer):
+        return cc.ZeroCompressedOptimizer(model, optimizer, scaler=scaler)
+    if not config.zero_optimization.offloads:
+        return zero.ShardedOptimizer(model, optimizer, scaler=scaler, whole_tensors=whole_tensors)
+    overlap: Literal["exact", "speculative", "zenflow"] = "exact" if late is None else "zenflow"
+    if config.zero_optimization.offload_optimizer.super_offload:
+        overlap = "speculative"
+    try:
+        return OffloadedOptimizer(model, optimizer, overlap=overlap, zenflow=late, scaler=scaler)
+    except OffloadConfigError as error:
+        raise ConfigError(f"offload_optimizer: {error}") from error
 
 
 def _make(asked: Offload, aio: Aio) -> Store:

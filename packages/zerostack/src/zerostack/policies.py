@@ -6,16 +6,12 @@ In: `resolve.Effective`. Out: objects that know nothing of JSON. Next: `api.init
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any
 
-import comm_compress as cc
 import torch
 import zero_core as zero
-from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from zero_core.units import find_units
-from zero_offload_nvme import OffloadConfigError, OffloadedOptimizer, StoreStepper, ZenFlow
 
 from . import schedules, signs
 from .errors import ConfigError
@@ -57,104 +53,27 @@ def accumulates_reduced(config: Config) -> bool:
     return policy.accumulate_dtype(param) != policy.reduce_dtype(param)
 
 
-def overlap(config: Config, *, publish_late: bool = False) -> zero.Overlap:
-    """How many bytes travel while compute goes on; sizes not given, or without meaning here, are zero-core's own."""
+def overlap(config: Config, *, publish_late: bool = False, timeout_s: float | None = None) -> zero.Overlap:
+    """How many bytes travel while compute goes on, and for how long.
+
+    What is not given, or is without meaning here, is zero-core's own.
+    """
     section = config.zero_optimization
     wanted = section.overlap_comm
     if publish_late and wanted is False:
         raise ConfigError(
             "publish_late=True leaves gathers under way, and overlap_comm is false; leave one out"
         )
+    limits: dict[str, Any] = {} if timeout_s is None else {"timeout_s": timeout_s}
     if wanted is False:
-        return zero.Overlap(enabled=False)
+        return zero.Overlap(enabled=False, **limits)
     policy = precision(config)
     param = policy.param_dtype(torch.float32)
-    sizes: dict[str, int] = {}
     if section.reduce_bucket_size is not None:
-        sizes["reduce_bytes"] = section.reduce_bucket_size * policy.reduce_dtype(param).itemsize
+        limits["reduce_bytes"] = section.reduce_bucket_size * policy.reduce_dtype(param).itemsize
     if section.stage3_prefetch_bucket_size is not None and section.stage == 3:
-        sizes["prefetch_bytes"] = section.stage3_prefetch_bucket_size * param.itemsize
-    return zero.Overlap(publish_late=publish_late, **sizes)
-
-
-def is_offloaded(config: Config) -> bool:
-    """Whether anything that an optimizer steps rests in a store."""
-    section = config.zero_optimization
-    return not section.offload_optimizer.device == section.offload_param.device == "none"
-
-
-def check_offloaded(
-    config: Config,
-    optimizer: Optimizer,
-    whole_tensors: bool | None,
-    model: nn.Module,
-    placement: zero.Placement | None,
-) -> None:
-    """Refuse, before the model changes, what cannot be stepped where it is to rest.
-
-    Raises:
-        ConfigError: the state is to be offloaded, and no kernel steps this optimizer block by block, or such masters;
-            or `super_offload` or ZenFlow is asked for, and the ratio leaves all optimizer state on the device.
-    """
-    if not is_offloaded(config):
-        return
-    if zero.steps_whole_tensors(optimizer, whole_tensors):
-        raise ConfigError(
-            f"offload_optimizer, offload_param: {type(optimizer).__name__} looks at whole tensors, and offloaded "
-            "state is stepped block by block; use AdamW, Adam, Adagrad or SGD"
-        )
-    try:
-        StoreStepper(optimizer)
-    except OffloadConfigError as error:
-        raise ConfigError(f"offload_optimizer, offload_param: {error}") from error
-    policy = precision(config)
-    masters = {policy.master_dtype(param.dtype) for param in model.parameters() if param.requires_grad}
-    if wrong := masters - {torch.float32}:
-        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in wrong))
-        raise ConfigError(
-            f"offload_optimizer, offload_param: kernels step fp32 masters, and these are {names}; leave "
-            "bf16_master_weights_and_grads out, or train without offload"
-        )
-    section = config.zero_optimization
-    if not (section.offload_optimizer.super_offload or section.uses_zenflow):
-        return
-    units = find_units(model, whole=None if placement is None else placement.whole_modules)
-    sizes = [sum(param.numel() for _, param in unit.params) * unit.trainable for unit in units]
-    ratio, keep_first = section.offload_optimizer.ratio, section.offload_optimizer.super_offload
-    stores: Any = "the device of offload_optimizer"  # of_units hands it on
-    planned = zero.Stores(optimizer=stores, optimizer_ratio=ratio, keep_first=keep_first).of_units(sizes)
-    if not any(size and each.optimizer is not None for size, each in zip(sizes, planned, strict=True)):
-        raise ConfigError(
-            f"offload_optimizer.ratio: {ratio} of {sum(sizes)} trainable elements is less than any whole unit that may "
-            "go, and all optimizer state would stay on the device; give a larger ratio, or leave super_offload and "
-            "zenflow out"
-        )
-
-
-def sharded_optimizer(
-    config: Config,
-    model: nn.Module,
-    optimizer: Optimizer,
-    scaler: zero.LossScaler | None,
-    whole_tensors: bool | None,
-    late: ZenFlow | None,
-) -> zero.ShardedOptimizer:
-    """The optimizer of a sharded model, which steps what is offloaded where it rests.
-
-    Raises:
-        ConfigError: `super_offload` or ZenFlow (`late`), and the ratio leaves all optimizer state on the device.
-    """
-    if isinstance(optimizer, cc.CompressedOptimizer):
-        return cc.ZeroCompressedOptimizer(model, optimizer, scaler=scaler)
-    if not is_offloaded(config):
-        return zero.ShardedOptimizer(model, optimizer, scaler=scaler, whole_tensors=whole_tensors)
-    overlap: Literal["exact", "speculative", "zenflow"] = "exact" if late is None else "zenflow"
-    if config.zero_optimization.offload_optimizer.super_offload:
-        overlap = "speculative"
-    try:
-        return OffloadedOptimizer(model, optimizer, overlap=overlap, zenflow=late, scaler=scaler)
-    except OffloadConfigError as error:
-        raise ConfigError(f"offload_optimizer: {error}") from error
+        limits["prefetch_bytes"] = section.stage3_prefetch_bucket_size * param.itemsize
+    return zero.Overlap(publish_late=publish_late, **limits)
 
 
 def loss_scaler(config: Config) -> zero.LossScaler | None:
@@ -176,8 +95,15 @@ def loss_scaler(config: Config) -> zero.LossScaler | None:
     return None
 
 
-def optimizer(config: Config, parameters: Iterable[Any]) -> Optimizer:
+def optimizer(
+    config: Config, parameters: Iterable[Any], *, timeout_s: float = zero.Overlap.timeout_s
+) -> Optimizer:
     """The optimizer that the configuration names, over parameters or parameter groups.
+
+    Args:
+        config: All of it.
+        parameters: Parameters or groups.
+        timeout_s: Deadline of collectives, for an optimizer that has some of its own.
 
     Raises:
         ConfigError: If it names none.
@@ -189,7 +115,7 @@ def optimizer(config: Config, parameters: Iterable[Any]) -> Optimizer:
     if "betas" in params:
         params["betas"] = tuple(params["betas"])
     if kind in signs.KINDS:
-        return signs.make(config, kind, params, parameters)
+        return signs.make(config, kind, params, parameters, timeout_s)
     params.pop("bias_correction")
     if kind in {"Adam", "AdamW"}:
         params.pop("torch_adam")

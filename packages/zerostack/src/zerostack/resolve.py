@@ -40,6 +40,12 @@ class Effective:
     sources: Mapping[str, str]
     findings: Findings
 
+    @property
+    def num_shards(self) -> int:
+        """Ranks that share one set of shards, where the program brings no mesh of its own."""
+        asked = self.config.zero_optimization.mics_shard_size
+        return asked if asked >= 1 else self.world
+
     def rows(self) -> Iterator[tuple[str, Any, str]]:
         """(path, value, source) of every honoured value."""
         batch = {TRAIN: self.batch.train, MICRO: self.batch.micro, ACCUMULATION: self.batch.accumulation}
@@ -74,9 +80,15 @@ def effective(
         ConfigError: With everything that is wrong at the first step that finds something.
     """
     checked, findings = TABLE.check(config.read(source))
+    spelt = {}
+    if isinstance(on := checked.get("zero_optimization"), bool):
+        checked["zero_optimization"] = {"stage": int(on)}
+        spelt["zero_optimization.stage"] = f"file: {str(on).lower()}, an older spelling of {int(on)}"
     ready, sources = auto.resolve(checked, around, strict=strict)
     typed = config.parse(ready)
     _check_consistent(typed)
+    _check_ranks(typed, around.world)
+    findings.no_effect.update(_of_no_device(ready, typed))
     micro = typed.train_micro_batch_size_per_gpu
     if typed.train_batch_size is None and micro is None and not strict:
         micro, sources[MICRO] = 1, sources.get(MICRO, "nothing given: 1 assumed")
@@ -93,7 +105,7 @@ def effective(
         config=typed,
         batch=batch,
         world=around.world,
-        sources={**origin, **sources, **batch.sources},
+        sources={**origin, **spelt, **sources, **batch.sources},
         findings=findings,
     )
 
@@ -105,6 +117,30 @@ def _given(raw: Mapping[str, Any], path: str) -> bool:
             return False
         node = node[name]
     return True
+
+
+def _of_no_device(ready: Mapping[str, Any], typed: Config) -> dict[str, str]:
+    """What is given for an offload that is switched off."""
+    found: dict[str, str] = {}
+    for name in ("offload_param", "offload_optimizer"):
+        section = join("zero_optimization", name)
+        given = (ready.get("zero_optimization") or {}).get(name) or {}
+        if getattr(typed.zero_optimization, name).device == "none":
+            found |= {
+                join(section, key): f'{name}.device is "none"'
+                for key, value in given.items()
+                if key != "device" and value is not None
+            }
+    return found
+
+
+def _check_ranks(typed: Config, world: int) -> None:
+    """Refuse shards that do not fill the ranks."""
+    shard_size = typed.zero_optimization.mics_shard_size
+    if shard_size >= 1 and world % shard_size:
+        raise ConfigError(
+            f"zero_optimization.mics_shard_size: expected a divisor of the {world} ranks, got {shard_size}"
+        )
 
 
 def _check_consistent(typed: Config) -> None:

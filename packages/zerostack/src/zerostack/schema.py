@@ -1,5 +1,7 @@
-"""The typed configuration as frozen pydantic models: DeepSpeed's names, types and documented defaults.
+"""The typed configuration as frozen pydantic models: DeepSpeed's names, types and defaults.
 
+Three defaults are not those of its page: `gradient_clipping` (its program's is meant), and `pin_memory` and
+`aio.queue_depth`, which are what is fast here.
 Every field has a row in `key_table` (a test holds the two together). `config` fills these models from JSON.
 """
 
@@ -247,6 +249,12 @@ class Offload(Section):
     pin_memory: bool = True
     buffer_count: Count = 4
 
+    @model_validator(mode="before")
+    @classmethod
+    def _somewhere(cls, given: Any) -> Any:
+        """A section that says anything is wanted: as documented, "cpu" is where no device is given."""
+        return {"device": "cpu", **given} if isinstance(given, dict) and given else given
+
 
 class OffloadOptimizer(Offload):
     """The optimizer's states and masters, and reduced gradients."""
@@ -263,6 +271,7 @@ class OffloadOptimizer(Offload):
 class OffloadParam(Offload):
     """Shards of parameters (stage 3)."""
 
+    buffer_count: Count = 5
     buffer_size: Size = 100_000_000
     max_in_cpu: Size = 1_000_000_000
 
@@ -359,6 +368,26 @@ class Zero(Section):
         return "zenflow" in self.model_fields_set
 
     @property
+    def offloads(self) -> bool:
+        """Whether anything that an optimizer steps rests in a store."""
+        return not self.offload_optimizer.device == self.offload_param.device == "none"
+
+    @property
+    def keeps_secondary(self) -> bool:
+        """Whether weights are gathered for backward within a node."""
+        return self.zero_hpz_partition_size > 1
+
+    @property
+    def compresses(self) -> bool:
+        """Whether anything travels otherwise than as it is."""
+        return (
+            self.zero_quantized_weights
+            or self.zero_quantized_gradients
+            or self.zero_quantized_nontrainable_weights
+            or self.keeps_secondary
+        )
+
+    @property
     def uses_loco(self) -> bool:
         """Whether error feedback of quantized gradients is asked for."""
         return "zeropp_loco_param" in self.model_fields_set
@@ -398,7 +427,7 @@ class Config(Section):
     bf16: BF16 = BF16()
     torch_autocast: TorchAutocast = TorchAutocast()
     data_types: DataTypes = DataTypes()
-    gradient_clipping: Rate = 1.0
+    gradient_clipping: Rate = 0.0
     communication_data_type: Dtype | None = None
     fp32_allreduce: bool = False
     prescale_gradients: bool = False

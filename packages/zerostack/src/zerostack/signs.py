@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import comm_compress as cc
 import zero_core as zero
-from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from .errors import CheckpointError, ConfigError
@@ -25,7 +25,9 @@ KINDS: dict[str, type[cc.CompressedOptimizer]] = {
 }
 
 
-def make(config: Config, kind: str, params: dict[str, Any], parameters: Any) -> cc.CompressedOptimizer:
+def make(
+    config: Config, kind: str, params: dict[str, Any], parameters: Any, timeout_s: float
+) -> cc.CompressedOptimizer:
     """The optimizer that a configuration names.
 
     Args:
@@ -33,6 +35,7 @@ def make(config: Config, kind: str, params: dict[str, Any], parameters: Any) -> 
         kind: One of `KINDS`.
         params: Its "params", `betas` a tuple.
         parameters: Parameters or groups.
+        timeout_s: Deadline of its collectives.
 
     Raises:
         ConfigError: Values that contradict each other.
@@ -41,15 +44,29 @@ def make(config: Config, kind: str, params: dict[str, Any], parameters: Any) -> 
     if kind != "ZeroOneAdam":
         given["shard"] = config.zero_optimization.stage == 1
     try:
-        return KINDS[kind](parameters, **given)
+        made = KINDS[kind](parameters, **given)
     except cc.CompressConfigError as error:
         raise ConfigError(f"optimizer.params: {error}") from error
+    made.compression = replace(made.compression, timeout_s=timeout_s)
+    return made
 
 
 def check(
-    config: Config, optimizer: Optimizer, mesh: DeviceMesh, *, publish_late: bool, whole_tensors: bool | None
+    config: Config,
+    optimizer: Optimizer,
+    *,
+    num_replicas: int,
+    publish_late: bool = False,
+    whole_tensors: bool | None = None,
 ) -> None:
     """Refuse what an optimizer of `KINDS` cannot be combined with; any other passes.
+
+    Args:
+        config: All of it.
+        optimizer: That is to step.
+        num_replicas: Sets of shards.
+        publish_late: As `initialize`.
+        whole_tensors: As `initialize`.
 
     Raises:
         ConfigError: With what to change.
@@ -58,13 +75,6 @@ def check(
         return
     name, section = type(optimizer).__name__, config.zero_optimization
     stage, shard = section.stage, bool(getattr(optimizer, "shard", False))
-    quantized = section.zero_quantized_weights or section.zero_quantized_gradients
-    quantized = (
-        quantized or section.zero_quantized_nontrainable_weights or section.zero_hpz_partition_size > 1
-    )
-    names = mesh.mesh_dim_names or ()
-    replicas = "dp_replicate" in names and mesh["dp_replicate"].size() > 1
-    offloaded = not section.offload_optimizer.device == section.offload_param.device == "none"
     wrong = {
         f"zero_optimization.stage {stage}: {name} needs every gradient and momentum whole; use stage 0 or 1, or AdamW "
         "with quantized collectives": stage > 1,
@@ -73,14 +83,15 @@ def check(
         f"zero_optimization.stage {stage} and {name}(shard={shard}): say the same in both": stage < 2
         and not isinstance(optimizer, cc.ZeroOneAdam)
         and shard != (stage == 1),
-        f"offload_optimizer, offload_param: {name} steps on the device; leave them out": offloaded,
+        f"offload_optimizer, offload_param: {name} steps on the device; leave them out": section.offloads,
         f"zenflow: {name} steps everything at once; leave it out": section.uses_zenflow,
-        f"mics_shard_size, dp_replicate: {name} sends signs among all data-parallel ranks; leave them out": replicas,
+        f"mics_shard_size, dp_replicate: {name} sends signs among all data-parallel ranks; leave them out": num_replicas
+        > 1,
         f"bf16_master_weights_and_grads: {name} keeps fp32 states; leave it out": (
             config.bf16.bf16_master_weights_and_grads
         ),
         f"zero_quantized_..., zero_hpz_partition_size: {name} sends momenta, no gradients or weights; leave them out": (
-            quantized
+            section.compresses
         ),
         f"publish_late: {name} gathers no parameters after its step; leave it out": publish_late,
         f"whole_tensors: {name} does its own stepping; leave it out": whole_tensors is True,
@@ -100,13 +111,21 @@ def stage(config: Config, optimizer: Optimizer) -> int:
     return 0 if isinstance(optimizer, cc.CompressedOptimizer) else config.zero_optimization.stage
 
 
-def state_bytes(config: Config, world: int, numel: int) -> int | None:
-    """Bytes per rank that the optimizer keeps when it keeps most; None for other optimizers."""
-    if config.optimizer is None or config.optimizer.type not in KINDS:
-        return None
-    alone = getattr(config.optimizer.params, "local_step_clipper", 1) > 1
+def kind_of(config: Config, optimizer: Optimizer | None) -> str | None:
+    """Which of `KINDS` steps: the optimizer, or where there is none the one that the configuration names."""
+    if optimizer is None:
+        name = None if config.optimizer is None else config.optimizer.type
+    else:
+        name = type(optimizer).__name__
+    return name if name in KINDS else None
+
+
+def state_bytes(config: Config, kind: str, world: int, numel: int) -> int:
+    """Bytes per rank that an optimizer of `KINDS` keeps when it keeps most."""
+    params = None if config.optimizer is None else config.optimizer.params
+    alone = getattr(params, "local_step_clipper", 2) > 1
     shard = config.zero_optimization.stage == 1
-    return int(numel * max(cc.state_bytes(config.optimizer.type, world, shard=shard, steps_alone=alone)))
+    return int(numel * max(cc.state_bytes(kind, world, shard=shard, steps_alone=alone)))
 
 
 # -- checkpoints ----------------------------------------------------------------------------------------------

@@ -32,6 +32,9 @@ _EXAMPLES = """\
 _PACKAGES = (
     "zerostack",
     "zero-core",
+    "zero-offload-nvme",
+    "comm-compress",
+    "ckpt-universal",
     "accel-kernels",
     "torch",
     "numpy",

@@ -17,6 +17,7 @@ import zero_offload_nvme as off
 from zero_offload_nvme.free_bytes import drive_free
 
 from ..explain import num_bytes, table
+from ..footprint import TIERS, offloaded
 from .main import parser_for
 from .text import parse_count, say
 
@@ -38,7 +39,6 @@ _KINDS = {
     "master": "fp32 master",
     "optimizer": "optimizer state",
 }
-_TIERS: dict[str, off.Tier] = {"none": "device", "cpu": "host", "nvme": "nvme"}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -56,12 +56,12 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument(
         "--offload-optimizer",
-        choices=_TIERS,
+        choices=TIERS,
         default="none",
         help="where masters, optimizer state and (stages 2, 3) gradients rest (none)",
     )
     parser.add_argument(
-        "--offload-param", choices=_TIERS, default="none", help="where parameters rest at stage 3 (none)"
+        "--offload-param", choices=TIERS, default="none", help="where parameters rest at stage 3 (none)"
     )
     parser.add_argument("--nvme-path", type=Path, metavar="DIR", help="look at what is free there")
     parser.add_argument(
@@ -143,14 +143,7 @@ def _parts_table(plans: Plans, stages: list[int], world: int) -> str:
 
 
 def _tier_plan(args: argparse.Namespace, stage: int, world: int) -> off.TierPlan:
-    """What a stage can move of what was asked for: it shards nothing else."""
-    optimizer = _TIERS[args.offload_optimizer]
-    tiers = off.Tiers(
-        params=_TIERS[args.offload_param] if stage == 3 else "device",
-        grads=optimizer if stage >= 2 else "device",
-        optimizer=optimizer if stage >= 1 else "device",
-        device="cuda",
-    )
+    tiers = offloaded(stage, params=args.offload_param, optimizer=args.offload_optimizer)
     return off.plan_tiers(
         args.params,
         stage=stage,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from .. import explain as explanation
 from ..auto import Surroundings
+from ..checks import check, stand_in
 from ..resolve import effective
 from .main import parser_for
 from .text import parse_count, say
@@ -35,5 +36,11 @@ def main(argv: Sequence[str]) -> int:
     if args.world < 1:
         parser.error(f"--world: expected at least 1, got {args.world}")
     settings = effective(args.config, Surroundings(world=args.world), strict=False)
+    check(
+        settings.config,
+        stand_in(settings.config),
+        num_shards=settings.num_shards,
+        num_replicas=settings.world // settings.num_shards,
+    )
     say(explanation.explain(settings, args.params))
     return 0

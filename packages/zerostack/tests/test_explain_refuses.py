@@ -1,0 +1,56 @@
+"""`zerostack explain` refuses what `initialize` refuses, with the same words."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import zerostack
+from zerostack import ConfigError
+from zerostack.cli.main import main
+from zerostack_models import Small, config
+
+CPU = {"device": "cpu"}
+SGD = {"optimizer": {"type": "SGD", "params": {}}}
+
+
+def zero_section(stage, **more):
+    return {"zero_optimization": {"stage": stage, **more}}
+
+
+@pytest.mark.usefixtures("solo")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (zero_section(0, offload_optimizer=CPU), "offload_optimizer: needs stage 1"),
+        (zero_section(3, offload_param={"device": "nvme"}), "nvme_path is missing"),
+        (zero_section(1, offload_optimizer=CPU) | {"optimizer": {"type": "Lion", "params": {}}}, "Lion: expected one"),
+        (zero_section(2, zenflow={}), "all optimizer state rests on the device"),
+        (zero_section(2, zenflow={}, offload_optimizer=CPU) | SGD, "or AdamW, got SGD"),
+        (zero_section(0, zero_quantized_weights=True), "zero_quantized_weights: needs stage 1"),
+        (zero_section(3, zero_hpz_partition_size=3), "expected a divisor of the 1 ranks"),
+        (zero_section(3, mics_shard_size=2), "mics_shard_size: expected a divisor of the 1 ranks, got 2"),
+        (zero_section(2) | {"optimizer": {"type": "OneBitAdam", "params": {}}}, "needs every gradient"),
+        ({"optimizer": {"type": "OneBitLamb", "params": {"min_coeff": 20.0}}}, "0 < min_coeff <= max_coeff"),
+        (
+            {"scheduler": {"type": "OneCycle", "params": {"cycle_min_lr": [0.1], "cycle_max_lr": [0.1, 0.2]}}},
+            "expected one rate or",
+        ),
+    ],
+)  # fmt: skip
+def test_both_refuse(capsys, tmp_path, change, message):
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(config(1) | change))
+    assert main(["explain", str(path), "--world", "1"]) == 2
+    assert message in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=message):
+        zerostack.initialize(model=Small(), config=path)
+
+
+def test_what_the_program_brings_is_not_asked_of_the_file(capsys, tmp_path):
+    path = tmp_path / "ds.json"
+    raw = config(3) | zero_section(3, offload_optimizer=CPU, mics_shard_size=2)
+    del raw["optimizer"]
+    path.write_text(json.dumps(raw))
+    assert main(["explain", str(path), "--world", "4"]) == 0
+    assert "zero_optimization.mics_shard_size" in capsys.readouterr().out

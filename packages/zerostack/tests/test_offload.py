@@ -11,7 +11,8 @@ import torch
 import zero_core as zero
 import zerostack
 from zero_core.testing import run_ranks
-from zerostack import CheckpointError, ConfigError, snapshot
+from zerostack import CheckpointError, ConfigError
+from zerostack.checkpoint import fit, loading
 from zerostack.offload import stores
 from zerostack.schema import Config
 from zerostack_models import Small, batch, config, train
@@ -84,7 +85,7 @@ def in_parts(rank, folder, root):
     engine.save_checkpoint(root, tag="whole")
     expected = train(engine, rank, range(3, 6))
 
-    read, sizes = snapshot._read, []
+    read, sizes = loading._read, []
 
     def counted(*args):
         found = read(*args)
@@ -94,8 +95,8 @@ def in_parts(rank, folder, root):
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(snapshot, "PART_BYTES", limit := 4_000)
-        patch.setattr(snapshot, "_read", counted)
+        patch.setattr(fit, "PART_BYTES", limit := 4_000)
+        patch.setattr(loading, "_read", counted)
         other = made(3, **settings)
         before = {name: value.clone() for name, value in zero.full_state_dict(other.module).items()}
         other.load_checkpoint(root, tag="whole")

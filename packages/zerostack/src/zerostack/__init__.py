@@ -8,7 +8,7 @@ Modules, in the order in which data flows:
 - `policies`, `schedules`, `lion`: typed values to zero-core's policies, an optimizer and a schedule.
 - `distributed`, `api`: `initialize`.
 - `facts`, `engine`, `clock`, `loader`: the engine.
-- `snapshot`, `full_model`, `ranks`: what is saved, how, and how it comes back.
+- `checkpoint`, `full_model`, `ranks`: what is saved, how, and how it comes back.
 - `explain`, `cli`, `demo`: what a person runs.
 """
 

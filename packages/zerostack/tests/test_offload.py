@@ -11,8 +11,9 @@ import torch
 import zero_core as zero
 import zerostack
 from zero_core.testing import run_ranks
-from zerostack import CheckpointError, ConfigError, snapshot
+from zerostack import CheckpointError, ConfigError
 from zerostack.auto import Surroundings
+from zerostack.checkpoint import fit, loading
 from zerostack.offload import stores
 from zerostack.resolve import effective
 from zerostack.schema import Config
@@ -86,7 +87,7 @@ def in_parts(rank, folder, root):
     engine.save_checkpoint(root, tag="whole")
     expected = train(engine, rank, range(3, 6))
 
-    read, sizes = snapshot._read, []
+    read, sizes = loading._read, []
 
     def counted(*args):
         found = read(*args)
@@ -96,8 +97,8 @@ def in_parts(rank, folder, root):
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(snapshot, "PART_BYTES", limit := 4_000)
-        patch.setattr(snapshot, "_read", counted)
+        patch.setattr(fit, "PART_BYTES", limit := 4_000)
+        patch.setattr(loading, "_read", counted)
         other = made(3, **settings)
         before = {name: value.clone() for name, value in zero.full_state_dict(other.module).items()}
         other.load_checkpoint(root, tag="whole")

@@ -100,6 +100,41 @@ def test_a_schedule_keeps_its_own_shape(tmp_path):
     assert other.global_steps == 10
 
 
+def masters(engine):
+    described = zero.sharded_state(engine.module, engine.optimizer)
+    return {name: shard.local.clone() for name, shard in described.items() if name.endswith(".master")}
+
+
+def without_states(rank, root, low, more):
+    engine = build(2, **low)
+    train(engine, 2)
+    engine.save_checkpoint(root)
+    expected = masters(engine)
+    assert any(not torch.equal(value, value.bfloat16().float()) for value in expected.values())
+    for what in ({"load_optimizer_states": False}, {"load_module_only": True}):
+        again = build(**low, **more)
+        again.load_checkpoint(root, **what)
+        found = masters(again)
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(found[name], value) for name, value in expected.items()), what
+        assert not any("exp_avg" in name for name in zero.sharded_state(again.module, again.optimizer))
+        values, saved = zero.full_state_dict(again.module), zero.full_state_dict(engine.module)
+        assert all(torch.equal(values[name], saved[name]) for name in saved)
+        train(again, 1)
+
+
+@pytest.mark.parametrize(
+    ("low", "section"),
+    [
+        ({"bf16": {"enabled": True}}, {"stage": 1}),
+        ({"fp16": {"enabled": True, "initial_scale_power": 8}}, {"stage": 3}),
+        ({"bf16": {"enabled": True}}, {"stage": 3, "offload_optimizer": {"device": "cpu"}}),
+    ],
+)
+def test_masters_are_the_models_whatever_becomes_of_the_optimizer(tmp_path, low, section):
+    run_ranks(without_states, 2, tmp_path, low, {"zero_optimization": section})
+
+
 def test_another_optimizer_is_refused(tmp_path):
     engine = build()
     train(engine, 1)

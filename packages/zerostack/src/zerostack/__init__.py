@@ -10,7 +10,7 @@ Modules, in the order in which data flows:
 - `checks`: what cannot go together.
 - `launchers`, `distributed`, `api`: `initialize`.
 - `facts`, `engine`, `clock`, `loader`: the engine.
-- `snapshot`, `full_model`, `ranks`: what is saved, how, and how it comes back.
+- `checkpoint`, `full_model`, `ranks`: what is saved, how, and how it comes back.
 - `explain`, `footprint`, `machine`, `cli`, `demo`: what a person runs.
 """
 

@@ -1,7 +1,7 @@
 """The object that stands where a DeepSpeed engine stood: forward, backward, step, save, load.
 
 In: a sharded model, its optimizer and the effective configuration. It keeps the counters of gradient accumulation
-and nothing else; the maths are zero-core's. Next: `snapshot` for what a checkpoint holds.
+and nothing else; the maths are zero-core's. Next: `checkpoint` for what one holds.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 import zero_core as zero
 from zero_offload_nvme import OffloadedOptimizer
 
-from . import policies, signs, snapshot
+from . import checkpoint, policies, signs
 from .clock import Clock, peak_bytes
 from .errors import ConfigError, EngineStateError
 from .facts import Facts
@@ -227,7 +227,7 @@ class Engine(Facts):
         self.flush()  # what waits is described for as many ranks alone
         name = f"global_step{self.global_steps}" if tag is None else str(tag)
         with signs.shared_values(self.parts.optimizer):
-            return snapshot.save(
+            return checkpoint.save(
                 self,
                 Path(save_dir),
                 name,
@@ -267,13 +267,13 @@ class Engine(Facts):
         self._reported_step = None
         self.flush()  # or updates under way would come over what is loaded
         signs.settle(self.parts.optimizer)
-        return snapshot.load(
+        return checkpoint.load(
             self,
             Path(load_dir),
             tag,
             strict=load_module_strict,
-            optimizer=load_optimizer_states and not load_module_only,
-            scheduler=load_lr_scheduler_states and not load_module_only,
+            states=load_optimizer_states and not load_module_only,
+            schedule=load_lr_scheduler_states and not load_module_only,
             progress=not load_module_only,
         )
 

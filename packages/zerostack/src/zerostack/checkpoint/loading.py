@@ -169,7 +169,7 @@ def _load_tensors(
 
 
 def _read_later(engine: Engine, rooms: Mapping[str, zero.Shard]) -> list[dict[str, zero.Shard]]:
-    """Masters and states that are to be read a part at a time, as many parts on every rank; none where none is stored."""
+    """Masters and states to be read a part at a time, as many parts on every rank; none where none is stored."""
     units = zero.sharded(engine.module).units
     if not any(unit.stores.optimizer is not None for unit in units):
         return []

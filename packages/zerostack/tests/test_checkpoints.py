@@ -279,3 +279,16 @@ def test_a_state_that_was_left_out_begins_anew(tmp_path):
     (tmp_path / "theirs" / "latest").write_text("global_step3")
     ckpt.convert(tmp_path / "theirs", tmp_path / "run", to="step")
     run_ranks(without_moments, 2, tmp_path / "run")
+
+
+def test_tags_that_are_numbers_and_directories_that_are_urls(tmp_path, solo):
+    engine, *_ = build()
+    path = engine.save_checkpoint(tmp_path, 5)
+    assert path.name == "5"
+    assert engine.load_checkpoint(tmp_path, 5)[0] is not None
+    for call in (engine.save_checkpoint, engine.load_checkpoint, engine.save_16bit_model):
+        with pytest.raises(
+            zerostack.ConfigError, match="expected a directory that all ranks see, got 'memory://run'"
+        ):
+            call("memory://run")
+    assert not Path("memory:").exists()

@@ -221,6 +221,7 @@ class Engine(Facts):
             The directory of the checkpoint.
 
         Raises:
+            ConfigError: For a URL.
             CheckpointError: For a value of `client_state` that cannot be stored; or if a rank could not write. What was
                 there before is still there.
         """
@@ -229,7 +230,7 @@ class Engine(Facts):
         with signs.shared_values(self.parts.optimizer):
             return checkpoint.save(
                 self,
-                Path(save_dir),
+                _local(save_dir),
                 name,
                 client_state or {},
                 point_latest=save_latest,
@@ -259,6 +260,7 @@ class Engine(Facts):
             The directory that was loaded and its `client_state`; (None, {}) where there is no `latest`.
 
         Raises:
+            ConfigError: For a URL.
             CheckpointError: If the checkpoint is damaged or does not fit; nothing was changed.
 
         Memory: what is read, until it has been taken over; of optimizer state that rests in a store 512 MiB at a time,
@@ -269,8 +271,8 @@ class Engine(Facts):
         signs.settle(self.parts.optimizer)
         return checkpoint.load(
             self,
-            Path(load_dir),
-            tag,
+            _local(load_dir),
+            None if tag is None else str(tag),
             strict=load_module_strict,
             states=load_optimizer_states and not load_module_only,
             schedule=load_lr_scheduler_states and not load_module_only,
@@ -283,7 +285,7 @@ class Engine(Facts):
         All ranks call it; the first one writes, one unit of the model at a time.
 
         Raises:
-            ConfigError: For a file name that promises a pickle.
+            ConfigError: For a file name that promises a pickle; for a URL.
         """
         if not save_filename.endswith(".safetensors"):
             raise ConfigError(
@@ -293,7 +295,7 @@ class Engine(Facts):
         self.flush()
         dtype = torch.float16 if self.fp16_enabled() else torch.bfloat16 if self.bfloat16_enabled() else None
         with signs.shared_values(self.parts.optimizer):
-            return save_full_model(self.module, Path(save_dir) / save_filename, dtype, self.parts.group)
+            return save_full_model(self.module, _local(save_dir) / save_filename, dtype, self.parts.group)
 
     def __getattr__(self, name: str) -> Any:
         """Whatever else is asked for is the model's."""
@@ -304,3 +306,13 @@ class Engine(Facts):
 
 def _rates(rates: list[float]) -> str:
     return "/".join(f"{rate:.3g}" for rate in rates)
+
+
+def _local(directory: str | Path) -> Path:
+    """A directory of this machine; as a path, a URL would silently become one, too."""
+    if "://" in str(directory):
+        raise ConfigError(
+            f"expected a directory that all ranks see, got {str(directory)!r}: an engine writes to file systems alone; "
+            "copy its checkpoints, or save with ckpt_universal, which takes URLs"
+        )
+    return Path(directory)

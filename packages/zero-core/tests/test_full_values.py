@@ -328,3 +328,22 @@ def released(rank: int, world_size: int) -> None:
 
 def test_released_parameter_tells_the_truth_and_refuses_the_rest() -> None:
     run_ranks(released, 1, 1)
+
+
+def as_numpy(rank: int, world_size: int) -> None:
+    expected = {n: v.clone() for n, v in seeded(lambda: Net(unused=True)).state_dict().items()}
+    model, _ = sharded_net(world_size, 3)
+    specs = zero.full_specs(model)
+    assert list(specs) == list(zero.full_state_dict(model))
+    for _ in range(2):
+        arrays = {name: tensor.numpy() for name, tensor in zero.stream_full(model)}
+        assert {n: (torch.from_numpy(a).dtype, a.shape) for n, a in arrays.items()} == specs
+    with zero.materialized(model):
+        kept = {name: param.detach().numpy() for name, param in model.named_parameters()}
+    for name, array in kept.items():  # an array keeps its memory, whatever becomes of the parameter
+        assert torch.equal(torch.from_numpy(array), expected[name])
+    assert relative_error(zero.full_state_dict(model), expected) == 0
+
+
+def test_numpy_arrays_of_whole_parameters_outlive_them() -> None:
+    run_ranks(as_numpy, 2, 2)

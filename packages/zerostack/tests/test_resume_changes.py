@@ -177,3 +177,20 @@ def test_the_first_ranks_tag_is_used(tmp_path, policy):
 def test_a_16_bit_model_is_no_pickle(tmp_path):
     with pytest.raises(zerostack.ConfigError, match=r"ends in \.safetensors, got 'pytorch_model\.bin'"):
         build().save_16bit_model(tmp_path, "pytorch_model.bin")
+
+
+def test_a_schedule_that_does_not_take_the_state_is_told_before_anything_is_loaded(tmp_path):
+    engine = build(scheduler={"type": "WarmupLR", "params": {"warmup_num_steps": 4}})
+    train(engine, 2)
+    engine.save_checkpoint(tmp_path)
+    again = build(scheduler={"type": "WarmupLR", "params": {"warmup_num_steps": 4}})
+    before = zero.full_state_dict(again.module)
+
+    def refuse(state):
+        raise KeyError("lr_lambdas")
+
+    again.lr_scheduler.load_state_dict = refuse
+    with pytest.raises(zerostack.CheckpointError, match="does not take the schedule's state"):
+        again.load_checkpoint(tmp_path)
+    assert again.global_steps == 0
+    assert all(torch.equal(value, before[name]) for name, value in zero.full_state_dict(again.module).items())

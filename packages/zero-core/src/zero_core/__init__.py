@@ -39,7 +39,7 @@ from .exchange import exchange
 from .full_access import get_full, set_full
 from .groups import data_parallel_group, sharding_group, sibling_group
 from .hierarchy import InOrder
-from .materialize import full_state_dict, load_full_state_dict, materialized, stream_full
+from .materialize import full_specs, full_state_dict, load_full_state_dict, materialized, stream_full
 from .memory import MemoryPlan, plan_memory
 from .norms import clip_grad_norm, grad_norm
 from .optimizer import ShardedOptimizer
@@ -99,6 +99,7 @@ __all__ = [
     "diagnostics",
     "exchange",
     "forget_optimizer_state",
+    "full_specs",
     "full_state_dict",
     "get_full",
     "grad_norm",

@@ -341,6 +341,12 @@ class FlatUnit:
             self.show()
             self.forget_edits()
         else:
+            if (
+                not self._full.untyped_storage().resizable()
+            ):  # of a parameter there is a NumPy array, which keeps it
+                self._full = torch.empty_like(self._full)
+                for param, view in zip(self.params, self.views_of(self._full), strict=True):
+                    param.data = view
             self.hide(released)
             free_storage(self._full)
         self.residency = then

@@ -120,6 +120,19 @@ def _stream(model: nn.Module) -> Iterator[tuple[list[str], torch.Tensor]]:
         yield [name], buffer
 
 
+def full_specs(model: nn.Module) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Dtype and shape of everything that `stream_full` yields, in the order of the model's state dict; local."""
+    model = sharded(model).part(model)
+    found = {}
+    for name, shape in _expected(model, "get_extra_state").items():
+        if shape is not None:
+            owner, leaf = _owner(model, name), name.rpartition(".")[2]
+            held = {**owner._buffers, **owner._parameters}.get(leaf)
+            held = next(owner.parameters()) if held is None else held  # a tiled weight is of its tiles' dtype
+            found[name] = (held.dtype, shape)
+    return found
+
+
 def full_state_dict(
     model: nn.Module, *, rank0_only: bool = False, device: torch.device | str = "cpu"
 ) -> dict[str, Any]:

@@ -27,7 +27,8 @@ class Parts:
     Attributes:
         module: The sharded model.
         optimizer: Steps its shards.
-        scheduler: Sets learning rates after each step; any object with `step()`.
+        scheduler: Sets learning rates after each step; any object with `step()`, `state_dict()` and
+            `load_state_dict()`.
         scaler: Scales the loss and finds overflows.
         loader: Of the training data that `initialize` was given.
         settings: The effective configuration.

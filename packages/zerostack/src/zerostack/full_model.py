@@ -6,7 +6,6 @@ past it one unit at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -30,7 +29,8 @@ def save_full_model(
         group: The ranks that hold the model.
 
     Raises:
-        OSError: On the first rank, if its disk refuses; CheckpointError on the others.
+        Exception: On the first rank, what kept it from writing (OSError, if its disk refuses); CheckpointError on the
+            others.
 
     Bytes per rank: one unit of the model, whole.
     """
@@ -40,27 +40,20 @@ def save_full_model(
         hidden = path.with_name(f".{path.name}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            specs = {name: (_dtype_in_file(own, dtype), shape) for name, own, shape in _names(model)}
+            specs = {
+                name: (_dtype_in_file(own, dtype), shape)
+                for name, (own, shape) in zero.full_specs(model).items()
+            }
             parts = ((name, tensor.to(specs[name][0])) for name, tensor in stream)
             write_safetensors_file(hidden, specs, parts)
             hidden.replace(path)
-        except (OSError, CheckpointError) as caught:
+        except Exception as caught:  # the others are to hear of it, not to wait
             error = caught
             hidden.unlink(missing_ok=True)
     for _ in stream:  # ranks that do not write, and one that failed, still take part to the end
         pass
     ranks.agree(error, group, CheckpointError, f"writing {path}")
     return path
-
-
-def _names(model: nn.Module) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        yield name, parameter.dtype, tuple(parameter.shape)
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        kept: Mapping[str, torch.Tensor | None] = module._buffers
-        for name, buffer in kept.items():
-            if buffer is not None and name not in module._non_persistent_buffers_set:
-                yield f"{prefix}.{name}" if prefix else name, buffer.dtype, tuple(buffer.shape)
 
 
 def _dtype_in_file(own: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:

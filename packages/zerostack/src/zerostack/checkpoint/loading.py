@@ -7,6 +7,7 @@ memory holds, in parts, and then once more.
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -88,7 +89,7 @@ def _has_schedule(engine: Engine, saved: Saved) -> bool:
     """Whether both have a schedule.
 
     Raises:
-        CheckpointError: they have different ones.
+        CheckpointError: they have different ones, or the engine's does not take the other's state.
     """
     own = engine.parts.scheduler
     if own is not None:
@@ -96,7 +97,16 @@ def _has_schedule(engine: Engine, saved: Saved) -> bool:
     if (own is None) != (saved.lr_scheduler is None):
         has = "a schedule" if own is None else "no schedule"
         log.warning("load_checkpoint: the checkpoint has %s and the engine differs; the rates may jump", has)
-    return own is not None and saved.lr_scheduler is not None
+    if own is None or saved.lr_scheduler is None:
+        return False
+    try:
+        copy.copy(own).load_state_dict(saved.lr_scheduler["state"])
+    except Exception as error:
+        raise CheckpointError(
+            f"{type(own).__name__} does not take the schedule's state in the checkpoint ({type(error).__name__}: "
+            f"{error}); nothing was loaded: pass load_lr_scheduler_states=False to start the schedule anew"
+        ) from error
+    return True
 
 
 def _load_progress(engine: Engine, found: ckpt.Description, saved: Saved) -> None:

@@ -83,7 +83,8 @@ class Ranks:
         """
         assert self._group is not None
         deadline = time.monotonic() + self.timeout_s
-        works, lost = [], []
+        works: list[tuple[Any, int]] = []
+        lost: list[tuple[int, RuntimeError]] = []
         for step in range(1, self.world):
             to, source = (self.rank + step) % self.world, (self.rank - step) % self.world
             for call, tensor, peer in (
@@ -100,11 +101,11 @@ class Ranks:
             except RuntimeError as error:  # noqa: PERF203 - each may be of another rank
                 lost.append((peer, error))
         if lost:
-            peer, error = lost[0]
-            said = str(error).splitlines()[0][:200]
+            peer, cause = lost[0]
+            said = str(cause).splitlines()[0][:200]
             raise CheckpointError(
                 f"{doing}: rank {peer} of {self.world} has ended or did not answer ({said})"
-            ) from error
+            ) from cause
 
     def gather(self, mine: Any, doing: str) -> list[Any]:
         """Every rank's value (what msgpack knows), in rank order.

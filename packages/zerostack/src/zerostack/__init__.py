@@ -17,7 +17,7 @@ Modules, in the order in which data flows:
 from .api import add_config_arguments, initialize
 from .distributed import init_distributed
 from .engine import Engine
-from .errors import CheckpointError, ConfigError, EngineStateError, ZerostackError
+from .errors import CheckpointError, ConfigError, EngineStateError, LostRankError, ZerostackError
 from .version import __version__
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "ConfigError",
     "Engine",
     "EngineStateError",
+    "LostRankError",
     "ZerostackError",
     "__version__",
     "add_config_arguments",

@@ -1,6 +1,7 @@
 """The few words that ranks exchange about checkpoints and configuration; the package's one user of collectives.
 
-Texts and verdicts travel as tensors. Everything here is called by all ranks of the group, in the same order.
+Texts and verdicts travel as tensors. Everything here is called by all ranks of the group, in the same order; a rank
+that does not come ends the wait of the others with an error that names it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from .errors import LostRankError
 
 _TAG = 0x7A53  # of these messages; between two ranks they arrive in the order in which they were sent
 
@@ -40,20 +43,34 @@ def _all_gather(mine: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tens
 
     On the CPU as messages: gloo finishes its collectives on a thread of its own, which ends the process with an abort
     if it comes to free the last one's tensors while the interpreter shuts down, as after a save at a program's end.
+
+    Raises:
+        LostRankError: a rank has ended, or did not come in time; names the first of them.
     """
     rank, size = group.rank(), group.size()
     everyone = [mine if r == rank else torch.empty_like(mine) for r in range(size)]
     if mine.device.type != "cpu":
         dist.all_gather(everyone, mine, group=group)
         return everyone
-    works = []
+    # A rank that is lost does not keep this one from the others: they are to hear who it was, not to wait for one who
+    # left early.
+    works, lost = [], []
     for step in range(1, size):
         to, source = (rank + step) % size, (rank - step) % size
-        works.append(dist.irecv(everyone[source], dist.get_global_rank(group, source), group=group, tag=_TAG))
-        works.append(dist.isend(mine, dist.get_global_rank(group, to), group=group, tag=_TAG))
-    for work in works:
-        assert work is not None  # this rank is in the group
-        work.wait()
+        for call, tensor, peer in ((group.recv, everyone[source], source), (group.send, mine, to)):
+            try:
+                works.append((call([tensor], peer, _TAG), peer))
+            except RuntimeError as error:  # noqa: PERF203 - each may be of another rank
+                lost.append((peer, error))
+    for work, peer in works:
+        try:
+            work.wait()
+        except RuntimeError as error:  # noqa: PERF203 - each may be of another rank
+            lost.append((peer, error))
+    if lost:
+        peer, cause = lost[0]
+        said = str(cause).splitlines()[0][:200]
+        raise LostRankError(f"rank {peer} of {size} has ended or did not answer ({said})") from cause
     return everyone
 
 

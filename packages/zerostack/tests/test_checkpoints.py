@@ -80,6 +80,36 @@ def test_another_number_of_ranks_goes_on_after_the_very_samples_seen(tmp_path):
         assert run_ranks(resume_rank, world, tmp_path, stage)[0] == pytest.approx(expected, rel=1e-6)
 
 
+def skips_by_hand(rank, root):
+    """DeepSpeed's loop after a resume: a loader at its beginning, whose batches are skipped up to the step."""
+    engine, loader = build()
+    batches = epochs(loader)
+    train(engine, batches, 2)
+    engine.save_checkpoint(root)
+    expected = train(engine, batches, 3)
+    again, its = build(seed=9)
+    again.load_checkpoint(root, load_loader_states=False)
+    assert train(again, itertools.islice(its, again.global_steps, None), 3) == expected
+    again.load_checkpoint(root)
+    assert train(again, epochs(its), 3) == expected
+
+
+def test_a_loop_may_skip_what_was_seen_itself(tmp_path):
+    run_ranks(skips_by_hand, 2, tmp_path)
+
+
+def test_where_the_loader_goes_on_is_said(tmp_path, solo, caplog):
+    engine, loader = build()
+    train(engine, epochs(loader), 7)
+    engine.save_checkpoint(tmp_path)
+    caplog.set_level("INFO", logger="zerostack")
+    engine.load_checkpoint(tmp_path, load_loader_states=False)
+    engine.load_checkpoint(tmp_path, load_module_only=True)
+    assert "the loader" not in caplog.text
+    engine.load_checkpoint(tmp_path)
+    assert "the loader goes on at sample 24 of epoch 2" in caplog.text
+
+
 class Layer(nn.Module):
     """A large frozen base and a small adapter."""
 

@@ -245,6 +245,8 @@ class Engine(Facts):
         load_optimizer_states: bool = True,
         load_lr_scheduler_states: bool = True,
         load_module_only: bool = False,
+        *,
+        load_loader_states: bool = True,
     ) -> tuple[str | None, dict[str, Any]]:
         """Go on from a checkpoint that any number of ranks wrote at any stage; all ranks call it.
 
@@ -255,6 +257,8 @@ class Engine(Facts):
             load_optimizer_states: Whether to take over the optimizer's state and the loss scale.
             load_lr_scheduler_states: Whether to take over the schedule.
             load_module_only: Only the parameters and buffers; everything else, counters too, stays as it is.
+            load_loader_states: Whether the loader of `initialize(training_data=)` goes on after the samples seen; False
+                for a loop that skips them itself.
 
         Returns:
             The directory that was loaded and its `client_state`; (None, {}) where there is no `latest`.
@@ -277,6 +281,7 @@ class Engine(Facts):
             states=load_optimizer_states and not load_module_only,
             schedule=load_lr_scheduler_states and not load_module_only,
             progress=not load_module_only,
+            loader=load_loader_states and not load_module_only,
         )
 
     def save_16bit_model(self, save_dir: str | Path, save_filename: str = "model.safetensors") -> Path:

@@ -42,6 +42,7 @@ def load(
     states: bool,
     schedule: bool,
     progress: bool,
+    loader: bool,
 ) -> tuple[str | None, dict[str, Any]]:
     """Load into an engine; see `Engine.load_checkpoint`."""
     parts = engine.parts
@@ -63,6 +64,11 @@ def load(
         parts.scheduler.load_state_dict(saved.lr_scheduler["state"])
     if progress:
         _load_progress(engine, found, saved)
+    if loader and parts.loader is not None and saved.loader is not None:
+        parts.loader.load_state_dict(saved.loader)
+        samples = saved.loader["samples"]
+        epoch = saved.loader["epoch"] + (samples == 0)  # where one has ended, the next begins
+        log.info("load_checkpoint: the loader goes on at sample %d of epoch %d", samples, epoch)
     engine.zero_grad()
     return found.path, dict(saved.client_state)
 
@@ -110,17 +116,14 @@ def _has_schedule(engine: Engine, saved: Saved) -> bool:
 
 
 def _load_progress(engine: Engine, found: ckpt.Description, saved: Saved) -> None:
-    """Counters, the loader's position, random states."""
-    parts = engine.parts
+    """Counters and random states."""
     assert saved.progress is not None
     engine.progress = Progress(**saved.progress)
     # Gradients are not saved, and another number of ranks may accumulate over another number of micro-batches.
     engine.progress.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
-    if parts.loader is not None and saved.loader is not None:
-        parts.loader.load_state_dict(saved.loader)
     if "random" in found.values:
         state = {"random": ckpt.RandomStates()}
-        ckpt.load(found.path, into=state, only="random*", group=parts.group)
+        ckpt.load(found.path, into=state, only="random*", group=engine.parts.group)
 
 
 # -- tensors --------------------------------------------------------------------------------------------------

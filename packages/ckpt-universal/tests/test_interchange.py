@@ -153,6 +153,8 @@ def test_what_deepspeed_wrote_is_read_as_deepspeed_reads_it(tmp_path, stage):
     assert found["optimizer.a.weight.exp_avg_sq"].shape == (13, 7)
     facts = ckpt.describe(tmp_path / "run").values["deepspeed"]
     assert facts["global_steps"] == 3
+    assert facts["client_state"] == {"mine": 5}
+    assert "cur_scale" not in facts, "its scaler did not adapt"
     assert facts["scalars"]["a.bias"] == {"step": 3.0}
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import ckpt_universal as ckpt
 import pytest
@@ -13,6 +16,7 @@ import torch.distributed as dist
 import zero_core as zero
 import zerostack
 import zerostack_models
+from ckpt_universal.interchange.unpickle import load_tensors
 from torch import nn
 from torch.utils.data import Dataset
 from zero_core.testing import run_ranks
@@ -175,7 +179,7 @@ def deepspeed_rank(rank, root):
         )
         raw["optimizer"] = {"type": "AdamW", "params": {"lr": 0.01}}
         engine = zerostack.initialize(model=Theirs(), config=raw)[0]
-        engine.load_checkpoint(root)
+        assert engine.load_checkpoint(root)[1] == {"mine": 5}
         expected = ckpt.read_tree(root, only="*")
         assert engine.global_steps == 3
         assert engine.lr_scheduler.last_epoch == 3
@@ -193,6 +197,47 @@ def deepspeed_rank(rank, root):
 def test_an_engine_goes_on_from_what_deepspeed_wrote(tmp_path, which):
     ckpt.convert(DEEPSPEED / f"deepspeed-{which}", tmp_path, to="step")
     run_ranks(deepspeed_rank, 2, tmp_path)
+
+
+class DynamicLossScaler:
+    """As DeepSpeed's, to a pickle."""
+
+    def __init__(self):
+        self.cur_scale, self.dynamic = 512.0, True
+
+
+def with_a_loss_scale(folder, monkeypatch):
+    """A copy of what DeepSpeed wrote, as it would be of a run in fp16."""
+    name = "deepspeed.runtime.fp16.loss_scaler"
+    for above in itertools.accumulate(name.split("."), "{}.{}".format):
+        monkeypatch.setitem(sys.modules, above, ModuleType(above))
+    sys.modules[name].DynamicLossScaler = DynamicLossScaler
+    monkeypatch.setattr(DynamicLossScaler, "__module__", name)
+    shutil.copytree(DEEPSPEED / "deepspeed-stage2-bf16", folder)
+    for file in folder.glob("*/*_states.pt"):
+        content = load_tensors(file)
+        if "optimizer_state_dict" in content:
+            state = content["optimizer_state_dict"]
+            for key in ("zero_stage", "param_slice_mappings"):  # of classes that are not here
+                del state[key]
+            state |= {"dynamic_loss_scale": True, "loss_scaler": DynamicLossScaler()}
+        else:
+            content |= {"epoch": 4, "notes": [1, {"best": None}], "curve": torch.ones(3)}
+        torch.save(content, file.with_suffix(".new"))
+        file.with_suffix(".new").replace(file)  # what was read still lies in the old one
+
+
+def test_what_deepspeed_learned_of_scales_and_was_given_comes_along(tmp_path, solo, monkeypatch):
+    with_a_loss_scale(tmp_path / "theirs", monkeypatch)
+    _, left_out = ckpt.convert(tmp_path / "theirs", tmp_path / "run", to="step")
+    assert left_out == [
+        "'curve' of the client's state: a Tensor, which is no number, text or container of them"
+    ]
+    engine = zerostack.initialize(model=Theirs(), config=config(1, fp16={"enabled": True}))[0]
+    assert engine.loss_scale != 512.0
+    _, client_state = engine.load_checkpoint(tmp_path / "run")
+    assert engine.loss_scale == 512.0
+    assert client_state == {"mine": 5, "epoch": 4, "notes": [1, {"best": None}]}
 
 
 def test_a_model_of_someone_else_is_loaded_alone(tmp_path, solo):

@@ -19,10 +19,20 @@ import torch
 from ..boxes import Box, flat_range
 from ..errors import CheckpointError, CorruptError
 from .source import Described, reading
-from .unpickle import load_tensors
+from .unpickle import Inert, load_tensors
 
 _OPTIM = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 _MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
+
+_OWN = frozenset(
+    {
+        "module", "buffer_names", "optimizer", "param_shapes", "frozen_param_shapes", "shared_params",
+        "frozen_param_fragments", "lr_scheduler", "data_sampler", "random_ltd", "sparse_tensor_module_names",
+        "skipped_steps", "global_steps", "global_samples", "dp_world_size", "mp_world_size", "num_experts",
+        "checkpoint_parallel_dimensions", "ds_config", "ds_version",
+    }
+)  # fmt: skip
+"""DeepSpeed's own entries of a file of model states; others are the client's."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +61,11 @@ class DeepSpeedSource:
         with reading(models[0]):
             self._module = self._tensors_of(models[0], states[0]["module"] or {})
             self.values: Any = {"deepspeed": _facts(states[0])}
+            self._take_client_state(states[0])
         optims = [_entries(file, "optimizer_state_dict") for file in _by_rank(root, _OPTIM)]
         with reading(root):
             self._take_optimizer(root / "zero", states, optims)
+            self._take_loss_scale(root / "zero" / "optimizer_state.pt", states[0], optims)
         with reading(models[0]):
             self._take_module(states[0], released=bool(optims) and "fp32_flat_groups" in optims[0])
         self.tensors: Mapping[str, Described] = {name: flat.described for name, flat in self._flat.items()}
@@ -89,6 +101,32 @@ class DeepSpeedSource:
                     f"{file}: {name!r} of the module is no tensor, but of type {type(value).__name__}"
                 )
         return found
+
+    def _take_client_state(self, state: Mapping[str, Any]) -> None:
+        """What the training script put beside DeepSpeed's own entries."""
+        found = {name: value for name, value in state.items() if name not in _OWN}
+        for name in [name for name, value in found.items() if not _is_plain({name: value})]:
+            kind = type(found.pop(name)).__name__
+            self.left_out.append(
+                f"{name!r} of the client's state: a {kind}, which is no number, text or container of them"
+            )
+        self.values["deepspeed"]["client_state"] = found
+
+    def _take_loss_scale(
+        self, universal: Path, state: Mapping[str, Any], optims: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """The scale that an adapting scaler has come to; without ZeRO it is a number, else in an object."""
+        kept = optims[0] if optims else state.get("optimizer") or {}
+        if universal.is_file():
+            kept = _entries(universal)
+        if not kept.get("dynamic_loss_scale"):
+            return
+        scaler = kept.get("loss_scaler")
+        scale: Any = scaler.state.get("cur_scale") if isinstance(scaler, Inert) else kept.get("cur_scale")
+        if type(scale) in (int, float):
+            self.values["deepspeed"]["cur_scale"] = float(scale)
+        else:
+            self.left_out.append("the loss scale: it is not where DeepSpeed keeps it")
 
     def _take_optimizer(
         self, universal: Path, states: Sequence[Mapping[str, Any]], optims: Sequence[Mapping[str, Any]]
@@ -303,7 +341,7 @@ def _whole(tensor: torch.Tensor) -> _Flat:
 def _facts(state: Mapping[str, Any]) -> dict[str, Any]:
     """Numbers and plain containers beside tensors, under DeepSpeed's names."""
     known = ("global_steps", "global_samples", "skipped_steps", "dp_world_size", "lr_scheduler", "ds_version")
-    return {key: state[key] for key in known if _is_plain(state.get(key))}
+    return {key: state[key] for key in known if state.get(key) is not None and _is_plain(state[key])}
 
 
 def _is_plain(value: Any) -> bool:
@@ -311,4 +349,4 @@ def _is_plain(value: Any) -> bool:
         return all(type(key) in (str, int) and _is_plain(each) for key, each in value.items())
     if isinstance(value, (list, tuple)):
         return all(map(_is_plain, value))
-    return value is not None and type(value) in (str, int, float, bool)
+    return value is None or type(value) in (str, int, float, bool)

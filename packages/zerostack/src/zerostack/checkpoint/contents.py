@@ -106,7 +106,7 @@ class Saved:
         """What ckpt-universal's conversion has kept of DeepSpeed's numbers."""
         steps, skipped = facts.get("global_steps", 0), facts.get("skipped_steps", 0)
         names = [name for name, _ in engine.module.named_parameters()]
-        schedule = facts.get("lr_scheduler") or {}
+        schedule, scaler = facts.get("lr_scheduler") or {}, adapting_scaler(engine)
         return cls(
             progress={
                 "micro_steps": steps * engine.gradient_accumulation_steps(),
@@ -119,6 +119,10 @@ class Saved:
             lr_scheduler={"type": None, "state": {"last_epoch": schedule["last_batch_iteration"] + 1}}
             if "last_batch_iteration" in schedule
             else None,
+            scaler={**scaler.state_dict(), "value": facts["cur_scale"]}
+            if scaler is not None and "cur_scale" in facts
+            else None,
+            client_state=facts.get("client_state", {}),
         )
 
     def to_tree(self, *, first: bool) -> dict[str, Any]:

@@ -52,3 +52,14 @@ def export(rank, root, broken):
 @pytest.mark.parametrize("broken", [False, True])
 def test_a_file_of_the_whole_model_is_whole_or_not_there(tmp_path, broken):
     run_ranks(export, 2, tmp_path, broken)
+
+
+def into_a_file(rank, root):
+    engine, *_ = zerostack.initialize(model=Tail(), config=config(3))
+    with pytest.raises(FileExistsError if rank == 0 else zerostack.CheckpointError, match="File exists"):
+        engine.save_16bit_model(root / "file")
+
+
+def test_where_a_file_is_in_the_way_all_ranks_hear_of_it(tmp_path):
+    (tmp_path / "file").touch()
+    run_ranks(into_a_file, 2, tmp_path, timeout_s=60)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import zero_core as zero
@@ -194,3 +196,81 @@ def test_a_schedule_that_does_not_take_the_state_is_told_before_anything_is_load
         again.load_checkpoint(tmp_path)
     assert again.global_steps == 0
     assert all(torch.equal(value, before[name]) for name, value in zero.full_state_dict(again.module).items())
+
+
+class Larger(Small):
+    def __init__(self):
+        super().__init__()
+        self.extra = torch.nn.Linear(3, 3)
+
+
+def in_turn(optimizer):
+    parts = [torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=9) for _ in range(2)]
+    return torch.optim.lr_scheduler.SequentialLR(optimizer, parts, milestones=[5])
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"config": config(1, scheduler={"type": "WarmupLR", "params": {"warmup_num_steps": 4}})},
+        {"config": config(1), "lr_scheduler": in_turn},
+    ],
+)
+def test_a_load_that_fails_leaves_the_schedule_where_it_is(tmp_path, how):
+    engine = zerostack.initialize(model=Small(), **how)[0]
+    train(engine, 3)
+    engine.save_checkpoint(tmp_path)
+    other = zerostack.initialize(model=Larger(), **how)[0]
+    train(other, 1)
+    before = copy.deepcopy((other.get_lr(), other.lr_scheduler.state_dict()))
+    assert before[0] != engine.get_lr()
+    with pytest.raises(zerostack.CheckpointError, match="does not fit the model"):
+        other.load_checkpoint(tmp_path)
+    assert (other.get_lr(), other.lr_scheduler.state_dict()) == before
+    again = zerostack.initialize(model=Small(), **how)[0]
+    again.load_checkpoint(tmp_path)
+    assert again.get_lr() == engine.get_lr()
+    assert again.lr_scheduler.state_dict() == engine.lr_scheduler.state_dict()
+
+
+def refused_on_one_rank(rank, root):
+    def lambdas(optimizer):
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+
+    engine = zerostack.initialize(model=Small(), config=config(1), lr_scheduler=lambdas)[0]
+    train(engine, 1)
+    engine.save_checkpoint(root)
+    other = zerostack.initialize(model=Small(1), config=config(1), lr_scheduler=lambdas)[0]
+    before = zero.full_state_dict(other.module)
+    if rank == 1:
+        other.lr_scheduler.load_state_dict = lambda state: state["of another version"]
+    message = (
+        "LambdaLR does not take" if rank == 1 else "failed on another rank.*rank 1.*LambdaLR does not take"
+    )
+    with pytest.raises(zerostack.CheckpointError, match=message):
+        other.load_checkpoint(root)
+    after = zero.full_state_dict(other.module)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_a_schedule_that_one_rank_does_not_take_is_told_on_all(tmp_path):
+    run_ranks(refused_on_one_rank, 2, tmp_path)
+
+
+class Steps:
+    """A schedule with no state of its own."""
+
+    def __init__(self):
+        self.num_steps = 0
+
+    def step(self):
+        self.num_steps += 1
+
+
+def test_a_schedule_without_a_state_is_in_no_checkpoint(tmp_path):
+    engine = zerostack.initialize(model=Small(), config=config(1), lr_scheduler=Steps())[0]
+    train(engine, 2)
+    engine.save_checkpoint(tmp_path)
+    again = zerostack.initialize(model=Small(), config=config(1), lr_scheduler=Steps())[0]
+    again.load_checkpoint(tmp_path)
+    assert (again.global_steps, again.lr_scheduler.num_steps) == (2, 0)

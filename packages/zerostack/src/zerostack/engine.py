@@ -256,7 +256,8 @@ class Engine(Facts):
             load_module_strict: Whether names missing here or there are errors.
             load_optimizer_states: Whether to take over the optimizer's state and the loss scale.
             load_lr_scheduler_states: Whether to take over the schedule.
-            load_module_only: Only the parameters and buffers; everything else, counters too, stays as it is.
+            load_module_only: Only the parameters and buffers; everything else, counters too, stays as it is, but
+                for gradients accumulated since the last update, which are discarded: they are of the values before.
             load_loader_states: Whether the loader of `initialize(training_data=)` goes on after the samples seen; False
                 for a loop that skips them itself.
 

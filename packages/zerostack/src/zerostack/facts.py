@@ -27,8 +27,8 @@ class Parts:
     Attributes:
         module: The sharded model.
         optimizer: Steps its shards.
-        scheduler: Sets learning rates after each step; any object with `step()`, `state_dict()` and
-            `load_state_dict()`.
+        scheduler: Sets learning rates after each step; any object with `step()`. In checkpoints, if it has
+            `state_dict()` and `load_state_dict()`.
         scaler: Scales the loss and finds overflows.
         loader: Of the training data that `initialize` was given.
         settings: The effective configuration.

@@ -6,6 +6,7 @@ past it one unit at a time.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -49,7 +50,8 @@ def save_full_model(
             hidden.replace(path)
         except Exception as caught:  # the others are to hear of it, not to wait
             error = caught
-            hidden.unlink(missing_ok=True)
+            with suppress(OSError):  # whatever kept it from being written may keep it from being removed
+                hidden.unlink()
     for _ in stream:  # ranks that do not write, and one that failed, still take part to the end
         pass
     ranks.agree(error, group, CheckpointError, f"writing {path}")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import ckpt_universal as ckpt
 import torch
 import zero_core as zero
+from torch.optim.lr_scheduler import LRScheduler
 
 from .. import signs
 from .names import MODEL, is_master
@@ -40,6 +41,12 @@ def adapting_scaler(engine: Engine) -> zero.LossScaler | None:
     """The loss scaler, if it has learned anything; a fixed scale is the configuration's to say."""
     scaler = engine.parts.scaler
     return scaler if scaler is not None and scaler.dynamic else None
+
+
+def stateful_schedule(engine: Engine) -> LRScheduler | None:
+    """The schedule, if it has a state to save; one that has `step()` alone begins anew."""
+    schedule = engine.parts.scheduler
+    return schedule if hasattr(schedule, "state_dict") and hasattr(schedule, "load_state_dict") else None
 
 
 def hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,7 +91,7 @@ class Saved:
     def of(cls, engine: Engine, client_state: Mapping[str, Any], *, frozen: bool) -> Saved:
         """The engine's, as they are now."""
         parts, scaler = engine.parts, adapting_scaler(engine)
-        schedule = parts.scheduler
+        schedule = stateful_schedule(engine)
         return cls(
             progress=asdict(engine.progress),
             optimizer_type=type(parts.optimizer.inner).__name__,

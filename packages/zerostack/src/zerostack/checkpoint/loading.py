@@ -7,10 +7,9 @@ memory holds, in parts, and then once more.
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import ckpt_universal as ckpt
 import torch
 import zero_core as zero
+from torch.optim.lr_scheduler import LRScheduler
 
 from .. import ranks, signs
 from ..errors import CheckpointError
@@ -55,13 +55,12 @@ def load(
     saved = _saved(engine, found, needed=states or schedule or progress)
     if states:
         fit.check_optimizer(saved, type(parts.optimizer.inner).__name__, len(parts.optimizer.param_groups))
-    schedule = schedule and _has_schedule(engine, saved)
+    own_schedule = _schedule_to_load(engine, saved) if schedule else None
     with parts.optimizer.being_replaced() if states else nullcontext():
         _load_tensors(engine, found, saved, strict=strict, states=states)
-    if schedule:
-        assert parts.scheduler is not None
+    if own_schedule is not None:
         assert saved.lr_scheduler is not None
-        parts.scheduler.load_state_dict(saved.lr_scheduler["state"])
+        own_schedule.load_state_dict(saved.lr_scheduler["state"])
     if progress:
         _load_progress(engine, found, saved)
     if loader and parts.loader is not None and saved.loader is not None:
@@ -91,28 +90,49 @@ def _saved(engine: Engine, found: ckpt.Description, *, needed: bool) -> Saved:
     return Saved()
 
 
-def _has_schedule(engine: Engine, saved: Saved) -> bool:
-    """Whether both have a schedule.
+def _schedule_to_load(engine: Engine, saved: Saved) -> LRScheduler | None:
+    """The engine's schedule, if the checkpoint has a state for it.
 
     Raises:
-        CheckpointError: they have different ones, or the engine's does not take the other's state.
+        CheckpointError: of another schedule, or one that the engine's does not take; on all ranks.
     """
-    own = engine.parts.scheduler
-    if own is not None:
-        fit.check_schedule(saved, type(own).__name__)
+    own = contents.stateful_schedule(engine)
     if (own is None) != (saved.lr_scheduler is None):
         has = "a schedule" if own is None else "no schedule"
         log.warning("load_checkpoint: the checkpoint has %s and the engine differs; the rates may jump", has)
+    error: CheckpointError | None = None
     if own is None or saved.lr_scheduler is None:
-        return False
+        own = None
+    else:
+        try:
+            fit.check_schedule(saved, type(own).__name__)
+            _try_state(own, saved.lr_scheduler["state"], engine.parts.optimizer.param_groups)
+        except CheckpointError as caught:
+            error = caught
+    ranks.agree(error, engine.parts.group, CheckpointError, "load_checkpoint: the schedule")
+    return own
+
+
+def _try_state(schedule: LRScheduler, state: Mapping[str, Any], groups: list[dict[str, Any]]) -> None:
+    """Find out whether a schedule takes a state, and leave it and the rates as they were.
+
+    Raises:
+        CheckpointError: it does not.
+    """
+    # No copy of it is tried: one would share its optimizer, whose rates it may set, and schedules inside it.
+    before, rates = schedule.state_dict(), [dict(group) for group in groups]
     try:
-        copy.copy(own).load_state_dict(saved.lr_scheduler["state"])
+        schedule.load_state_dict(dict(state))
     except Exception as error:
         raise CheckpointError(
-            f"{type(own).__name__} does not take the schedule's state in the checkpoint ({type(error).__name__}: "
+            f"{type(schedule).__name__} does not take the schedule's state in the checkpoint ({type(error).__name__}: "
             f"{error}); nothing was loaded: pass load_lr_scheduler_states=False to start the schedule anew"
         ) from error
-    return True
+    finally:
+        with suppress(Exception):  # one that takes no state has not changed
+            schedule.load_state_dict(before)
+        for group, values in zip(groups, rates, strict=True):
+            group.update(values)
 
 
 def _load_progress(engine: Engine, found: ckpt.Description, saved: Saved) -> None:

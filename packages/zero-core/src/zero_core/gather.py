@@ -153,18 +153,16 @@ class Gatherer:
             if not self.turns.is_used_next(unit):
                 self._release_if_idle(unit)
             elif unit.stage == 3 and self._is_idle(unit):
-                unit.hide(
-                    self.turns.released
-                )  # whole for its next call alone: whatever else touches it has to ask
+                # Whole for its next call alone: whatever else touches it has to ask.
+                unit.hide(self.turns.released)
 
     def _kept_on(self, module: nn.Module) -> list[torch.Tensor]:
         """New tensors with a graph that a module or its submodules keep as attributes, such as an auxiliary loss."""
         hooked = self._hooked.setdefault(module, WeakTensorKeyDictionary())
         values = (value for part in module.modules() for value in part.__dict__.values())
         kept = [value for value in values if isinstance(value, torch.Tensor) and value.grad_fn is not None]
-        new = [
-            value for value in kept if hooked.get(value) != value._version
-        ]  # written in place: another graph
+        # One that was written in place since has another graph.
+        new = [value for value in kept if hooked.get(value) != value._version]
         for value in new:
             hooked[value] = value._version
         return new

@@ -119,9 +119,7 @@ class Turns:
             with self._back_to_shards_on_failure(unit):
                 self._on_the_way.pop(unit.index).wait()
             unit.enter(Residency.GATHERED, self.released)
-        elif (
-            unit.stage == 3 and unit.residency is Residency.GATHERED
-        ):  # others wait for their own late arrivals
+        elif unit.stage == 3 and unit.residency is Residency.GATHERED:
             unit.show()
 
     def free(self, unit: FlatUnit) -> None:

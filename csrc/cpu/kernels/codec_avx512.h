@@ -101,14 +101,14 @@ struct Nibbles {
         const __m512i shifts = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
         return _mm512_permutexvar_ps(_mm512_srlv_epi32(halves, shifts), table);  // looks at the lowest four bits
     }
-    // Every eighth of kNibbleStride elements, from the T-th on: cheaper than neighbours, and where no one sees the order
+    // Of kNibbleStride elements every eighth, from the T-th on: cheaper than neighbours, and where no one sees the order
     // as good (requantize.cpp).
     template <int T>
-    F32 load_strided(const std::uint8_t* p) const {
-        const __m512i eights = _mm512_loadu_si512(p);
-        return _mm512_permutexvar_ps(T == 0 ? eights : _mm512_srli_epi32(eights, 4 * T), table);
+    F32 strided(I32 stride) const {
+        return _mm512_permutexvar_ps(T == 0 ? stride : _mm512_srli_epi32(stride, 4 * T), table);
     }
 };
+inline I32 load_stride(const std::uint8_t* p) { return _mm512_loadu_si512(p); }
 constexpr int kNibbleStride = 8 * kLanes;
 
 // q[T]: every eighth of kNibbleStride integers from the T-th on, -8 to 7 or 0 to 15.

@@ -145,7 +145,7 @@ class Encode {
     }
 
 #if ACCEL_LEVEL >= 2
-    // A run in the order of Nibbles::load_strided.
+    // A run in the order of Nibbles::strided.
     void strided_run(const Element* x, std::uint8_t* out, std::int64_t count) const {
         if (!finite_) return zeros(out, count);
         for (std::int64_t i = 0; i < count; i += kNibbleStride) {

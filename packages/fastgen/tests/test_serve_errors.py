@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import socket
@@ -178,6 +179,39 @@ def test_a_body_must_arrive_in_time() -> None:
         response = http.client.HTTPResponse(connection)
         response.begin()
         assert response.status == 408
+
+
+@pytest.mark.parametrize(
+    ("head", "asked_before"),
+    [(b"", False), (b"POST /v1/comple", False), (b"GET /health HTTP/1.1\r\nHost: local", True)],
+)
+def test_a_head_must_arrive_in_time(head: bytes, asked_before: bool) -> None:
+    with serving(read_timeout_s=0.2) as served, socket.create_connection(served.address, 5) as connection:
+        if asked_before:
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            answer = http.client.HTTPResponse(connection)
+            answer.begin()
+            assert answer.status == 200
+            assert answer.read()
+        with contextlib.suppress(ConnectionError):  # closed while we write
+            for byte in head:  # each a sign of life, which must not buy time
+                connection.sendall(bytes([byte]))
+                time.sleep(0.02)
+            assert connection.recv(1) == b""
+
+
+def test_what_comes_after_the_head_is_not_hurried() -> None:
+    with serving(FakeEngine(step_s=0.02), read_timeout_s=0.2) as served:
+        connection = http.client.HTTPConnection(*served.address, timeout=5)
+        body = json.dumps({"prompt": "Hello", "max_tokens": 30, "ignore_eos": True, "stream": True})
+        for _ in range(2):
+            connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+            answer = connection.getresponse()
+            assert answer.read().endswith(b"[DONE]\n\n")
+            used = connection.sock
+            time.sleep(0.4)
+        assert connection.sock is used is not None
+        connection.close()
 
 
 def test_a_request_must_end_in_time() -> None:

@@ -26,7 +26,8 @@ class Limits:
         concurrent: requests at once; more: 429.
         queued: prompts without a first token yet; more: 503.
         request_timeout_s: from the request's arrival to its last token; later: 504.
-        read_timeout_s: for a request's body to arrive; later: 408.
+        read_timeout_s: for a request's body to arrive; later: 408. Before, as long for its head; later the connection
+            is closed.
         write_timeout_s: that a reader of a stream may stand still; later its request is dropped.
         drain_timeout_s: for running requests to finish after SIGTERM.
     """

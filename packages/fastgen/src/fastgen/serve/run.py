@@ -20,6 +20,7 @@ from starlette.types import ASGIApp
 
 from ..errors import FastgenError
 from .app import create_app
+from .heads import patient
 from .interface import Engine
 from .limits import ServerConfig
 from .service import Service
@@ -145,6 +146,7 @@ class HttpServer:
         server = _Uvicorn(
             uvicorn.Config(
                 self._app,
+                http=patient(self.config.limits.read_timeout_s),
                 log_config=None,
                 access_log=False,
                 lifespan="on",

@@ -93,6 +93,7 @@ class FakeEngine:
         self.embed_forwards = 1
         self.did: list[str] = []
         self.fail_next: Exception | None = None
+        self.num_failures = 10**9
         self.num_aborted = 0
         self._max_waiting = max_waiting
         self._reply = reply or default_reply
@@ -149,7 +150,8 @@ class FakeEngine:
         self.num_aborted += self.requests.pop(request_id, None) is not None
 
     def step(self, prompt_tokens: int | None = None) -> list[Output]:
-        if self.fail_next is not None:
+        if self.fail_next is not None and self.num_failures:
+            self.num_failures -= 1
             raise self.fail_next
         if self.step_s:
             time.sleep(self.step_s)

@@ -294,3 +294,31 @@ def test_no_sequence_is_longer_than_the_cache(caplog):
     assert engine.room(30, 1) == 50
     outputs = run(engine, {"a": ([1] * 30, replace(GREEDY, max_tokens=engine.room(30, 1)))})
     assert len(tokens(outputs["a"])) >= 1
+
+
+@pytest.mark.parametrize("way", ["plain", "recomputed", "swapped", "prompt lookup"])
+@pytest.mark.parametrize("place", ["runner.run", "scheduler.schedule", "scheduler.commit"])
+@pytest.mark.parametrize("late", [False, True])
+def test_what_comes_after_a_step_that_raised_is_served_as_ever(monkeypatch, way, place, late):
+    engine = engine_of(**WAYS[way])
+    owner, name = getattr(engine, place.split(".")[0]), place.split(".")[1]
+    act, calls = getattr(owner, name), iter(range(10**6))
+
+    def fails(*args):
+        if next(calls) % 9 < 8:
+            return act(*args)
+        if late:  # when all of it has been done
+            act(*args)
+        raise MemoryError("no room")
+
+    for round_ in range(8):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, fails)
+            with pytest.raises(MemoryError):
+                run(engine, {f"{round_}-{name}": job for name, job in JOBS.items()})
+        for job in JOBS:
+            engine.abort(f"{round_}-{job}")
+        assert not engine.has_work
+        assert engine.stats().blocks_used == 0
+        found = run(engine, JOBS)
+        assert all(tokens(found[job]) == expected(tuple(ids), COUNT) for job, (ids, _) in JOBS.items())

@@ -15,7 +15,8 @@ from fastgen.errors import OverloadedError, RequestError
 from fastgen.output import Output, TokenLogprobs
 from fastgen.request import FinishReason, SamplingParams
 from fastgen.serve import EngineLoop
-from fastgen.serve.interface import EngineError, Job
+from fastgen.serve.interface import EngineError, Job, StepError
+from fastgen.serve.loop import MOST_FAILED_STEPS
 from fastgen.serve.stream import Stream
 from hypothesis import given
 from hypothesis import strategies as st
@@ -152,13 +153,42 @@ def test_embeddings_and_steps_take_turns() -> None:
     assert not any(pair == ("embed", "embed") for pair in itertools.pairwise(engine.did))
 
 
-def test_an_engine_that_fails_ends_everything() -> None:
+def test_a_step_that_fails_ends_what_runs_and_no_more() -> None:
     engine = FakeEngine(step_s=0.01)
+    jobs = [Job([1], SamplingParams(max_tokens=20, ignore_eos=True))]
 
     async def use(loop: EngineLoop) -> None:
-        stream = await loop.open("r", [Job([1], SamplingParams(max_tokens=1000, ignore_eos=True))])
-        await stream.read()
+        streams = [await loop.open(name, jobs) for name in "ab"]
+        await streams[0].read()
+        engine.fail_next, engine.num_failures = RuntimeError("out of paper"), MOST_FAILED_STEPS - 1
+        for stream in streams:
+            with pytest.raises(StepError, match="out of paper"):
+                await stream.read_all()
+            stream.close()
+        with pytest.raises(StepError):
+            await (await loop.open("c", jobs)).read_all()
+        pieces = await (await loop.open("d", jobs)).read_all()
+        assert sum(len(piece.output.new_token_ids) for piece in pieces) == 20
+        engine.num_failures = MOST_FAILED_STEPS - 1  # steps between them start the count anew
+        for name in "ef":
+            with pytest.raises(StepError):
+                await (await loop.open(name, jobs)).read_all()
+        await (await loop.open("g", jobs)).read_all()
+        assert loop.failure is None
+
+    with_loop(engine, use)
+
+
+def test_an_engine_that_fails_ends_everything() -> None:
+    engine = FakeEngine(step_s=0.01)
+    jobs = [Job([1], SamplingParams(max_tokens=1000, ignore_eos=True))]
+
+    async def use(loop: EngineLoop) -> None:
         engine.fail_next = RuntimeError("out of paper")
+        for number in range(MOST_FAILED_STEPS - 1):
+            with pytest.raises(StepError):
+                await (await loop.open(f"r{number}", jobs)).read_all()
+        stream = await loop.open("last", jobs)
         with pytest.raises(EngineError, match="out of paper"):
             await stream.read_all()
         stream.close()
@@ -170,7 +200,7 @@ def test_an_engine_that_fails_ends_everything() -> None:
     with_loop(engine, use)
 
 
-def test_a_failed_engine_over_http() -> None:
+def test_a_failed_step_over_http() -> None:
     with serving(FakeEngine(step_s=0.01)) as served:
         answers = []
         asking = [
@@ -182,15 +212,26 @@ def test_a_failed_engine_over_http() -> None:
         for thread in asking:
             thread.start()
         wait_until(lambda: len(served.engine.requests) == 2)
-        assert served.get("/health").json["status"] == "ok"
-        served.engine.fail_next = RuntimeError("out of paper")
+        served.engine.fail_next, served.engine.num_failures = RuntimeError("out of paper"), 1
         for thread in asking:
             thread.join()
         whole, streamed = sorted(answers, key=lambda reply: -reply.status)
-        assert (whole.status, whole.error["code"]) == (500, "engine_failed")
+        assert (whole.status, whole.error["code"]) == (500, "step_failed")
         assert streamed.status == 200
         last = json.loads(streamed.body.decode().strip().split("\n\n")[-1].removeprefix("data: "))
-        assert (last["error"]["code"], "out of paper" in last["error"]["message"]) == ("engine_failed", True)
+        assert (last["error"]["code"], "out of paper" in last["error"]["message"]) == ("step_failed", True)
+        assert served.get("/health").json["status"] == "ok"
+        assert served.complete().status == 200
+        wait_until(served.is_idle)
+
+
+def test_a_failed_engine_over_http() -> None:
+    with serving() as served:
+        assert served.get("/health").json["status"] == "ok"
+        served.engine.fail_next = RuntimeError("out of paper")
+        refused = [served.complete() for _ in range(MOST_FAILED_STEPS)]
+        assert [each.status for each in refused] == [500] * MOST_FAILED_STEPS
+        assert [each.error["code"] for each in refused[-2:]] == ["step_failed", "engine_failed"]
         health = served.get("/health")
         assert (health.status, health.json["status"]) == (503, "failed")
         assert "out of paper" in health.json["detail"]

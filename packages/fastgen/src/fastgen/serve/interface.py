@@ -52,7 +52,7 @@ class Engine(Protocol):
         """Free a request, whatever became of it; unknown ids are no error."""
 
     def step(self) -> list[Output]:
-        """One forward."""
+        """One forward. Where it raises, and every request is aborted then, the next ones are served as ever."""
 
     def stats(self) -> Stats:
         """What it is busy with."""
@@ -86,7 +86,11 @@ class Watch(Protocol):
 
 
 class EngineError(FastgenError, RuntimeError):
-    """The engine raised in a step, or was lost; it is not used again."""
+    """The engine raised in step after step, or was lost; it is not used again."""
+
+
+class StepError(FastgenError, RuntimeError):
+    """The engine raised in a step; what ran has ended, and others are served."""
 
 
 @dataclass(frozen=True)

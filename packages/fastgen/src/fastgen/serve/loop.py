@@ -1,8 +1,9 @@
 """The bridge between an event loop and an engine: one thread drives the engine, streams bring its outputs back.
 
 In: prompts with their parameters (`Job`). Out: a `Stream`. Everything that touches the engine is a command that the
-thread obeys between two steps; a step's outputs cross back in one call. When the engine raises, every stream ends
-with an `EngineError` and the loop stays failed. Next: `stream`.
+thread obeys between two steps; a step's outputs cross back in one call. When a step raises, every request ends with a
+`StepError`, and the next ones are served; when `MOST_FAILED_STEPS` in a row have, or the engine is lost, everything
+ends with an `EngineError` and the loop stays failed. Next: `stream`.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ from typing import Any, TypeVar
 
 from ..errors import OverloadedError
 from ..output import Output, Stats
-from .interface import Engine, EngineError, Job, MayBeLost, Watch
+from .interface import Engine, EngineError, Job, MayBeLost, StepError, Watch
 from .stream import Stream
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 Command = Callable[[], None]
 LOST_TIMEOUT_S = 5.0
+MOST_FAILED_STEPS = 3
 
 
 class EngineLoop:
@@ -175,6 +177,10 @@ class EngineLoop:
             if self._watch is not None and outputs is not None:
                 self._watch.stepped(outputs, stats, at_s)
 
+    def _end(self, request_ids: Sequence[str], error: StepError) -> None:
+        for stream in {self._streams[name] for name in request_ids if name in self._streams}:
+            stream.fail(error)
+
     def _fail(self, error: BaseException) -> None:
         if self.failure is not None:
             return
@@ -190,14 +196,38 @@ class EngineLoop:
     # -- the engine's thread -----------------------------------------------------------------------------
 
     def _drive(self) -> None:
-        """Obey and step until told to stop, or until the engine raises."""
+        """Obey and step until told to stop, or until the engine has failed."""
+        failures = 0
         try:
             while self._obey():
-                if self._engine.has_work:
-                    self._publish(self._engine.step())
+                if not self._engine.has_work:
+                    continue
+                try:
+                    outputs = self._engine.step()
+                except Exception as error:
+                    failures += 1
+                    # Ranks that have not all failed alike are in no common state.
+                    if failures == MOST_FAILED_STEPS or isinstance(self._engine, MayBeLost):
+                        raise
+                    self._start_over(error)
+                else:
+                    failures = 0
+                    self._publish(outputs)
         except BaseException as error:  # whatever it is, those who wait must hear of it
             logger.exception("the engine has failed")
             self._tell(self._fail, error)
+
+    def _start_over(self, error: Exception) -> None:
+        """End every request: any may be what the step failed at, and all are left where it stopped."""
+        logger.exception("a step has failed; its requests end")
+        request_ids = list(
+            self._streams
+        )  # also those that are not added yet: they end, and are aborted, alike
+        for request_id in request_ids:
+            self._engine.abort(request_id)
+        self._publish(None)
+        said = f"a step of the engine has failed ({type(error).__name__}: {error}); ask again"
+        self._tell(self._end, request_ids, StepError(said))
 
     def _obey(self) -> bool:
         """Run the commands that are there, waiting for one if the engine has nothing to do; False to stop."""

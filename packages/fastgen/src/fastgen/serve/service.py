@@ -27,7 +27,7 @@ from .chat_answers import ChatAnswers
 from .completion_answers import CompletionAnswers
 from .embeddings import embeddings
 from .errors import ApiError, overloaded
-from .interface import Engine, EngineError
+from .interface import Engine, EngineError, StepError
 from .limits import ServerConfig
 from .loop import EngineLoop
 from .metrics import Metrics
@@ -245,6 +245,8 @@ def describe(error: Exception) -> ApiError:
         return ApiError(400, str(error), code="invalid_request")
     if isinstance(error, EngineError):
         return ApiError(500, str(error), code="engine_failed")
+    if isinstance(error, StepError):
+        return ApiError(500, str(error), code="step_failed")
     raise error
 
 

@@ -106,6 +106,8 @@ class Worker:
             processor_seconds.append(time.process_time() - processor)
             self.done += 1
         _engines.settle(self.model)
+        if lead:  # the next lead step finds memory again; until then other engines have it
+            _measure.give_back_free_memory()
         seconds, processor_seconds = seconds[lead:], processor_seconds[lead:]
         return {"losses": losses, "seconds": seconds, "processor_seconds": processor_seconds}
 

@@ -5,16 +5,18 @@
     python3 tools/dev.py bench compression --quick
 
 Every engine trains the same GPT on two ranks, one in each network namespace (`tools/slow_network.py`). They take turns:
-in each round every engine takes some steps at each rate, after one that is not counted. An engine that decides for
-itself (`-auto`) is started anew for each rate, and has decided before it is measured. Beside each row stands the model
-max(compute, bytes / bandwidth): compute is the engine's own step over the link as fast as the machine, bytes are those
-that the kernel counts on the link, headers included. Jobs that are not measured again stay as the file has them.
+in each round every engine takes some steps at each rate, more where they are short, after one that is not counted. An
+engine that decides for itself (`-auto`) is started anew for each rate, and has decided before it is measured. Beside
+each row stands the model max(compute, bytes / bandwidth): compute is the engine's own step over the link as fast as the
+machine, bytes are those that the kernel counts on the link, headers included. Jobs that are not measured again stay as
+the file has them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -35,6 +37,8 @@ NAMES = (
 
 WARM_UP, DECIDE = 4, 14
 """Steps before anything is measured; of an engine that first finds out what pays."""
+LEAST_S = 2.5
+"""Of an engine's steps in a round, once it is known how long they take."""
 
 
 @dataclass(frozen=True)
@@ -86,12 +90,14 @@ def measure(
         for rate in list(engines)[:: -1 if number % 2 else 1]:
             hosts = hosts.set_rate(rate)
             for engine in engines[rate]:
+                known = seconds.setdefault((engine.name, rate), [])
+                count = max(steps, math.ceil(LEAST_S / known[-1])) if known else steps
                 before = [hosts.sent_bytes(rank) for rank in range(RANKS)]
-                engine.measure_round(steps, lead=1)
+                engine.measure_round(count, lead=1)
                 after = [hosts.sent_bytes(rank) for rank in range(RANKS)]
-                seconds.setdefault((engine.name, rate), []).append(engine.rounds[-1].seconds)
+                known.append(engine.rounds[-1].seconds)
                 most = max(b - a for a, b in zip(before, after, strict=True))
-                sent[engine.name, rate] = most / (steps + 1) / _measure.MIB
+                sent[engine.name, rate] = most / (count + 1) / _measure.MIB
     for mbit in engines:
         if mbit is None:
             continue
@@ -117,6 +123,7 @@ def started(
                 for other in [rate] if decides else rates:
                     engines[other].append(engine)
                 engine.warm_up(DECIDE if decides else WARM_UP)
+                engine.measure_memory()  # which gives back what is free: all engines are in memory at once
         yield engines
     finally:
         for engine in {id(each): each for some in engines.values() for each in some}.values():
@@ -132,7 +139,7 @@ def table(rows: Sequence[Row]) -> list[str]:
         f"## {first.model}, {first.dtype}, {first.sequences} {'sequence' if first.sequences == 1 else 'sequences'} "
         f"a rank, {first.mbit:g} Mb/s",
         "",
-        f"{first.date}; medians of {first.rounds} rounds of {first.steps} steps.",
+        f"{first.date}; medians of {first.rounds} rounds of {first.steps} steps, or more where they are short.",
         "",
         "| engine | step s | DDP / step | sent MiB | compute s | wire s | of the model | fast link: step / DDP |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -235,7 +242,9 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--engines", default=",".join(NAMES), help="comma-separated; ddp is always there")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=2, help="steps of an engine in one round, at each rate")
+    parser.add_argument(
+        "--steps", type=int, default=2, help="of an engine in one round, at each rate, at least"
+    )
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the results")
     parser.add_argument("--quick", action="store_true", help="a tiny model; prints, writes nothing")
     options = parser.parse_args(arguments)

@@ -311,7 +311,7 @@ def test_what_comes_after_a_step_that_raised_is_served_as_ever(monkeypatch, way,
             act(*args)
         raise MemoryError("no room")
 
-    for round_ in range(8):
+    for round_ in range(3):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, fails)
             with pytest.raises(MemoryError):

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import pytest
 from fake_engine import FakeEngine
-from fastgen.errors import OverloadedError, RequestError
+from fastgen.errors import FastgenError, OverloadedError, RequestError
 from fastgen.output import Output, TokenLogprobs
 from fastgen.request import FinishReason, SamplingParams
 from fastgen.serve import EngineLoop
@@ -196,6 +196,22 @@ def test_an_engine_that_fails_ends_everything() -> None:
             await loop.open("next", [Job([1], SamplingParams())])
         with pytest.raises(EngineError):
             await loop.embed([[1]])
+
+    with_loop(engine, use)
+
+
+def test_an_engine_that_processes_share_fails_at_once() -> None:
+    class Shared(FakeEngine):
+        def watch(self, lost: Callable[[FastgenError], None]) -> None:
+            return
+
+    engine = Shared()
+
+    async def use(loop: EngineLoop) -> None:
+        engine.fail_next, engine.num_failures = RuntimeError("out of paper"), 1
+        with pytest.raises(EngineError, match="out of paper"):
+            await (await loop.open("r", [Job([1], SamplingParams())])).read_all()
+        assert loop.failure is not None
 
     with_loop(engine, use)
 

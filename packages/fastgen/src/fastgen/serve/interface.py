@@ -86,7 +86,7 @@ class Watch(Protocol):
 
 
 class EngineError(FastgenError, RuntimeError):
-    """The engine raised in step after step, or was lost; it is not used again."""
+    """The engine raised in step after step (one that processes share: in one), or was lost; it is not used again."""
 
 
 class StepError(FastgenError, RuntimeError):

@@ -2,8 +2,8 @@
 
 In: prompts with their parameters (`Job`). Out: a `Stream`. Everything that touches the engine is a command that the
 thread obeys between two steps; a step's outputs cross back in one call. When a step raises, every request ends with a
-`StepError`, and the next ones are served; when `MOST_FAILED_STEPS` in a row have, or the engine is lost, everything
-ends with an `EngineError` and the loop stays failed. Next: `stream`.
+`StepError`, and the next ones are served; when `MOST_FAILED_STEPS` in a row have, or one of an engine that processes
+share (`MayBeLost`), everything ends with an `EngineError` and the loop stays failed. Next: `stream`.
 """
 
 from __future__ import annotations

@@ -341,9 +341,8 @@ class FlatUnit:
             self.show()
             self.forget_edits()
         else:
-            if (
-                not self._full.untyped_storage().resizable()
-            ):  # of a parameter there is a NumPy array, which keeps it
+            # A NumPy array of a parameter keeps the memory, which can no longer be given back in place.
+            if not self._full.untyped_storage().resizable():
                 self._full = torch.empty_like(self._full)
                 for param, view in zip(self.params, self.views_of(self._full), strict=True):
                     param.data = view

@@ -232,9 +232,8 @@ class EngineLoop:
     def _obey(self) -> bool:
         """Run the commands that are there, waiting for one if the engine has nothing to do; False to stop."""
         idle = not self._engine.has_work
-        num_commands = self._commands.qsize() or int(
-            idle
-        )  # those that come meanwhile wait for a step, not it for them
+        # Those that come meanwhile wait for a step, not it for them.
+        num_commands = self._commands.qsize() or int(idle)
         for _ in range(num_commands):
             command = self._commands.get()
             if command is None:

@@ -23,20 +23,25 @@ def page(found: dict[str, Found], options: argparse.Namespace) -> str:
         "# Serving on the CPU, bfloat16, Llama's shape",
         "",
         f"{hardware['processor']} ({hardware['instruction_set']}), "
-        f"{torch.get_num_threads()} threads; {', '.join(versions)}. Medians of {options.rounds} rounds in which "
-        "engines take turns, of one stream and of prompts alone as many as stand there; bold: our speed over theirs.",
+        f"{torch.get_num_threads()} threads; {', '.join(versions)}. Medians of as many rounds as stand there, in "
+        "which engines take turns; bold: our speed over theirs.",
         "",
         "| | " + " | ".join(found) + " |",
         "| --- |" + " --- |" * len(found),
     ]
 
     def row(title: str, value: Callable[[Found], str]) -> None:
-        try:
-            lines.append(f"| {title} | " + " | ".join(value(each) for each in found.values()) + " |")
-        except KeyError:  # that peer did not run
-            return
+        cells = []
+        for each in found.values():
+            try:
+                cells.append(value(each))
+            except KeyError:  # that peer did not run
+                cells.append("")
+        if any(cells):
+            lines.append(f"| {title} | " + " | ".join(cells) + " |")
 
     row("measured", lambda f: str(f["date"]))
+    row("rounds", lambda f: f"{f['rounds']}")
     row("rounds of one stream, of prompts alone", lambda f: f"{f['rounds_alone']}")
     row("mixed load: requests", lambda f: f"{f['requests']}")
     row("tokens a second", lambda f: f"{f['fastgen_tokens_s']:.0f}")

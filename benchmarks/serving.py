@@ -214,14 +214,16 @@ def main(arguments: Sequence[str]) -> int:
         options.llama_cpp = False
     if options.llama_cpp:
         check(model_of("tiny"))
-    found: dict[str, Found] = {}
     stem = options.out / ("serving_gaps" if options.gaps_alone else "serving")
+    kept = stem.with_suffix(".json")
+    # Models that are not measured now keep their columns.
+    found: dict[str, Found] = json.loads(kept.read_text()) if kept.exists() and not options.quick else {}
     for name in options.models.split(","):
-        found[name] = measure(name, options) | {"date": _measure.today()}
+        found[name] = measure(name, options) | {"date": _measure.today(), "rounds": options.rounds}
         if not options.quick:  # what is there if a later model does not come to its end
             options.out.mkdir(parents=True, exist_ok=True)
             stem.with_suffix(".md").write_text(page(found, options))
-            stem.with_suffix(".json").write_text(json.dumps(found, indent=1))
+            kept.write_text(json.dumps(found, indent=1))
     print(page(found, options))
     return 0
 

@@ -31,13 +31,13 @@ def page(found: dict[str, Found], options: argparse.Namespace) -> str:
     ]
 
     def row(title: str, value: Callable[[Found], str]) -> None:
-        cells = []
-        for each in found.values():
+        def cell(each: Found) -> str:
             try:
-                cells.append(value(each))
+                return value(each)
             except KeyError:  # that peer did not run
-                cells.append("")
-        if any(cells):
+                return ""
+
+        if any(cells := [cell(each) for each in found.values()]):
             lines.append(f"| {title} | " + " | ".join(cells) + " |")
 
     row("measured", lambda f: str(f["date"]))

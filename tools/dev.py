@@ -175,8 +175,10 @@ def test(arguments: list[str]) -> int:
     paths = [] if any(names_path(argument) for argument in arguments) else test_paths()
     # Tests start several processes each: one thread a process, or they fight over the processor's cores.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # Half of a test's time is waiting, for processes and sockets: one worker more than there are cores.
+    workers = str(len(os.sched_getaffinity(0)) + 1)
     # The same examples in every run; `--hypothesis-profile default` after it looks for new ones.
-    chosen = ["-n", "auto", "-m", NOT_BY_DEFAULT, "--hypothesis-profile", "ci"]
+    chosen = ["-n", workers, "-m", NOT_BY_DEFAULT, "--hypothesis-profile", "ci"]
     return run(VENV.python, "-m", "pytest", *chosen, *arguments, *paths)
 
 

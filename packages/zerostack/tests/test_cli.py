@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -86,6 +87,41 @@ def test_estimate_shows_tiers(capsys, tmp_path):
     )
     assert status == 2
     assert "optimizer: expected one of adam, adamw" in err
+
+
+def test_estimate_measures_this_machine(capsys, tmp_path):
+    asked = ["--world", "4", "--ranks-per-machine", "2", "--stage", "0,3", "--offload-optimizer", "nvme"]
+    asked += ["--nvme-path", str(tmp_path), "--measure"]
+    status, out, err = run(capsys, "estimate", "--params", "1e6", *asked)
+    assert (status, err) == (0, "")
+    assert "at stage 0" not in out  # nothing of it rests elsewhere
+    here = out.split("On this machine, at stage 3")[1]
+    # 2 bytes of gradients and 12 of masters and moments for a quarter of the parameters.
+    assert re.search(r"^ *nvme .* 3\.5\d* MB +7\.0\d* MB", here, re.MULTILINE)
+    memory, reads = (float(re.search(rf"{of} (\S+) GB/s", here)[1]) for of in ("memory", "drive reads"))
+    step, drive = map(float, re.search(r"optimizer step: (\S+) s \(drive (\S+),", here).groups())
+    assert min(memory, reads) > 0
+    assert step >= drive > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_estimate_refuses_what_does_not_fit_this_machine(capsys, tmp_path):
+    asked = ["--world", "4", "--stage", "3", "--offload-optimizer", "nvme", "--measure"]
+    status, out, err = run(capsys, "estimate", "--params", "1e18", *asked, "--nvme-path", str(tmp_path))
+    assert status == 1
+    assert "speeds: not measured" in out
+    assert re.search(r"host memory: 4 rank\(s\) need \d+ bytes, and \d+ are free", err)
+    taken = tmp_path / "file"
+    taken.touch()
+    status, _, err = run(capsys, "estimate", "--params", "1e6", *asked, "--nvme-path", str(taken))
+    assert status == 1
+    assert f"{taken} is not a folder" in err
+    status, _, err = run(capsys, "estimate", "--params", "1e6", *asked)
+    assert status == 2
+    assert "--measure: give --nvme-path" in err
+    status, _, err = run(capsys, "estimate", "--params", "1e6", "--measure")
+    assert status == 2
+    assert "nothing is offloaded" in err
 
 
 @pytest.mark.parametrize(

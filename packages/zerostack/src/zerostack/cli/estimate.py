@@ -1,7 +1,7 @@
 """`zerostack estimate`: bytes per rank for every stage and world size, as a table and a chart.
 
 In: a number of parameters. Out: `zero_core.plan_memory`, side by side; with something offloaded,
-`zero_offload_nvme.plan_tiers` too. Nothing is allocated.
+`zero_offload_nvme.plan_tiers` too, and `zero_offload_nvme.preflight` for this machine. Nothing is allocated.
 Source: ZeRO (Rajbhandari et al., arXiv:1910.02054), figure 1.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,13 +20,14 @@ from zero_offload_nvme.free_bytes import drive_free
 from ..explain import num_bytes, table
 from ..footprint import TIERS, offloaded
 from .main import parser_for
-from .text import parse_count, say
+from .text import complain, parse_count, say
 
 _EXAMPLES = """\
   zerostack estimate --params 7.5e9 --world 1,4,16,64
   zerostack estimate --params 350M --world 8 --precision fp32 --optimizer sgd-momentum
   zerostack estimate --params 70B --world 64,256,1024 --plot memory.png
   zerostack estimate --params 13B --world 8 --stage 3 --offload-optimizer nvme --offload-param cpu --nvme-path /tmp
+  zerostack estimate --params 1.3B --world 2 --stage 3 --offload-optimizer nvme --nvme-path /tmp --measure
 """
 
 _PRECISIONS = {
@@ -67,6 +69,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--ranks-per-machine", type=int, default=8, metavar="N", help="that share memory and drives (8)"
     )
+    parser.add_argument(
+        "--measure",
+        action="store_true",
+        help="how fast memory and the drive of this machine are, how long the optimizer's step takes with that, and "
+        "whether it fits; some seconds for each stage, nothing else should run; 1 is returned where it does not fit",
+    )
     args = parser.parse_args(argv)
     if args.ranks_per_machine < 1:
         parser.error(f"--ranks-per-machine: expected at least 1, got {args.ranks_per_machine}")
@@ -74,6 +82,10 @@ def main(argv: Sequence[str]) -> int:
         parser.error(
             "--nvme-path: nothing would rest there; give --offload-optimizer nvme or --offload-param nvme"
         )
+    if args.measure and (args.offload_optimizer, args.offload_param) == ("none", "none"):
+        parser.error("--measure: nothing is offloaded; give --offload-optimizer or --offload-param")
+    if args.measure and args.nvme_path is None and "nvme" in (args.offload_optimizer, args.offload_param):
+        parser.error("--measure: give --nvme-path, a folder of the drive to measure")
     try:
         plans = {
             (stage, world): zero.plan_memory(
@@ -110,7 +122,46 @@ def main(argv: Sequence[str]) -> int:
     if args.plot is not None:
         _draw(plans, args.plot, f"{args.params:g} parameters, {args.precision}, {args.optimizer}")
         say(f"Chart: {args.plot}")
-    return 0
+    return 1 if args.measure and not _fits_here(args) else 0
+
+
+def _fits_here(args: argparse.Namespace) -> bool:
+    """Print what `preflight` finds on this machine, stage by stage; whether everything fits."""
+    world = args.world[-1]
+    fits = True
+    for stage in args.stage:
+        tiers = offloaded(stage, params=args.offload_param, optimizer=args.offload_optimizer)
+        if {tiers.params, tiers.grads, tiers.optimizer} == {"device"}:
+            continue
+        plan = partial(
+            off.preflight,
+            args.params,
+            stage=stage,
+            world=world,
+            ranks=min(args.ranks_per_machine, world),
+            path=args.nvme_path,
+            params=tiers.params,
+            grads=tiers.grads,
+            optimizer=tiers.optimizer,
+            optimizer_kind=args.optimizer,
+            precision=_PRECISIONS[args.precision],
+        )
+        say()
+        say(f"On this machine, at stage {stage}")
+        say()
+        found = why = None
+        try:
+            found = plan(measure=False)
+            found.check()
+            found = plan()
+        except off.OffloadError as error:
+            why = str(error)
+        if found is not None:
+            say(str(found))
+        if why is not None:
+            complain(why)
+            fits = False
+    return fits
 
 
 def _integers(text: str) -> list[int]:

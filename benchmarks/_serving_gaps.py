@@ -78,7 +78,7 @@ class Beside:
 def compare(
     model: LlamaForCausalLM, gib: float, *, budget: int, measured: int | None, rounds: int, scale: int
 ) -> dict[str, Beside]:
-    """Every schedule: a fixed budget, `gap_s` with the measured budget (None: measures it), whole prompts first.
+    """Every schedule: by default, a fixed budget, `gap_s`, whole prompts first; `measured`: where throughput saturates.
 
     Schedules have an engine each, which is warm: its first round is not counted. Without the prompt the running
     requests make as many tokens as beside it: a later token takes longer, since more came before.
@@ -87,8 +87,9 @@ def compare(
     gap_s = STRETCH * statistics.median(gaps(engine, 0, 1000 // scale).p95 for _ in range(rounds + 1))
     del engine
     schedules: dict[str, dict[str, Any]] = {
+        "default": {"prompt_fill": measured},
         "fixed": {"token_budget": budget},
-        "gap_s": {"token_budget": measured, "gap_s": gap_s},
+        "gap_s": {"prompt_fill": measured, "gap_s": gap_s},
         "prefill_first": {"token_budget": budget, "kind": Schedule.PREFILL_FIRST},
     }
     found = {}

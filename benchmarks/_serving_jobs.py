@@ -5,11 +5,11 @@ In: a shape's name. Out: a module, an engine over the module's own weights, and 
 
 from __future__ import annotations
 
-import math
 import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import fastgen
@@ -19,27 +19,47 @@ from fastgen import CachePolicy, EngineConfig, SamplingParams, SchedulePolicy
 from fastgen.engine import Engine
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.generation.continuous_batching.utils import WorkloadHints
 
-SHAPES: dict[str, dict[str, int]] = {  # width, MLP, layers, heads, kv heads
-    "tiny": dict(zip(("w", "f", "l", "h", "g"), (64, 128, 2, 4, 2), strict=True)),
-    "10m": dict(zip(("w", "f", "l", "h", "g"), (256, 768, 8, 8, 4), strict=True)),
-    "125m": dict(zip(("w", "f", "l", "h", "g"), (768, 2048, 12, 12, 4), strict=True)),
-    "1b": dict(zip(("w", "f", "l", "h", "g"), (2048, 5632, 22, 32, 4), strict=True)),
+LONG = 4096
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's; `tied`: the embedding is the output's weight too."""
+
+    width: int
+    mlp: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+    tied: bool
+
+
+SHAPES = {
+    "tiny": Shape(64, 128, 2, 4, 2, 16_000, tied=True),
+    "10m": Shape(256, 768, 8, 8, 4, 16_000, tied=True),
+    "125m": Shape(768, 2048, 12, 12, 4, 32_000, tied=False),
+    "1b": Shape(2048, 5632, 22, 32, 4, 32_000, tied=False),  # TinyLlama's
+    "7b": Shape(4096, 11_008, 32, 32, 32, 32_000, tied=False),  # Llama 2's
 }
-VOCAB, LONG = 16_000, 4096
+VOCAB = 16_000  # ids of prompts: every model has them
 Load = list[tuple[list[int], int]]
 
 
-def model_of(name: str) -> LlamaForCausalLM:
-    """Random weights."""
+def model_of(name: str, device: str = "cpu") -> LlamaForCausalLM:
+    """Random weights, made where they stay."""
     shape = SHAPES[name]
     config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=shape["w"], intermediate_size=shape["f"], num_hidden_layers=shape["l"],
-        num_attention_heads=shape["h"], num_key_value_heads=shape["g"], max_position_embeddings=2 * LONG,
-        bos_token_id=None, eos_token_id=None, pad_token_id=0, tie_word_embeddings=True,
+        vocab_size=shape.vocabulary, hidden_size=shape.width, intermediate_size=shape.mlp,
+        num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
+        max_position_embeddings=2 * LONG, bos_token_id=None, eos_token_id=None, pad_token_id=0,
+        tie_word_embeddings=shape.tied,
     )  # fmt: skip
     torch.manual_seed(0)
-    model: Any = LlamaForCausalLM(config)
+    with torch.device(device):
+        model: Any = LlamaForCausalLM(config)
     made: LlamaForCausalLM = model.to(torch.bfloat16).eval()
     return made
 
@@ -47,23 +67,34 @@ def model_of(name: str) -> LlamaForCausalLM:
 def engine_of(model: LlamaForCausalLM, gib: float, *, prefix: bool = True, **schedule: Any) -> Engine:
     """An engine over the model's own weights; `prefix`: it keeps what prompts begin with."""
     make: Any = PreTrainedTokenizerFast
-    words = {f"w{number}": number for number in range(VOCAB)}
+    words = {f"w{number}": number for number in range(model.config.vocab_size)}
     tokenizer = make(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")))
     cache = CachePolicy(max_bytes=int(gib * 2**30), prefix=prefix)
-    config = EngineConfig(cache=cache, schedule=SchedulePolicy(**schedule))
+    config = EngineConfig(cache=cache, schedule=SchedulePolicy(**schedule), device=model.device)
     return fastgen.build_engine(model, config, tokenizer=tokenizer)
 
 
+def streamed_bytes(model: LlamaForCausalLM) -> int:
+    """Of the weights that each token needs whole: all but an embedding that is not the output's weight too."""
+    embedding, output = model.model.embed_tokens.weight, model.lm_head.weight
+    read = {id(each): each for each in model.parameters()}
+    if output is not embedding:
+        del read[id(embedding)]
+    return sum(each.nbytes for each in read.values())
+
+
 def mixed_load(count: int, scale: int) -> Load:
-    """Prompts of 16 to 1024 tokens and outputs of 16 to 128, evenly in their logarithms, over `scale`."""
+    """Prompts of 16 to 1024 tokens, outputs of 16 to 128, evenly in their logarithms, in random pairs; over `scale`."""
     chance = random.Random(0)
 
-    def length(low: int, high: int) -> int:
-        return max(1, round(low * math.exp(math.log(high / low) * chance.random())) // scale)
+    def lengths(low: int, high: int) -> list[int]:
+        steps = (at / max(count - 1, 1) for at in range(count))
+        found = [max(1, round(low * (high / low) ** step) // scale) for step in steps]
+        chance.shuffle(found)
+        return found
 
-    return [
-        ([chance.randrange(VOCAB) for _ in range(length(16, 1024))], length(16, 128)) for _ in range(count)
-    ]
+    pairs = zip(lengths(16, 1024), lengths(16, 128), strict=True)
+    return [([chance.randrange(VOCAB) for _ in range(prompt)], output) for prompt, output in pairs]
 
 
 def greedy(count: int) -> SamplingParams:
@@ -86,8 +117,10 @@ def static_batches(model: LlamaForCausalLM, load: Load, size: int) -> int:
     for begin in range(0, len(load), size):
         batch = load[begin : begin + size]
         longest = max(len(ids) for ids, _ in batch)
-        ids = torch.tensor([[0] * (longest - len(ids)) + ids for ids, _ in batch])
-        mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids, _ in batch])
+        ids = torch.tensor([[0] * (longest - len(ids)) + ids for ids, _ in batch], device=model.device)
+        mask = torch.tensor(
+            [[0] * (longest - len(ids)) + [1] * len(ids) for ids, _ in batch], device=model.device
+        )
         most = max(count for _, count in batch)
         with torch.no_grad():
             model.generate(
@@ -97,16 +130,31 @@ def static_batches(model: LlamaForCausalLM, load: Load, size: int) -> int:
 
 
 def continuous(model: LlamaForCausalLM, load: Load) -> int:
-    """Continuous batching of transformers, which gives all requests one length; tokens that were asked for."""
+    """Continuous batching of transformers, each request with its own length; tokens that were asked for."""
     make: Any = transformers.GenerationConfig
-    config = make(do_sample=False, eos_token_id=-1, pad_token_id=0)
-    most = max(count for _, count in load)
-    found = model.generate_batch(
-        [ids for ids, _ in load], generation_config=config, max_new_tokens=most, warmup=False
+    hints: Any = WorkloadHints(
+        max_prompt_length=max(len(ids) for ids, _ in load),
+        max_generated_length=max(count for _, count in load),
+        num_requests=len(load),
     )
-    if len(found) != len(load):
-        raise RuntimeError(f"expected {len(load)} answers, got {len(found)}")
-    return sum(count for _, count in load)
+    config = make(do_sample=False, eos_token_id=-1, pad_token_id=0)
+    made: dict[str, int] = {}
+    peer: Any = model
+    with peer.continuous_batching_context_manager(
+        generation_config=config,
+        block=True,
+        timeout=5,
+        warmup=model.device.type == "cuda",
+        workload_hints=hints,
+    ) as manager:
+        asked = {manager.add_request(ids, max_new_tokens=count): count for ids, count in load}
+        while len(made) < len(asked) and manager.is_running():
+            result = manager.get_result(timeout=1)
+            if result is not None and result.is_finished():
+                made[result.request_id] = len(result.generated_tokens)
+    if made != asked:
+        raise RuntimeError(f"expected answers of {list(asked.values())} tokens, got {list(made.values())}")
+    return sum(made.values())
 
 
 def rate(act: Callable[[], int]) -> float:

@@ -51,7 +51,7 @@ def page(found: dict[str, Found], options: argparse.Namespace) -> str:
         ("continuous", "continuous batching of transformers"),
     ):
         row(title, lambda f, peer=peer: f"{f[f'{peer}_tokens_s']:.0f}: **{f[f'{peer}_ratio']:.2f} x**")  # type: ignore[misc]
-    row("token budget, measured", lambda f: f"{f['token_budget']:.0f}")
+    row("tokens of a forward where throughput saturates", lambda f: f"{f['prompt_fill']:.0f}")
     row("one stream, ms a token", lambda f: f"{1e3 * f['stream_s']:.2f}")
     row(
         "llama.cpp",
@@ -68,6 +68,7 @@ def page(found: dict[str, Found], options: argparse.Namespace) -> str:
         ),
     )
     for kind, title in (
+        ("default", "SplitFuse, forwards filled to where throughput saturates"),
         ("fixed", f"SplitFuse, {options.gap_budget} tokens in a forward"),
         ("gap_s", "SplitFuse, `gap_s` of 1.4 x the p95 without"),
         ("prefill_first", "whole prompts first"),

@@ -43,6 +43,7 @@ from _serving_jobs import (
     rate,
     serve,
     static_batches,
+    streamed_bytes,
 )
 from _serving_page import Found, page
 from accel_kernels import native
@@ -88,7 +89,7 @@ def measure(name: str, options: argparse.Namespace) -> Found:
         if peer is not None:
             found |= peer.describe()
     if options.quick:
-        found |= beside(name, model, int(found["token_budget"]), options)
+        found |= beside(name, model, int(found["prompt_fill"]), options)
     return found | shared_prompts(model, options)
 
 
@@ -102,7 +103,7 @@ def mixed(
     for number in range(options.rounds):
         say(f"{name}: mixed load, round {number + 1} of {options.rounds}")
         engine = engine_of(model, options.gib)
-        budget = engine.scheduler.policy.token_budget or 0
+        fill = engine.scheduler.policy.prompt_fill or 0
         ours = rate(lambda engine=engine: serve(engine, load))  # type: ignore[misc]
         del engine
         theirs: dict[str, float] = {}
@@ -112,7 +113,7 @@ def mixed(
         if options.continuous:
             theirs["continuous"] = rate(lambda: continuous(model, load))
         rounds.append(
-            {"token_budget": budget, "fastgen_tokens_s": ours}
+            {"prompt_fill": fill, "fastgen_tokens_s": ours}
             | {f"{each}_tokens_s": value for each, value in theirs.items()}
             | {f"{each}_ratio": ours / value for each, value in theirs.items()}
         )
@@ -124,7 +125,7 @@ def alone(
 ) -> dict[str, float]:
     """One request: seconds of a token, and tokens a second of a prompt; llama.cpp in turn."""
     engine = engine_of(model, options.gib, prefix=False)
-    weight_bytes = sum(p.nbytes for p in {id(p): p for p in model.parameters()}.values())
+    weight_bytes = streamed_bytes(model)
     length, count = PROMPT // options.scale, 128 // options.scale + 8
     rounds: list[dict[str, float]] = []
     for number in range(2 * options.rounds + 1):
@@ -148,14 +149,14 @@ def medians(rounds: list[dict[str, float]]) -> dict[str, float]:
     return {key: statistics.median(each[key] for each in rounds) for key in rounds[0]}
 
 
-def beside(name: str, model: LlamaForCausalLM, budget: int | None, options: argparse.Namespace) -> Found:
+def beside(name: str, model: LlamaForCausalLM, fill: int | None, options: argparse.Namespace) -> Found:
     """Gaps between tokens beside a long prompt, by schedule; drawn for one model."""
     say(f"{name}: gaps beside a long prompt")
     found = _serving_gaps.compare(
         model,
         options.gib,
         budget=options.gap_budget,
-        measured=budget,
+        measured=fill,
         rounds=options.rounds,
         scale=options.scale,
     )

@@ -20,7 +20,7 @@ def make_scheduler(num_blocks: int = 64, block_size: int = 4, **settings: object
     """A small one; settings of the policy and of the scheduler by name."""
     policy = {
         name: settings.pop(name)
-        for name in ("token_budget", "max_sequences", "kind", "patience_steps", "max_waiting")
+        for name in ("token_budget", "prompt_fill", "max_sequences", "kind", "patience_steps", "max_waiting")
         if name in settings
     }
     policy.setdefault("token_budget", 16)

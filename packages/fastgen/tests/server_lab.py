@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from fake_engine import FakeEngine
+from fastgen.engine import Engine
 from fastgen.serve import Limits, Server, ServerConfig
 
 
@@ -100,11 +101,12 @@ class Served:
     def is_idle(self) -> bool:
         """Nothing is left of any request, on either side of the loop."""
         service = self.server.service
-        return not (self.engine.requests or service.loop.num_open or service.admission.num_inside)
+        inside = service.loop.num_open or service.admission.num_inside
+        return not (inside or self.engine.has_work or getattr(self.engine, "requests", None))
 
 
 @contextlib.contextmanager
-def serving(engine: FakeEngine | None = None, **config: Any) -> Iterator[Served]:
+def serving(engine: FakeEngine | Engine | None = None, **config: Any) -> Iterator[Served]:
     """A server on a free port; fields of `Limits` may be given beside those of `ServerConfig`."""
     limits = {name: config.pop(name) for name in list(config) if name in Limits.__dataclass_fields__}
     engine = engine or FakeEngine()

@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from engine_lab import engine_of, tiny_llama
 from fastgen.adapters import Adapters
+from fastgen.engine import Engine
 from fastgen.errors import ModelError, RequestError
+from fastgen.request import SamplingParams
 from fastgen.weights import load_model
 from model_lab import _GQA, Driver, engine_config, make_model, prompts, random_model, reference_logits
 
@@ -96,6 +99,31 @@ def test_unload_and_reload(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="'a'"):
         adapters.unload("a")
     adapters.load("a", tmp_path)
+
+
+def test_a_name_given_anew_finds_nothing_of_the_adapter_before(tmp_path: Path) -> None:
+    prompt_ids, params = list(range(2, 42)), SamplingParams(max_tokens=8, temperature=0.0)
+
+    def tokens(engine: Engine, adapter: str) -> list[int]:
+        engine.add("r", prompt_ids, params, adapter=adapter)
+        with pytest.raises(RequestError, match="no request that uses it"):
+            engine.unload_adapter(adapter)
+        found: list[int] = []
+        while engine.has_work:
+            found += [token for output in engine.step() for token in output.new_token_ids]
+        return found
+
+    engine, other = engine_of(), engine_of()
+    for number, name in enumerate(("first", "second")):
+        _train(tiny_llama(), tmp_path / name, number, ["q_proj", "v_proj", "down_proj"])
+    engine.load_adapter("one", str(tmp_path / "first"))
+    before = tokens(engine, "one")
+    engine.unload_adapter("one")
+    with pytest.raises(RequestError, match=r"expected one of \[\], got 'one'"):
+        engine.unload_adapter("one")
+    engine.load_adapter("one", str(tmp_path / "second"))
+    other.load_adapter("two", str(tmp_path / "second"))
+    assert tokens(engine, "one") == tokens(other, "two") != before
 
 
 def test_faults_name_the_cause(tmp_path: Path) -> None:

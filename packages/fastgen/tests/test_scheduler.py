@@ -53,6 +53,28 @@ def test_prefill_first_keeps_decodes_waiting() -> None:
     ]
 
 
+def test_prompts_fill_less_than_decodes_may() -> None:
+    scheduler = make_scheduler(
+        token_budget=32, prompt_fill=8, max_sequences=31, num_blocks=600, max_model_len=400, prefix=False
+    )
+    engine = FakeEngine(scheduler)
+    scheduler.add(make_request("alone", 20, max_tokens=60))
+    assert [parts(engine.step()) for _ in range(3)] == [
+        [("alone", 0, 8, False)],
+        [("alone", 8, 8, False)],
+        [("alone", 16, 4, True)],
+    ]
+    scheduler.add(make_request("long", 100, max_tokens=1))
+    assert parts(engine.step()) == [("alone", 20, 1, True), ("long", 0, 7, False)]
+    for number in range(29):
+        scheduler.add(make_request(f"short {number}", 1, max_tokens=60))
+    scheduler.abort("long")
+    plans = [engine.step() for _ in range(20)]
+    assert max(plan.num_tokens for plan in plans) == 30  # all decode in one forward
+    scheduler.add(make_request("late", 40, max_tokens=1))
+    assert parts(engine.step())[-1] == ("late", 0, 2, False)  # a quarter, where decodes leave nothing
+
+
 def test_prompts_that_are_scored_have_no_more_rows_of_logits_than_there_are_places() -> None:
     scheduler = make_scheduler(token_budget=32, max_sequences=5, prefix=False)
     engine = FakeEngine(scheduler)
@@ -285,6 +307,10 @@ def test_many_may_leave_the_queue() -> None:
 
 
 def test_a_budget_must_be_known() -> None:
+    with pytest.raises(ConfigError, match=r"prompt_fill=\.\.\.\): expected 1 to token_budget=4, got 5"):
+        SchedulePolicy(token_budget=4, prompt_fill=5)
+    with pytest.raises(ConfigError, match="prompt_fill"):
+        SchedulePolicy(prompt_fill=0)
     with pytest.raises(ConfigError, match="token_budget"):
         Scheduler(SchedulePolicy(), 10, 4, max_model_len=64)
 

@@ -124,6 +124,10 @@ SETUPS: dict[str, tuple[dict[str, object], dict[str, int]]] = {
         {"num_blocks": 60, "token_budget": 8, "max_sequences": 5, "patience_steps": 5000},
         USUAL,
     ),
+    "less for prompts": (
+        {"num_blocks": 36, "token_budget": 24, "prompt_fill": 6},
+        {**USUAL, "full": 10, "preempted": 20},
+    ),
     "paced": (
         {"num_blocks": 60, "token_budget": 24, "paced": True},
         {**USUAL, "limited": 500, "paused": 500, "preempted": 20},
@@ -154,6 +158,7 @@ def test_random_traffic(name: str) -> None:
     num_blocks=st.integers(2, 40),
     block_size=st.integers(1, 8),
     token_budget=st.integers(2, 40),
+    prompt_fill=st.none() | st.integers(1, 40),
     max_sequences=st.integers(1, 12),
     num_host_blocks=st.integers(0, 20),
     patience_steps=st.sampled_from([0, 1, 30]),
@@ -165,6 +170,8 @@ def test_random_traffic(name: str) -> None:
 def test_any_setup(seed: int, **setup: object) -> None:
     if setup["kind"] is Schedule.PREFILL_FIRST and setup["paced"]:
         setup["paced"] = False  # whole prompts have no limit
+    if setup["prompt_fill"] is not None:
+        setup["prompt_fill"] = min(setup["prompt_fill"], setup["token_budget"])
     traffic = Traffic(seed, longest=30, rate=0.4, **setup)
     traffic.run(40)
     if setup["patience_steps"] and setup["kind"] is Schedule.SPLIT_FUSE:

@@ -13,8 +13,13 @@ import statistics
 import threading
 import time
 
-from fake_engine import FakeEngine
+import pytest
+import torch
+from fake_engine import FakeEngine, tiny_tokenizer
+from fastgen import CachePolicy, EngineConfig, SchedulePolicy, build_engine
+from fastgen.engine import Engine
 from server_lab import Served, serving, wait_until
+from transformers import LlamaConfig, LlamaForCausalLM
 
 NUM_REQUESTS = 1000
 NUM_CLIENTS = 12
@@ -35,8 +40,8 @@ def streamed(served: Served, dice: random.Random) -> object:
 def cancelled(served: Served, dice: random.Random) -> object:
     """Leaves before, while or after the first bytes come."""
     body = {
-        "prompt": "x" * dice.randint(1, 500),
-        "max_tokens": 1500,
+        "prompt": "x" * dice.randint(1, 200),
+        "max_tokens": 200,
         "ignore_eos": True,
         "stream": dice.random() < 0.5,
     }
@@ -94,8 +99,26 @@ def broken_http(served: Served, dice: random.Random) -> object:
 KINDS = {plain: 30, streamed: 25, cancelled: 20, slow: 5, malformed: 10, oversize: 5, broken_http: 5}
 
 
-def test_soak() -> None:
-    engine = FakeEngine(step_s=0.0005)
+def small_engine() -> Engine:
+    """A real one, whose cache holds one of the longest requests and little more: others often give way."""
+    tokenizer = tiny_tokenizer()
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+            num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=2048,
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        )
+    )  # fmt: skip
+    block_bytes = 4 * 2 * 16 * 4  # tokens, keys and values, head size, float32
+    cache = CachePolicy(block_size=4, max_bytes=110 * block_bytes, swap_bytes=30 * block_bytes)
+    config = EngineConfig(cache=cache, schedule=SchedulePolicy(token_budget=64), device=torch.device("cpu"))
+    return build_engine(model.eval(), config, tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("kind", ["fake", "real"])
+def test_soak(kind: str) -> None:
+    engine = FakeEngine(step_s=0.0005) if kind == "fake" else small_engine()
     seen: collections.Counter[tuple[str, object]] = collections.Counter()
     times: list[tuple[float, float]] = []
     problems: list[BaseException] = []
@@ -137,7 +160,17 @@ def test_soak() -> None:
         assert seen["oversize", 413] > 0
         assert seen["malformed", 400] > 10
         assert sum(count for (_, status), count in seen.items() if status in (429, 503)) > 0
-        assert engine.num_aborted > 10
+        if isinstance(engine, FakeEngine):
+            assert engine.num_aborted > 10
+        else:
+            stats = engine.stats()
+            assert stats.prefix_hit_tokens_total > 0
+            assert (
+                stats.running,
+                stats.waiting,
+                stats.swapped,
+                engine.scheduler.stats().host_blocks_used,
+            ) == (0, 0, 0, 0)
         assert served.metric("fastgen_blocks_used") == 0
         assert served.server.service.metrics._times == {}
         check_steady(times)

@@ -59,7 +59,10 @@ class SchedulePolicy:
     """What goes into a forward.
 
     Attributes:
-        token_budget: most tokens of a forward; None: where throughput saturates, measured at the start.
+        token_budget: most tokens of a forward; None: enough for `max_sequences` and for `prompt_fill`.
+        prompt_fill: prompts fill a forward up to so many tokens, decodes among them, or get a quarter of as many where
+            these leave less. None: up to the budget; where that is None too, up to where throughput saturates, which
+            is measured at the start.
         gap_s: seconds that running sequences may have between two tokens for the sake of prompts beside them: nineteen
             of twenty gaps keep to it, the others to four times as long (`pace`). Where decodes alone take longer, a
             tenth more than they take. None: only the budget limits prompts.
@@ -70,6 +73,7 @@ class SchedulePolicy:
     """
 
     token_budget: int | None = None
+    prompt_fill: int | None = None
     gap_s: float | None = None
     max_sequences: int = 256
     kind: Schedule = Schedule.SPLIT_FUSE
@@ -79,6 +83,13 @@ class SchedulePolicy:
     def __post_init__(self) -> None:
         if self.token_budget is not None and self.token_budget < 1:
             raise ConfigError(f"SchedulePolicy(token_budget=...): expected >= 1, got {self.token_budget!r}")
+        if self.prompt_fill is not None and not 1 <= self.prompt_fill <= (
+            self.token_budget or self.prompt_fill
+        ):
+            raise ConfigError(
+                f"SchedulePolicy(prompt_fill=...): expected 1 to token_budget={self.token_budget!r}, "
+                f"got {self.prompt_fill!r}"
+            )
         if self.gap_s is not None and not 0.0 < self.gap_s < float("inf"):
             raise ConfigError(f"SchedulePolicy(gap_s=...): expected seconds above 0, got {self.gap_s!r}")
         if self.max_sequences < 1:

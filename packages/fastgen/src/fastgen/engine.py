@@ -182,6 +182,22 @@ class Engine:
             )
         self._adapters.load(name, directory)
 
+    def unload_adapter(self, name: str) -> None:
+        """Forget a LoRA adapter that no request uses; its name may be given to another.
+
+        Raises:
+            RequestError: there is none of this name, or a request uses it.
+        """
+        if any(job.request.adapter == name for job in self._jobs.values()):
+            raise RequestError(
+                f"adapter {name!r}: expected no request that uses it; end or abort those first"
+            )
+        if self._adapters is None or name not in self._adapters.names:
+            known = [] if self._adapters is None else sorted(self._adapters.names)
+            raise RequestError(f"adapter: expected one of {known}, got {name!r}")
+        self._adapters.unload(name)
+        self.scheduler.forget_prefixes()  # what was computed under this name
+
     def embed(self, prompt_ids: list[int]) -> list[float] | None:
         """One forward of a text: the last token's hidden state, of unit length; None: call again with the same.
 

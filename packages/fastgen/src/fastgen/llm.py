@@ -151,6 +151,10 @@ class LLM:
         """Load a LoRA adapter (PEFT's format) that `generate` may choose by name."""
         self.engine.load_adapter(name, str(directory))
 
+    def unload_adapter(self, name: str) -> None:
+        """Forget a LoRA adapter; its name may be given to another."""
+        self.engine.unload_adapter(name)
+
     def _run(
         self, jobs: dict[str, tuple[list[int], SamplingParams]], adapter: str | None, progress: bool
     ) -> list[Generation]:
@@ -237,9 +241,9 @@ def build_engine(
     runner = Runner(loaded.decoder, cache, loaded.device, guesser, replays, parallel)
     if config.schedule.token_budget is None:
         longest = min(max_model_len, _MEASURED_LEN)
-        measured = runner.saturation_tokens(_MOST_BUDGET, longest, parallel.least)
-        budget = max(measured, min(config.schedule.max_sequences + 1, _MOST_BUDGET))
-        config = replace(config, schedule=replace(config.schedule, token_budget=budget))
+        fill = config.schedule.prompt_fill or runner.saturation_tokens(_MOST_BUDGET, longest, parallel.least)
+        budget = max(fill, min(config.schedule.max_sequences + 1, _MOST_BUDGET))
+        config = replace(config, schedule=replace(config.schedule, token_budget=budget, prompt_fill=fill))
     scheduler = Scheduler(
         config.schedule,
         cache.num_blocks,

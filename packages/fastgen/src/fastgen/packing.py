@@ -2,6 +2,7 @@
 
 In: the groups that run and wait. Out: a `StepPlan`. Source: DeepSpeed-FastGen (Holmes et al. 2024, section 3.2): a
 forward has a fixed number of tokens; every running sequence decodes in it, and prompts fill the rest, the last in part.
+Here the number up to which prompts fill may be smaller than that up to which sequences decode.
 Next: `scheduler`.
 """
 
@@ -28,6 +29,7 @@ class Packer:
         kind: Schedule,
         *,
         budget: int,
+        prompt_fill: int,
         max_model_len: int,
         tables: BlockTables,
         order: Order,
@@ -35,6 +37,7 @@ class Packer:
     ) -> None:
         self._whole_prompts = kind is Schedule.PREFILL_FIRST
         self._budget = budget
+        self._prompt_fill = prompt_fill
         self._max_model_len = max_model_len
         self._tables = tables
         self._order = order
@@ -58,13 +61,14 @@ class Packer:
         # Guesses do not keep prompts waiting: these get at least half of what decodes leave.
         num_drafts = min(num_drafts, forward.left // 2 if has_prompts else forward.left)
         forward.left -= num_drafts
+        forward.prompts_left = most = max(self._prompt_fill - num_decodes, self._prompt_fill // 4, 1)
         if prompt_tokens is not None and num_decodes:
-            forward.prompts_left = prompt_tokens
+            forward.prompts_left = min(most, prompt_tokens)
         self._serve_all(forward, decodes=True, prompts=True)
         if prompt_tokens == 0 and not (
             forward.decodes or forward.chunks
         ):  # who would decode waits for memory
-            forward.prompts_left = forward.left
+            forward.prompts_left = most
             self._serve_all(forward, decodes=False, prompts=True)
         self._draft(forward, num_drafts + forward.left)
         return forward.finish()

@@ -91,6 +91,7 @@ class Scheduler:
         self._packer = Packer(
             policy.kind,
             budget=policy.token_budget,
+            prompt_fill=policy.prompt_fill or policy.token_budget,
             max_model_len=max_model_len,
             tables=self.tables,
             order=self._order,

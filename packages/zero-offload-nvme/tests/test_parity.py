@@ -25,7 +25,7 @@ def rank_of(rank: int, cases, stage: int, dtype: torch.dtype, accumulate: int, b
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("accumulate", "backwards"), [(1, 1), (4, 1), (1, 2)])
+@pytest.mark.parametrize(("accumulate", "backwards"), [(1, 1), (4, 1), (1, 2), (4, 2)])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_bit_for_bit(tmp_path, stage: int, accumulate: int, backwards: int, dtype: torch.dtype) -> None:
     cases = [("none", "all"), *((kind, what) for kind in ("host", "nvme") for what in WHATS[stage])]

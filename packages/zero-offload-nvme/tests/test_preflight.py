@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import accel_kernels as ak
 import pytest
 import torch
 import zero_core as zero
@@ -11,6 +12,7 @@ import zero_offload_nvme as off
 from hypothesis import given
 from hypothesis import strategies as st
 from stored_models import Net, batch, loss_of
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from zero_core.testing import run_ranks
 from zero_offload_nvme.free_bytes import address_space_free, drive_free, host_free
@@ -235,6 +237,45 @@ def test_what_does_not_fit_is_refused_before_anything_is_measured(tmp_path, free
     with pytest.raises(error, match=message):
         off.preflight(10**7, stage=3, world=2, path=path, free=free, strict=True, **tiers)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tensor_lies_on_one_drive(tmp_path) -> None:
+    model, tiers = nn.Sequential(*[nn.Linear(500, 500) for _ in range(3)]), {"optimizer": "nvme"}
+    plan = off.preflight(model, stage=3, world=1, path=tmp_path, free=off.Free(), measure=False, **tiers).plan
+    needed, largest = plan.total("nvme"), plan.largest_on_drive
+    assert largest == -(-4 * 250_500 // 4096) * 4096
+    assert needed == 6 * largest
+
+    def check(free: int, num_drives: int) -> None:
+        found = off.Free(drive=free, num_drives=num_drives)
+        off.preflight(model, stage=3, world=1, path=tmp_path, free=found, measure=False, strict=True, **tiers)
+
+    check(needed, 1)
+    check(needed + 2 * largest, 3)
+    with pytest.raises(
+        off.OffloadDiskError, match=rf"need {needed} bytes in pieces of up to {largest} on the drive"
+    ):
+        check(needed + 2 * largest - 1, 3)
+    # As the store itself has it: two drives with room for two and a half each, and nothing fits a sixth time.
+    with pytest.raises(off.OffloadDiskError):
+        check(5 * largest, 2)
+
+
+def test_the_settings_that_were_measured_make_a_store(tmp_path) -> None:
+    speeds = measure_speeds([str(tmp_path)], ranks=1, device="cpu", numel=1, seconds=0.1)
+    assert speeds.settings is not None
+    engine = ak.TransferEngine(**speeds.settings.arguments())
+    with engine, off.NvmeStore(tmp_path, engine=engine) as store:
+        store.put("a", torch.arange(1000.0))
+        store.flush()
+        out = torch.empty(1000)
+        store.fetch("a", out).wait()
+        assert torch.equal(out, torch.arange(1000.0))
+    plan = planned(10**6, optimizer="nvme", path=tmp_path).plan
+    found = off.Preflight(
+        plan=plan, ranks=2, free=off.Free(), speeds=speeds, forecast=off.forecast(plan, speeds, ranks=2)
+    )
+    assert f"drive at its best with {speeds.settings.engine}, blocks of" in str(found)
 
 
 def test_ranks_of_one_machine_share(tmp_path) -> None:

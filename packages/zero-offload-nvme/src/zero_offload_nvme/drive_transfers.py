@@ -149,4 +149,4 @@ class ReadAhead:
                 return self._spare.pop(position)
         while self._spare and sum(each.numel() for each in self._spare) + nbytes > room:
             self._spare.pop(0)
-        return ak.aligned_empty(nbytes)
+        return ak.aligned_empty(nbytes, register=self._engine)

@@ -6,9 +6,13 @@ In: a `TierPlan`, `Speeds`. Out: a `Forecast`. Ranks of one machine share its me
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from .errors import OffloadConfigError
 from .tiers import TierPlan
+
+if TYPE_CHECKING:
+    from accel_kernels import TransferSettings
 
 PARAMETER_S = 80e-6
 """What Python spends on a parameter in a step; matters for models whose step takes a few milliseconds."""
@@ -23,6 +27,8 @@ class Speeds:
         drive_read, drive_write: each alone. None: not measured.
         drive_both: while it reads and writes, bytes counted alike. None: as if one came after the other.
         link: between host and device, one direction.
+        settings: that the drive was read and written with, the fastest found there (of several drives the slowest's).
+            `NvmeStore(path, engine=accel_kernels.TransferEngine(**settings.arguments()))` uses them.
     """
 
     memory: float
@@ -30,10 +36,11 @@ class Speeds:
     drive_write: float | None = None
     drive_both: float | None = None
     link: float | None = None
+    settings: TransferSettings | None = None
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if value is not None and not value > 0:
+            if name != "settings" and value is not None and not value > 0:
                 raise OffloadConfigError(f"Speeds({name}=...): expected GB/s above 0, got {value!r}")
 
 

@@ -21,13 +21,15 @@ class Free:
     Attributes:
         host: memory of this machine, for all its ranks.
         address_space: that this process may still map (`ulimit -v`); None: as much as it likes.
-        drive: for all ranks of this machine.
+        drive: for all ranks of this machine, on all drives together.
+        num_drives: that these bytes are on.
         device: this rank's.
     """
 
     host: int | None = None
     address_space: int | None = None
     drive: int | None = None
+    num_drives: int = 1
     device: int | None = None
 
 
@@ -42,6 +44,7 @@ def free_bytes(paths: Sequence[str], device: str) -> Free:
         host=host_free(),
         address_space=address_space_free(),
         drive=drive_free(paths) if paths else None,
+        num_drives=len({os.stat(existing(path)).st_dev for path in paths}) or 1,
         device=torch.cuda.mem_get_info()[0] if device == "cuda" else None,
     )
 

@@ -66,10 +66,13 @@ class Preflight:
         mapped = plan.host_bytes + plan.total("nvme")
         self._fits("address space", mapped, free.address_space, 1, "raise `ulimit -v`, or use more ranks")
         needed = plan.total("nvme") * ranks
-        if free.drive is not None and needed > free.drive:
+        # A tensor lies on one drive: of each but one, less than the largest may be left that nothing fits into.
+        split = (free.num_drives - 1) * plan.largest_on_drive
+        if free.drive is not None and needed and needed + split > free.drive:
+            pieces = f" in pieces of up to {plan.largest_on_drive}" if split else ""
             raise OffloadDiskError(
                 errno.ENOSPC,
-                f"preflight: {', '.join(self.paths)}: {ranks} rank(s) need {needed} bytes on the drive, and "
+                f"preflight: {', '.join(self.paths)}: {ranks} rank(s) need {needed} bytes{pieces} on the drive, and "
                 f"{free.drive} are free; make room, or name another drive",
             )
 
@@ -115,6 +118,10 @@ class Preflight:
             "link": speeds.link,
         }
         lines = ["speeds: " + ", ".join(f"{n} {v:.3g} GB/s" for n, v in named.items() if v is not None)]
+        if speeds.settings is not None:
+            best = speeds.settings
+            block = f"blocks of {best.block_bytes >> 10} KiB"
+            lines.append(f"drive at its best with {best.engine}, {block}, depth {best.queue_depth}")
         lines.append(
             f"optimizer step: {found.optimizer_s:.3g} s (drive {found.drive_s:.3g}, memory {found.memory_s:.3g}, "
             f"link {found.link_s:.3g})"

@@ -80,6 +80,7 @@ def measure_speeds(
         drive_write=sum(each.write_gb_per_s for each in settings) or None,
         drive_both=sum(both(folder) for folder in drives.values()) or None,
         link=None if device == "cpu" else _link_speed(device),
+        settings=min(settings, key=lambda each: each.read_gb_per_s + each.write_gb_per_s, default=None),
     )
 
 
@@ -131,7 +132,10 @@ def both_speed(
             with NvmeStore(path) as store:
                 store.put("state", torch.rand(starts.stop))
                 store.flush()
-                window, operand = Window(block), Operand(InStore(store, "state"), torch.float32)
+                window, operand = (
+                    Window(block, engine=store.engine),
+                    Operand(InStore(store, "state"), torch.float32),
+                )
                 while not meetings.are_over():
                     with meetings.timed():
                         deque(window.through(blocks, [[operand]]), maxlen=0)

@@ -169,7 +169,8 @@ class StoreStepper:
         if self._window is None:
             most = 3 + len(self.names)
             elements = block_elements(self.window_bytes, most)
-            self._window = Window(elements, pin=unit.device.type != "cpu")
+            engine = getattr(unit.stores.optimizer, "engine", None)
+            self._window = Window(elements, pin=unit.device.type != "cpu", engine=engine)
         return self._window
 
     def hand_over_window(self, unit: FlatUnit) -> Window:

@@ -65,11 +65,13 @@ class _Sum:
     nbytes: dict[Tier, dict[Kind, int]] = field(
         default_factory=lambda: {tier: dict.fromkeys(KINDS, 0) for tier in TIERS}
     )
+    largest_on_drive: int = 0
 
     def hold(self, tier: Tier, kind: Kind, nbytes: int, tensors: int = 1) -> None:
         """So many tensors of one size; on a drive each begins on a page."""
         if tier == "nvme" and tensors:
-            nbytes = tensors * (-(-nbytes // (tensors * PAGE)) * PAGE)
+            each = -(-nbytes // (tensors * PAGE)) * PAGE
+            nbytes, self.largest_on_drive = tensors * each, max(self.largest_on_drive, each)
         self.nbytes[tier][kind] += nbytes
 
 
@@ -139,7 +141,14 @@ def plan_tiers(
     found.hold("host", "window", _windows(job, parts, block))
     for kind in ("params", "grads"):  # what is read ahead; what is on its way to the drive
         found.hold("host", "in_flight", min(tiers.cache_bytes, found.nbytes["nvme"][kind]))
-    return TierPlan(stage=stage, world=world, tiers=tiers, nbytes=found.nbytes, traffic=traffic)
+    return TierPlan(
+        stage=stage,
+        world=world,
+        tiers=tiers,
+        nbytes=found.nbytes,
+        traffic=traffic,
+        largest_on_drive=0 if job.as_in_paper else found.largest_on_drive,
+    )
 
 
 def _own_precision(unit: _Sized, precision: zero.Precision) -> zero.Precision:

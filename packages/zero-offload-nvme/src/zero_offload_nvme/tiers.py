@@ -102,6 +102,8 @@ class TierPlan:
     Attributes:
         nbytes: tier -> kind -> bytes.
         traffic: of a step.
+        largest_on_drive: bytes of the largest tensor that rests on one, in pages; 0 where only a number of parameters
+            is known.
     """
 
     stage: int
@@ -109,6 +111,7 @@ class TierPlan:
     tiers: Tiers
     nbytes: dict[Tier, dict[Kind, int]]
     traffic: Traffic
+    largest_on_drive: int = 0
 
     def total(self, tier: Tier) -> int:
         """Bytes in a tier."""

@@ -88,9 +88,10 @@ class Operand:
 class _Room:
     """Memory for one block of a few tensors, and the writes that still come from it."""
 
-    def __init__(self, block_bytes: int, *, pin: bool) -> None:
+    def __init__(self, block_bytes: int, *, pin: bool, engine: ak.TransferEngine | None) -> None:
         self._block_bytes = block_bytes
         self._pin = pin
+        self._engine = engine
         self._buffers: list[torch.Tensor] = []
         self.writes: list[Handle] = []
 
@@ -99,7 +100,7 @@ class _Room:
             made = (
                 pinned_empty(self._block_bytes, torch.uint8)
                 if self._pin
-                else ak.aligned_empty(self._block_bytes)
+                else ak.aligned_empty(self._block_bytes, register=self._engine)
             )
             self._buffers.append(made)
         return self._buffers[number][: numel * dtype.itemsize].view(dtype)
@@ -117,12 +118,20 @@ class Window:
         block_elements: of a block, at most; of 8 bytes at most.
         depth: blocks being read, stepped and written at once.
         pin: memory that a device copies to and from.
+        engine: that most blocks come and go by; memory that is not pinned is registered with it.
     """
 
-    def __init__(self, block_elements: int, *, depth: int = DEPTH, pin: bool = False) -> None:
+    def __init__(
+        self,
+        block_elements: int,
+        *,
+        depth: int = DEPTH,
+        pin: bool = False,
+        engine: ak.TransferEngine | None = None,
+    ) -> None:
         self.block_elements = block_elements
         self.depth = depth
-        self._rooms = [_Room(block_elements * 4, pin=pin) for _ in range(depth)]
+        self._rooms = [_Room(block_elements * 4, pin=pin, engine=engine) for _ in range(depth)]
 
     def through(
         self,

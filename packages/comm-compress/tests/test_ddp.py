@@ -124,7 +124,10 @@ def test_training_with_each_hook() -> None:
                 "bf16": (2, 2.01), "powersgd": (1.1, 10),
             }[kind]  # fmt: skip
             assert low <= ratio <= high, (kind, ratio)
-            assert (codec_s > 0) == (kind not in ("fp16", "bf16", "powersgd"))
+            if kind in ("fp16", "bf16", "powersgd"):
+                assert codec_s is None  # torch's hooks do not tell
+            else:
+                assert codec_s > 0
 
 
 def owed(rank: int, world: int) -> tuple[float, float]:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 import zero_core as zero
 from compress_lab import batch, build, loss_of, shard, train
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from zero_core.testing import run_ranks
 
 TIMEOUT_S = 2.0
@@ -121,3 +122,17 @@ def test_survivors_end_with_a_name(stage: int, how: str) -> None:
     assert "rank 0 of 2" in message
     assert "rank 1" in message or "ranks have parted" in message
     assert seconds < TIMEOUT_S * 4 + 5
+
+
+def whole_gradients_are_missing(rank: int) -> None:
+    model = fully_shard(torch.nn.Linear(8, 8), mesh=init_device_mesh("cpu", (1,)))
+    model(torch.ones(2, 8)).sum().backward()
+    for make in (cc.OneBitAdam, cc.ZeroOneAdam, cc.OneBitLamb):
+        with pytest.raises(
+            cc.CompressConfigError, match=r"'param\.0': expected a plain tensor, got a DTensor"
+        ):
+            make(model.parameters(), lr=1e-3).step()
+
+
+def test_1bit_optimizers_refuse_fsdps_parameters() -> None:
+    run_ranks(whole_gradients_are_missing, 1)

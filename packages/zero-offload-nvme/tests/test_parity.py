@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import zero_core as zero
+import zero_offload_nvme as off
 from stored_models import build, stores, train
 from zero_core.testing import run_ranks
 
@@ -56,6 +59,35 @@ def other_optimizers(rank: int, folder: str) -> None:
 
 def test_other_optimizers(tmp_path) -> None:
     run_ranks(other_optimizers, 2, str(tmp_path))
+
+
+def own_optimizers(rank: int, folder: str, stage: int) -> None:
+    """In place of torch's, with the same bits, and its state goes on in the other."""
+    pairs = {
+        "adamw": (off.CPUAdamW, torch.optim.AdamW, {"lr": 1e-2, "weight_decay": 0.1}),
+        "adam": (off.CPUAdam, torch.optim.Adam, {"lr": 1e-2, "weight_decay": 0.1}),
+    }
+    for name, (ours, theirs, options) in pairs.items():
+        states = []
+        for kind, first, second in (("none", theirs, theirs), ("host", ours, theirs), ("nvme", theirs, ours)):
+            store = stores(kind, "all", stage, folder)
+            model, opt = build(store, stage, torch.bfloat16, make=partial(first, **options))
+            train(model, opt, rank, range(3))
+            described, scalars = zero.sharded_state(model, opt), zero.optimizer_scalars(opt)
+            described = {key: shard.local.clone() for key, shard in described.items()}
+            store = stores(kind, "all", stage, folder)
+            model, opt = build(store, stage, torch.bfloat16, make=partial(second, **options))
+            zero.load_sharded_state(model, opt, described)
+            zero.load_optimizer_scalars(opt, scalars)
+            train(model, opt, rank, range(3, 5))
+            states.append(zero.full_state_dict(model))
+        for state in states[1:]:
+            assert all(torch.equal(state[key], states[0][key]) for key in state), name
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_own_optimizers_step_stores(tmp_path, stage: int) -> None:
+    run_ranks(own_optimizers, 2, str(tmp_path), stage)
 
 
 def ratio(rank: int, folder: str) -> None:

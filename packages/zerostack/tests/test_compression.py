@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import comm_compress as cc
 import pytest
 import torch
@@ -221,3 +223,16 @@ def test_switched_off_means_off(solo):
         {"stage": 3, "zero_quantized_weights": False, "zero_hpz_partition_size": 1, "zeropp_loco_param": None}
     )
     assert engine.collectives is None
+
+
+def on_uneven_machines(rank):
+    """Two ranks on one machine, and one on each of two others."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_WORLD_SIZE", "2" if rank < 2 else "1")
+        engine = made({"stage": 2, "zero_quantized_gradients": True})
+        return train(engine, rank, range(3))
+
+
+def test_ranks_agree_on_nodes_where_machines_are_uneven():
+    for losses in run_ranks(on_uneven_machines, 4):
+        assert all(math.isfinite(loss) for loss in losses)

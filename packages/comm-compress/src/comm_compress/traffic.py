@@ -72,6 +72,7 @@ class Entry:
         plain: bytes that the same calls would have sent uncompressed.
         sent: bytes that were sent.
         codec: time in codecs.
+        is_timed: whether it is counted; torch's own hooks do not tell.
         note: what the policy has decided, for people.
     """
 
@@ -80,6 +81,7 @@ class Entry:
     plain: Sent = NOTHING
     sent: Sent = NOTHING
     codec: Stopwatch = field(default_factory=Stopwatch)
+    is_timed: bool = True
     note: str = ""
 
     def begin(self, plain: Sent) -> None:
@@ -108,7 +110,7 @@ class Line:
         calls: how often.
         plain: what would have been sent uncompressed.
         sent: what was.
-        codec_s: seconds in codecs.
+        codec_s: seconds in codecs; None: nobody has measured them.
         note: what the policy has decided.
     """
 
@@ -116,7 +118,7 @@ class Line:
     calls: int
     plain: Sent
     sent: Sent
-    codec_s: float
+    codec_s: float | None
     note: str = ""
 
     @property
@@ -127,17 +129,19 @@ class Line:
         return self.plain.total / self.sent.total
 
     @property
-    def break_even_bytes_per_s(self) -> float:
+    def break_even_bytes_per_s(self) -> float | None:
         """The bandwidth, bytes a second for this rank, below which compression pays: bytes saved / codec time.
 
         The bytes are those between nodes, where there are any; 0 where compression never pays, inf where it costs
-        nothing.
+        nothing, None where nobody has measured what it costs.
         """
         saved = (
             self.plain.across - self.sent.across if self.plain.across else self.plain.total - self.sent.total
         )
         if saved <= 0:
             return 0.0
+        if self.codec_s is None:
+            return None
         return saved / self.codec_s if self.codec_s else float("inf")
 
 
@@ -158,7 +162,7 @@ class Traffic:
         for line in self.lines:
             sent, plain = sent + line.sent, plain + line.plain
         calls = sum(line.calls for line in self.lines)
-        return Line("total", calls, plain, sent, sum(line.codec_s for line in self.lines))
+        return Line("total", calls, plain, sent, _sum(*(line.codec_s for line in self.lines)))
 
     def line(self, kind: str) -> Line:
         """The line of one kind; all zeros if there were no calls."""
@@ -195,9 +199,23 @@ def _cells(line: Line) -> list[str]:
         f"{line.sent.total / 1e6:.3f}",
         f"{line.sent.across / 1e6:.3f}",
         f"{line.ratio:.2f}",
-        f"{line.codec_s:.4f}",
-        "-" if not pays else "any" if pays == float("inf") else f"{pays * 8 / 1e6:,.0f} Mb/s",
+        "?" if line.codec_s is None else f"{line.codec_s:.4f}",
+        _speed(pays),
     ]
+
+
+def _speed(bytes_per_s: float | None) -> str:
+    if bytes_per_s is None:
+        return "?"
+    if not bytes_per_s:
+        return "-"
+    return "any" if bytes_per_s == float("inf") else f"{bytes_per_s * 8 / 1e6:,.0f} Mb/s"
+
+
+def _sum(*seconds: float | None) -> float | None:
+    """None where one of them is."""
+    known = [each for each in seconds if each is not None]
+    return sum(known) if len(known) == len(seconds) else None
 
 
 def traffic(counted: Counted) -> Traffic:
@@ -229,7 +247,7 @@ def traffic(counted: Counted) -> Traffic:
             before.calls + entry.calls,
             before.plain + entry.plain,
             before.sent + entry.sent,
-            before.codec_s + entry.codec.seconds,
+            _sum(before.codec_s, entry.codec.seconds if entry.is_timed else None),
             "; ".join(notes),
         )
     return Traffic(tuple(line for line in found.values() if line.calls))

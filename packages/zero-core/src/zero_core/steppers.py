@@ -231,6 +231,15 @@ RULES: dict[type[Optimizer], FusedRule] = {
 }
 
 
+def rule_of(inner: Optimizer) -> FusedRule | None:
+    """How a kernel steps it; None: none does. A class of another package may name its own, as `fused_rule`.
+
+    Of a subclass that is not the very class, nobody knows what its step does.
+    """
+    own: FusedRule | None = vars(type(inner)).get("fused_rule")
+    return own or RULES.get(type(inner))
+
+
 Options: TypeAlias = "list[tuple[tuple[bool, ...], bool]]"
 
 
@@ -249,7 +258,7 @@ def has_kernel(inner: Optimizer) -> bool:
     hooks = [*inner._optimizer_step_pre_hooks.values(), *inner._optimizer_step_post_hooks.values()]
     hooked = not all(isinstance(hook, StepGuard) for hook in hooks)  # only its own step calls others
     return (
-        type(inner) in RULES
+        rule_of(inner) is not None
         and not hooked
         and not any(any(unusual) for unusual, _ in options)
         and _num_momenta(options) == 1
@@ -287,7 +296,9 @@ class FusedStepper:
 
     def __init__(self, inner: Optimizer) -> None:
         self.inner = inner
-        self._rule = RULES[type(inner)]
+        rule = rule_of(inner)
+        assert rule is not None  # `supports` was asked
+        self._rule = rule
         self._options = asked_for(inner)
         self._flat: dict[int, tuple[torch.Tensor, ...]] = {}
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from torch.optim import Adam
+from zero_core.steppers import RULES
 
 from .optimizer import HostOptimizer
 from .rules import ADAM
@@ -37,6 +39,7 @@ class CPUAdam(HostOptimizer):
     """
 
     rule = ADAM
+    fused_rule = RULES[Adam]
 
     def __init__(
         self,
@@ -60,6 +63,8 @@ class CPUAdam(HostOptimizer):
 
 class CPUAdamW(CPUAdam):
     """AdamW on the host: a drop-in for `torch.optim.AdamW`, with parameters anywhere; `CPUAdam` says the rest."""
+
+    fused_rule = RULES[Adam]  # groups say that weight decay is decoupled
 
     def __init__(
         self,

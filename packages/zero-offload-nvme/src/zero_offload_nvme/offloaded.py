@@ -28,7 +28,8 @@ class OffloadedOptimizer(ShardedOptimizer):
 
     Args:
         model: a model that `zero_core.shard(..., store=...)` returned.
-        optimizer: torch's AdamW, Adam, Adagrad or SGD on its parameters; for "zenflow" AdamW or Adam.
+        optimizer: torch's AdamW, Adam, Adagrad or SGD on its parameters, or `CPUAdamW`, `CPUAdam`; for "zenflow"
+            AdamW or Adam.
         overlap: "exact": a step begins when all is known (see `last_backward`), and ends when all is stepped.
             "speculative": a unit's step begins in a thread as soon as its gradient is reduced, and counts if it is not
             clipped, does not overflow, and nothing else is otherwise than it was taken for; else it is done again.

@@ -16,7 +16,16 @@ from torch.optim import Optimizer
 from zero_core import ShardSlot, UnitStep
 from zero_core.flat_unit import FlatUnit
 from zero_core.hooks import Lane
-from zero_core.steppers import RULES, FusedRule, FusedStepper, asked_for, check_options, has_kernel, merge
+from zero_core.steppers import (
+    RULES,
+    FusedRule,
+    FusedStepper,
+    asked_for,
+    check_options,
+    has_kernel,
+    merge,
+    rule_of,
+)
 
 from .blocks import block_elements, cut_blocks
 from .errors import OffloadConfigError
@@ -86,7 +95,7 @@ class StoreStepper:
     """A `zero_core.ShardOptimizer` over stores.
 
     Args:
-        inner: torch's AdamW, Adam, Adagrad or SGD, with options that the fused kernels know.
+        inner: torch's AdamW, Adam, Adagrad or SGD, `CPUAdamW` or `CPUAdam`, with options that the fused kernels know.
         window_bytes: of host memory for blocks being read, stepped and written; states in host memory are stepped where
             they lie.
 
@@ -97,7 +106,8 @@ class StoreStepper:
     casts = True
 
     def __init__(self, inner: Optimizer, *, window_bytes: int = 192 << 20) -> None:
-        if not has_kernel(inner):
+        rule = rule_of(inner)
+        if rule is None or not has_kernel(inner):
             known = ", ".join(each.__name__ for each in RULES)
             raise OffloadConfigError(
                 f"{type(inner).__name__}: expected one of {known}, without amsgrad, maximize, differentiable, "
@@ -105,7 +115,7 @@ class StoreStepper:
             )
         self.inner = inner
         self.window_bytes = window_bytes
-        self.rule = RULES[type(inner)]
+        self.rule = rule
         self._options = asked_for(inner)
         self._resident = FusedStepper(inner)
         self._fresh: set[str] = set()  # zero, and not yet handed out

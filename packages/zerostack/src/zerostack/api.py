@@ -144,7 +144,7 @@ def initialize(
             'both initialize(lr_scheduler=...) and a "scheduler" section are given; leave one out'
         )
     scaler = policies.loss_scaler(settings.config)
-    compressed = collectives(settings.config, num_shards, overlap.timeout_s)
+    compressed = collectives(settings.config, num_shards, group, overlap.timeout_s)
     late = zenflow(settings.config, made)
     loader = None
     if training_data is not None and not isinstance(training_data, DataLoader):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 
 import comm_compress as cc
+import torch.distributed as dist
 
 from .errors import ConfigError
 from .schema import Config, Zero
@@ -47,15 +48,18 @@ def check_compression(config: Config, num_ranks: int) -> None:
         )
 
 
-def collectives(config: Config, num_ranks: int, timeout_s: float) -> cc.QuantizedCollectives | None:
+def collectives(
+    config: Config, num_ranks: int, group: dist.ProcessGroup, timeout_s: float
+) -> cc.QuantizedCollectives | None:
     """How bytes travel; None: as they are.
 
-    A node is `zero_hpz_partition_size` ranks; where that is not given, as many as torchrun has started on this machine,
-    if that divides the ranks.
+    A node is `zero_hpz_partition_size` ranks; where that is not given, as many as torchrun has started on each machine,
+    if that is the same number on all and divides the ranks, which ask each other: every rank calls it.
 
     Args:
         config: the whole configuration.
         num_ranks: that share one set of shards.
+        group: all ranks, of several sets.
         timeout_s: deadline of each.
     """
     section = config.zero_optimization
@@ -66,7 +70,7 @@ def collectives(config: Config, num_ranks: int, timeout_s: float) -> cc.Quantize
         weights="int8" if section.zero_quantized_weights else None,
         grads="int4" if section.zero_quantized_gradients else None,
         frozen="int8" if section.zero_quantized_nontrainable_weights else None,
-        node_size=section.zero_hpz_partition_size if secondary else _ranks_of_this_machine(num_ranks),
+        node_size=section.zero_hpz_partition_size if secondary else _ranks_of_a_machine(num_ranks, group),
         secondary=secondary,
         loco=_loco(section),
         timeout_s=timeout_s,
@@ -83,6 +87,8 @@ def _loco(section: Zero) -> cc.LoCoPolicy | None:
     return cc.LoCoPolicy(beta=asked.err_beta, reset_steps=asked.reset_T) if section.uses_loco else None
 
 
-def _ranks_of_this_machine(num_ranks: int) -> int | None:
+def _ranks_of_a_machine(num_ranks: int, group: dist.ProcessGroup) -> int | None:
     told = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
-    return told if told and num_ranks % told == 0 else None
+    every = [told] * group.size()
+    dist.all_gather_object(every, told, group)
+    return told if told and set(every) == {told} and num_ranks % told == 0 else None

@@ -119,6 +119,7 @@ def _kind(config: Config, optimizer: Optimizer | None) -> tuple[str, str | None]
         name, options = config.optimizer.type, [config.optimizer.params.model_dump()]
     else:
         known = {Adam: "Adam", AdamW: "AdamW", SGD: "SGD", Adagrad: "Adagrad", Lion: "Lion"}
+        known |= {off.CPUAdam: "Adam", off.CPUAdamW: "AdamW", off.CPUAdagrad: "Adagrad", off.CPULion: "Lion"}
         name, options = known.get(type(optimizer), ""), optimizer.param_groups
     if not name:
         return "adam", f"Adam's, since that of {type(optimizer).__name__} is not known"

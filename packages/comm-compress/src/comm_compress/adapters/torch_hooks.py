@@ -26,7 +26,7 @@ class CastHook:
         self.grid = grid
         self.group = group
         self.torchs = torchs
-        self.entry = Entry("all_reduce")
+        self.entry = Entry("all_reduce", is_timed=False)
 
     def __call__(self, state: object, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
         """Start to average a bucket's gradients over the ranks."""
@@ -53,7 +53,7 @@ class PowerSGDHook:
         self.grid = grid
         self.state = state
         state.process_group = _for_a_thread(state.process_group)
-        self.entry = Entry("all_reduce")
+        self.entry = Entry("all_reduce", is_timed=False)
         self._worker = Worker()
 
     def __call__(self, state: object, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from zero_core import PlainCollectives, Wire
 
@@ -245,4 +246,9 @@ def _check_param(what: str, name: str, param: Tensor) -> None:
         raise CompressConfigError(
             f"{what}: parameter '{name}': expected a dense float32, bfloat16 or float16 tensor, got {param.dtype}, "
             f"{param.layout}"
+        )
+    if isinstance(param, DTensor):
+        raise CompressConfigError(
+            f"{what}: parameter '{name}': expected a plain tensor, got a DTensor (FSDP2, tensor parallelism): every "
+            "rank needs whole gradients of its own; use a plain loop, DDP, or zero_core.shard(stage=1)"
         )

@@ -7,7 +7,7 @@
 
 Part "time": the same GPT on two gloo ranks by every engine, alternating; DeepSpeed with its own CPU Adam and, where its
 asynchronous I/O was built, its NVMe path. Part "largest": both ranks in one memory control group (needs root); layers
-are added until one no longer gets through two steps, without a store and with everything in files. There `limit` is
+are added until one no longer gets through three steps, without a store and with everything in files. There `limit` is
 the time that the bytes which a step moves take at the bandwidth that was measured just before.
 """
 
@@ -105,7 +105,7 @@ def memory_group(limit_bytes: int) -> Iterator[Path]:
 
 
 def attempt(layers: int, drive: bool, limit_bytes: int, options: argparse.Namespace) -> dict[str, Any] | None:
-    """Two steps of a GPT of so many layers in a memory group; None: it did not get through."""
+    """Three steps (the first warms up) of a GPT of so many layers in a memory group; None: it did not get through."""
     order = {
         "layers": layers, "width": options.width, "drive": drive, "steps": 3, "sequences": 1,
         "tokens": options.tokens,

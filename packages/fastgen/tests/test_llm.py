@@ -20,6 +20,7 @@ from fastgen import (
     SchedulePolicy,
     build_engine,
 )
+from fastgen.models.decoder import Decoder
 
 CONFIG = EngineConfig(cache=CachePolicy(max_bytes=8 << 20), schedule=SchedulePolicy(token_budget=64))
 
@@ -87,6 +88,20 @@ def test_a_folder_that_is_none(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ModelError):
         LLM(tmp_path)
+
+
+def test_a_forward_may_be_filled_beyond_what_is_tried_at_the_start(folder, monkeypatch):
+    sizes = []
+    plain = Decoder.activation_bytes
+
+    def noted(decoder, num_tokens, num_logits):
+        sizes.append(num_tokens)
+        return plain(decoder, num_tokens, num_logits)
+
+    monkeypatch.setattr(Decoder, "activation_bytes", noted)
+    llm = LLM(folder, replace(CONFIG, schedule=SchedulePolicy(prompt_fill=3000)))
+    assert llm.engine.scheduler.policy.token_budget == 3000
+    assert sizes == [3000]  # memory for such forwards is kept free
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -9,6 +9,7 @@ import ckpt_universal as ckpt
 import pytest
 import torch
 import zero_core as zero
+import zero_offload_nvme as off
 import zerostack
 from zero_core.testing import run_ranks
 from zerostack import CheckpointError, ConfigError
@@ -59,6 +60,25 @@ def same_losses(rank, folder, stage, low):
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_the_losses_of_the_engine_without_it(tmp_path, stage, low):
     run_ranks(same_losses, 2, str(tmp_path), stage, low)
+
+
+def host_optimizers(rank):
+    """As a script has them that makes DeepSpeed's CPU Adam itself."""
+    for ours, theirs in ((off.CPUAdamW, torch.optim.AdamW), (off.CPUAdam, torch.optim.Adam)):
+        found = []
+        for make in (ours, theirs):
+            raw = {key: value for key, value in config(2).items() if key != "optimizer"}
+            raw["zero_optimization"] = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+            torch.manual_seed(0)
+            model = Small()
+            optimizer = make(model.parameters(), lr=1e-2, weight_decay=0.1)
+            engine = zerostack.initialize(model=model, optimizer=optimizer, config=raw)[0]
+            found.append(train(engine, rank, range(4)))
+        assert found[0] == found[1]
+
+
+def test_optimizers_of_the_host_are_taken_as_torchs():
+    run_ranks(host_optimizers, 2)
 
 
 def resumed(rank, folder, root):
@@ -208,8 +228,8 @@ def test_a_section_that_names_no_device_means_the_host():
     section = {"stage": 3, "offload_optimizer": {"ratio": 0.5}, "offload_param": {"pin_memory": False}}
     found = effective({"train_batch_size": 2, "zero_optimization": section}, around).config.zero_optimization
     assert (found.offload_optimizer.device, found.offload_param.device) == ("cpu", "cpu")
-    for off in (None, False, {}):
-        section = {"stage": 3, "offload_optimizer": off}
+    for nothing in (None, False, {}):
+        section = {"stage": 3, "offload_optimizer": nothing}
         found = effective({"train_batch_size": 2, "zero_optimization": section}, around).config
         assert found.zero_optimization.offload_optimizer.device == "none"
 

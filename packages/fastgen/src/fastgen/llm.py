@@ -209,7 +209,7 @@ def build_engine(
     loaded = load_model(model, config, group=group)
     parallel = TensorParallel(group)
     text_config = loaded.hf_config.get_text_config()
-    most = config.schedule.token_budget or _MOST_BUDGET
+    most = config.schedule.token_budget or max(_MOST_BUDGET, config.schedule.prompt_fill or 0)
     if config.cache.dtype not in (None, torch.int8, loaded.dtype):
         raise ConfigError(
             f"CachePolicy(dtype=...): expected torch.int8, the model's {loaded.dtype} or None, got {config.cache.dtype}"

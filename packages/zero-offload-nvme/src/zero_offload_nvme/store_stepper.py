@@ -29,6 +29,7 @@ from zero_core.steppers import (
 
 from .blocks import block_elements, cut_blocks
 from .errors import OffloadConfigError
+from .nvme_store import NvmeStore
 from .window import InStore, OnDevice, Operand, Window
 
 
@@ -179,7 +180,8 @@ class StoreStepper:
         if self._window is None:
             most = 3 + len(self.names)
             elements = block_elements(self.window_bytes, most)
-            engine = getattr(unit.stores.optimizer, "engine", None)
+            store = unit.stores.optimizer
+            engine = store.engine if isinstance(store, NvmeStore) else None
             self._window = Window(elements, pin=unit.device.type != "cpu", engine=engine)
         return self._window
 

@@ -67,6 +67,19 @@ def loopback_bytes() -> int:
     raise OSError("/proc/net/dev has no loopback interface")
 
 
+def drive_busy_s(path: str) -> float | None:
+    """Seconds since boot in which the drive of a path had something to do (Linux: block/stat, io_ticks).
+
+    None: the system counts none for it.
+    """
+    number = os.stat(path).st_dev
+    try:
+        counters = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}/stat").read_text().split()
+    except OSError:
+        return None
+    return int(counters[9]) / 1e3
+
+
 def hardware() -> dict[str, object]:
     """The machine, for a result's record."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()

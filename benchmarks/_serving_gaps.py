@@ -1,7 +1,8 @@
 """Seconds between the tokens of running requests while a long prompt is computed, by schedule; and a picture of them.
 
-In: a model. Out: how much longer gaps are beside the prompt than without it (p95, the median of rounds that alternate),
-and how long the prompt takes. A smaller part of the prompt in each forward makes gaps shorter and the prompt later.
+In: a model's folder. Out: how much longer gaps are beside the prompt than without it (p95, the median of rounds that
+alternate), and how long the prompt takes. A smaller part of the prompt in each forward makes gaps shorter and the
+prompt later.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from typing import Any
 from _serving_jobs import LONG, engine_of, greedy
 from fastgen import Schedule
 from fastgen.engine import Engine
-from transformers import LlamaForCausalLM
 
 RUNNING = 4
 STRETCH = 1.4
@@ -76,7 +76,7 @@ class Beside:
 
 
 def compare(
-    model: LlamaForCausalLM, gib: float, *, budget: int, measured: int | None, rounds: int, scale: int
+    model: str, gib: float, *, budget: int, measured: int | None, rounds: int, scale: int
 ) -> dict[str, Beside]:
     """Every schedule: by default, a fixed budget, `gap_s`, whole prompts first; `measured`: where throughput saturates.
 

@@ -9,7 +9,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import fastgen
@@ -64,14 +64,28 @@ def model_of(name: str, device: str = "cpu") -> LlamaForCausalLM:
     return made
 
 
-def engine_of(model: LlamaForCausalLM, gib: float, *, prefix: bool = True, **schedule: Any) -> Engine:
-    """An engine over the model's own weights; `prefix`: it keeps what prompts begin with."""
+def tokenizer_of(model: LlamaForCausalLM) -> Any:
+    """A word for each id."""
     make: Any = PreTrainedTokenizerFast
     words = {f"w{number}": number for number in range(model.config.vocab_size)}
-    tokenizer = make(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")))
+    return make(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")))
+
+
+def save(model: LlamaForCausalLM, folder: str) -> str:
+    """Files that an engine loads; their folder."""
+    model.save_pretrained(folder)
+    tokenizer_of(model).save_pretrained(folder)
+    return folder
+
+
+def engine_of(model: LlamaForCausalLM | str, gib: float, *, prefix: bool = True, **schedule: Any) -> Engine:
+    """An engine for the files in a folder, or over a module's own weights; `prefix`: it keeps how prompts begin."""
     cache = CachePolicy(max_bytes=int(gib * 2**30), prefix=prefix)
-    config = EngineConfig(cache=cache, schedule=SchedulePolicy(**schedule), device=model.device)
-    return fastgen.build_engine(model, config, tokenizer=tokenizer)
+    config = EngineConfig(cache=cache, schedule=SchedulePolicy(**schedule))
+    if isinstance(model, str):
+        return fastgen.build_engine(model, config)
+    config = replace(config, device=model.device)
+    return fastgen.build_engine(model, config, tokenizer=tokenizer_of(model))
 
 
 def streamed_bytes(model: LlamaForCausalLM) -> int:

@@ -77,8 +77,11 @@ def page(found: dict[str, Found], options: argparse.Namespace) -> str:
             f"p95 gap beside a prompt of 4,096 tokens / without; seconds of the prompt: {title}",
             lambda f, kind=kind: f"**{f[f'{kind}_gap']:.2f}**; {f[f'{kind}_prompt_s']:.1f}",  # type: ignore[misc]
         )
-    row(
-        "first token, nine tenths of the prompt shared: computed / cached",
-        lambda f: f"**{f['first_token_computed_s'] / f['first_token_cached_s']:.1f} x**",
-    )
+    for length in (1000, 4000):
+        row(
+            f"first token of {length:,}, nine tenths of them shared: computed / cached",
+            lambda f, length=length: (  # type: ignore[misc]
+                f"**{f[f'first_token_computed_{length}_s'] / f[f'first_token_cached_{length}_s']:.1f} x**"
+            ),
+        )
     return "\n".join([*lines, ""])

@@ -19,6 +19,7 @@ import argparse
 import json
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -33,6 +34,7 @@ from _processes import say
 from _serving_jobs import (
     LONG,
     SHAPES,
+    VOCAB,
     continuous,
     engine_of,
     first_token,
@@ -41,6 +43,7 @@ from _serving_jobs import (
     one_stream,
     prompt_rate,
     rate,
+    save,
     serve,
     static_batches,
     streamed_bytes,
@@ -52,9 +55,10 @@ from transformers import LlamaForCausalLM
 
 HERE = Path(__file__).resolve().parent
 PICTURE = HERE.parent / "docs" / "images" / "fastgen-gaps.svg"
-REQUESTS, FEWER = 32, {"1b": 8}  # fewer where the static batches of transformers take minutes
+REQUESTS, FEWER = 32, {"1b": 16}  # fewer where the static batches of transformers take minutes
 PROMPT = 1024
 PLACES = 32  # sequences of llama.cpp
+SHARED = (1000, 4000)  # tokens of prompts that begin alike
 
 
 def bandwidth() -> float:
@@ -77,24 +81,26 @@ def seconds(act: Callable[[], object]) -> float:
 def measure(name: str, options: argparse.Namespace) -> Found:
     """One model."""
     model = model_of(name)
-    if options.gaps_alone:
-        return beside(name, model, None, options)
     with ExitStack() as stack:
+        folder = save(model, stack.enter_context(tempfile.TemporaryDirectory()))
+        if options.gaps_alone:
+            return beside(name, folder, None, options)
         peer = None
         if options.llama_cpp:
             say(f"{name}: llama.cpp begins")
             peer = begin(model)
             stack.callback(peer.stop)
-        found: Found = mixed(name, model, peer, options) | alone(name, model, peer, options)
+        found: Found = mixed(name, model, folder, peer, options) | alone(name, model, folder, peer, options)
         if peer is not None:
             found |= peer.describe()
-    if options.quick:
-        found |= beside(name, model, int(found["prompt_fill"]), options)
-    return found | shared_prompts(model, options)
+        if options.quick:
+            found |= beside(name, folder, int(found["prompt_fill"]), options)
+        say(f"{name}: shared prompts")
+        return found | shared_prompts(folder, options)
 
 
 def mixed(
-    name: str, model: LlamaForCausalLM, peer: LlamaCpp | None, options: argparse.Namespace
+    name: str, model: LlamaForCausalLM, folder: str, peer: LlamaCpp | None, options: argparse.Namespace
 ) -> dict[str, float]:
     """Tokens a second of a mixed load, all engines in turn."""
     requests = options.requests or FEWER.get(name, REQUESTS)
@@ -102,7 +108,7 @@ def mixed(
     rounds: list[dict[str, float]] = []
     for number in range(options.rounds):
         say(f"{name}: mixed load, round {number + 1} of {options.rounds}")
-        engine = engine_of(model, options.gib)
+        engine = engine_of(folder, options.gib)
         fill = engine.scheduler.policy.prompt_fill or 0
         ours = rate(lambda engine=engine: serve(engine, load))  # type: ignore[misc]
         del engine
@@ -121,10 +127,10 @@ def mixed(
 
 
 def alone(
-    name: str, model: LlamaForCausalLM, peer: LlamaCpp | None, options: argparse.Namespace
+    name: str, model: LlamaForCausalLM, folder: str, peer: LlamaCpp | None, options: argparse.Namespace
 ) -> dict[str, float]:
     """One request: seconds of a token, and tokens a second of a prompt; llama.cpp in turn."""
-    engine = engine_of(model, options.gib, prefix=False)
+    engine = engine_of(folder, options.gib, prefix=False)
     weight_bytes = streamed_bytes(model)
     length, count = PROMPT // options.scale, 128 // options.scale + 8
     rounds: list[dict[str, float]] = []
@@ -149,11 +155,11 @@ def medians(rounds: list[dict[str, float]]) -> dict[str, float]:
     return {key: statistics.median(each[key] for each in rounds) for key in rounds[0]}
 
 
-def beside(name: str, model: LlamaForCausalLM, fill: int | None, options: argparse.Namespace) -> Found:
+def beside(name: str, folder: str, fill: int | None, options: argparse.Namespace) -> Found:
     """Gaps between tokens beside a long prompt, by schedule; drawn for one model."""
     say(f"{name}: gaps beside a long prompt")
     found = _serving_gaps.compare(
-        model,
+        folder,
         options.gib,
         budget=options.gap_budget,
         measured=fill,
@@ -170,15 +176,16 @@ def beside(name: str, model: LlamaForCausalLM, fill: int | None, options: argpar
     }
 
 
-def shared_prompts(model: LlamaForCausalLM, options: argparse.Namespace) -> dict[str, float]:
+def shared_prompts(folder: str, options: argparse.Namespace) -> dict[str, float]:
     """Seconds to the first token of prompts that begin alike, with and without the cache of prefixes."""
-    shared = list(range(1, 901 // options.scale + 1))
     found = {}
-    for prefix in (True, False):
-        engine = engine_of(model, options.gib, prefix=prefix, token_budget=512)
-        found[f"first_token_{'cached' if prefix else 'computed'}_s"] = first_token(
-            engine, shared, 100 // options.scale + 1, 9
-        )
+    for length in SHARED:
+        own = length // 10 // options.scale
+        shared = [1 + at % VOCAB for at in range(9 * own)]
+        for prefix in (True, False):
+            engine = engine_of(folder, options.gib, prefix=prefix, token_budget=512)
+            seconds = first_token(engine, shared, own, 9)
+            found[f"first_token_{'cached' if prefix else 'computed'}_{length}_s"] = seconds
     return found
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import zero_core as zero
 import zero_offload_nvme as off
-from stored_models import build, stores, train
+from stored_models import Net, batch, build, loss_of, stores, train
 from zero_core.testing import run_ranks
 
 WHATS = {
@@ -66,6 +66,12 @@ def own_optimizers(rank: int, folder: str, stage: int) -> None:
     pairs = {
         "adamw": (off.CPUAdamW, torch.optim.AdamW, {"lr": 1e-2, "weight_decay": 0.1}),
         "adam": (off.CPUAdam, torch.optim.Adam, {"lr": 1e-2, "weight_decay": 0.1}),
+        "adagrad": (
+            off.CPUAdagrad,
+            torch.optim.Adagrad,
+            {"lr": 1e-2, "initial_accumulator_value": 0.125, "lr_decay": 0.1},  # torch begins in bf16
+        ),
+        "lion": (off.CPULion, off.CPULion, {"lr": 1e-3, "weight_decay": 0.1}),  # torch has none
     }
     for name, (ours, theirs, options) in pairs.items():
         states = []
@@ -83,6 +89,37 @@ def own_optimizers(rank: int, folder: str, stage: int) -> None:
             states.append(zero.full_state_dict(model))
         for state in states[1:]:
             assert all(torch.equal(state[key], states[0][key]) for key in state), name
+
+
+def lion_by_hand(rank: int, folder: str) -> None:
+    """Of one rank, Lion's update as its paper has it, in plain torch."""
+    model, opt = build(
+        stores("nvme", "all", 3, folder), 3, world=1, make=partial(off.CPULion, lr=1e-3, weight_decay=0.1)
+    )
+    torch.manual_seed(0)
+    plain = Net()
+    moments = {param: torch.zeros_like(param) for param in plain.parameters()}
+    for step in range(4):
+        loss_of(plain, batch(step, rank)).backward()
+        with torch.no_grad():
+            for param, moment in moments.items():
+                if param.grad is not None:
+                    update = torch.sign(0.9 * moment + 0.1 * param.grad)
+                    param.sub_(1e-3 * (update + 0.1 * param))
+                    moment.mul_(0.99).add_(param.grad, alpha=0.01)
+        plain.zero_grad()
+    train(model, opt, rank, range(4), clip=None)
+    found = zero.full_state_dict(model)
+    off_by = torch.cat(
+        [(found[name] - param.detach()).abs().flatten() for name, param in plain.named_parameters()]
+    )
+    # Where an average is all but zero its sign is chance, and a parameter two rates off.
+    assert float((off_by > 1e-6).float().mean()) < 0.005
+    assert float(off_by.max()) < 8.1e-3
+
+
+def test_lion_in_a_store_is_its_papers(tmp_path) -> None:
+    run_ranks(lion_by_hand, 1, str(tmp_path))
 
 
 @pytest.mark.parametrize("stage", [1, 3])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 import zerostack
 from zerostack import ConfigError
 from zerostack.cli.main import main
@@ -24,7 +25,6 @@ def zero_section(stage, **more):
     [
         (zero_section(0, offload_optimizer=CPU), "offload_optimizer: needs stage 1"),
         (zero_section(3, offload_param={"device": "nvme"}), "nvme_path is missing"),
-        (zero_section(1, offload_optimizer=CPU) | {"optimizer": {"type": "Lion", "params": {}}}, "Lion: expected one"),
         (zero_section(2, zenflow={}), "all optimizer state rests on the device"),
         (zero_section(2, zenflow={}, offload_optimizer=CPU) | SGD, "or AdamW, got SGD"),
         (zero_section(0, zero_quantized_weights=True), "zero_quantized_weights: needs stage 1"),
@@ -54,3 +54,14 @@ def test_what_the_program_brings_is_not_asked_of_the_file(capsys, tmp_path):
     path.write_text(json.dumps(raw))
     assert main(["explain", str(path), "--world", "4"]) == 0
     assert "zero_optimization.mics_shard_size" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("solo")
+def test_an_optimizer_that_no_kernel_steps_is_not_offloaded():
+    model = Small()
+    raw = config(1) | zero_section(1, offload_optimizer=CPU)
+    del raw["optimizer"]
+    with pytest.raises(ConfigError, match="RMSprop: expected one of AdamW"):
+        zerostack.initialize(
+            model=model, optimizer=torch.optim.RMSprop(model.parameters(), lr=0.1), config=raw
+        )

@@ -7,7 +7,7 @@ Modules, in the order in which a request passes through them:
   ``block_tables`` over ``blocks`` and ``prefix``: where their keys and values lie. No tensors.
 - ``step_plan`` -> ``batch``: one forward, as data and as tensors.
 - ``runner``: the forward; ``kv_cache``, ``attention``, ``models``, ``linear``, ``parallel``, ``adapters``.
-- ``checkpoint``, ``weights``: models from directories and modules.
+- ``checkpoint`` -> ``fill`` with ``huge_pages`` -> ``weights``: models from directories and modules.
 - ``choices`` -> ``sampler`` with ``grammar`` and ``seen``; ``beam_step`` with ``beams``: logits to tokens;
   ``speculation``: guesses.
 - ``text``, ``lines``, ``jobs``: tokens to text, ends, and what is told of a request.

@@ -30,6 +30,10 @@ class Checkpoint(Protocol):
         """A slice of a tensor, maybe a view of memory that others hold."""
         ...
 
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether a tensor is such a view."""
+        ...
+
 
 class ModuleCheckpoint:
     """The tensors of a module, as its `state_dict` names them; reading makes no copies."""
@@ -37,6 +41,7 @@ class ModuleCheckpoint:
     def __init__(self, tensors: Mapping[str, Tensor], where: str) -> None:
         self.where = where
         self._tensors = tensors
+        self._memory = {tensor.untyped_storage().data_ptr() for tensor in tensors.values()}
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Of every tensor."""
@@ -45,6 +50,10 @@ class ModuleCheckpoint:
     def read(self, name: str, index: tuple[slice, ...]) -> Tensor:
         """A view."""
         return self._tensors[name].detach()[index]
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether it has the memory of one of them."""
+        return tensor.untyped_storage().data_ptr() in self._memory
 
 
 class FileCheckpoint:
@@ -86,6 +95,10 @@ class FileCheckpoint:
                 f"{path}: tensor {name!r} cannot be read: {error}; fetch the file again"
             ) from error
         return tensor
+
+    def holds(self, tensor: Tensor) -> bool:
+        """No: what it reads is copied."""
+        return False
 
     def __enter__(self) -> FileCheckpoint:
         return self

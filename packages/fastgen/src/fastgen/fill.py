@@ -14,9 +14,11 @@ from torch import Tensor
 
 from .checkpoint import Checkpoint
 from .errors import ModelError
+from .huge_pages import HugePages
 from .linear import Linear
 from .models.decoder import Decoder
 from .models.families import Family
+from .models.layers import Embedding
 from .models.spec import DecoderSpec
 from .models.weight_map import Source, pieces, sources
 from .parallel import Shard
@@ -51,6 +53,7 @@ def fill(
     names = _Names(checkpoint, family)
     table = family.table(hf_config)
     linears: list[tuple[Linear, tuple[Source, ...]]] = []
+    huge_pages = HugePages()
     for module_name, module in decoder.named_modules():
         if not isinstance(module, Loadable):
             continue
@@ -67,9 +70,19 @@ def fill(
             if parameter == "weight" and isinstance(module, Linear) and module_name.endswith(_ADAPTED):
                 linears.append((module, parts))
         module.load(loaded.get("weight"), loaded.get("bias"))
+        if isinstance(module, (Linear, Embedding)) and module.device.type == "cpu":
+            _settle(module, checkpoint, huge_pages)
     names.expect_all_used(decoder.spec)
     decoder.finish()
     return linears
+
+
+def _settle(module: Linear | Embedding, checkpoint: Checkpoint, huge_pages: HugePages) -> None:
+    """Have the large tensors of a layer lie in huge pages, if it does not share them with a module of somebody's."""
+    for name in ("weight", "scale", "zero"):
+        held = getattr(module, name, None)
+        if held is not None and not held.is_meta and not checkpoint.holds(held):
+            setattr(module, name, huge_pages.place(held))
 
 
 class _Names:

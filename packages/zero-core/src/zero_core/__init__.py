@@ -10,6 +10,7 @@ The modules, in the order in which data flows:
 - `hooks` -> `buckets` -> `collectives`, `exchange`, `shared_memory` -> `accumulate` -> `precision`, `norms` ->
   `claims`, `optimizer`, `steppers` -> `publish`, `late`: a gradient's way.
 - `memory_files`, `wires`, `hierarchy`, `rows`: whose memory is mapped; who talks to whom, across replicas, about rows.
+- `streams`: what an accelerator does beside compute.
 - `owners`, `whole`: a step of optimizers that look at whole tensors.
 - `checkpointing`: activations are computed again in backward; where the inputs wait meanwhile.
 - `materialize`, `state`, `memory`: full values, descriptions for checkpoints, plans.

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from .collectives import Collectives, Handle, is_done
+from .streams import Beside
 
 
 class HierarchicalCollectives:
@@ -58,7 +59,7 @@ class InOrder:
     """Runs collectives each of which needs the one before, beside compute, which waits for none before it must."""
 
     def __init__(self) -> None:
-        self._streams: dict[torch.device, torch.Stream] = {}
+        self._beside = Beside()
 
     def run(self, steps: Iterable[Callable[[], Handle]], device: torch.device) -> Handle:
         """Start them: on the CPU the first; on an accelerator all at once, on a stream of their own.
@@ -67,13 +68,10 @@ class InOrder:
         """
         if device.type == "cpu":
             return Chain(steps)
-        module = torch.get_device_module(device)
-        stream = self._streams.setdefault(device, module.Stream(device))
-        stream.wait_stream(module.current_stream(device))
-        with module.stream(stream):
+        with self._beside.compute(device) as queued:
             for step in steps:
                 step().wait()
-        return _Stream(stream)
+        return queued
 
 
 class Chain:
@@ -100,17 +98,3 @@ class Chain:
     def _go_on(self) -> None:
         self._now.wait()
         self._now = self._steps.popleft()()
-
-
-class _Stream:
-    """What runs on a stream: a `Handle`."""
-
-    def __init__(self, stream: torch.Stream) -> None:
-        self._stream = stream
-        self._event = stream.record_event()
-
-    def wait(self) -> None:
-        """Have the current stream wait for it."""
-        torch.get_device_module(self._stream.device).current_stream(self._stream.device).wait_event(
-            self._event
-        )

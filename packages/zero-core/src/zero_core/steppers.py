@@ -208,6 +208,16 @@ def _sgd_segment(start: int, stop: int, group: dict[str, Any], step: float) -> a
     )  # fmt: skip
 
 
+def _lion_segment(start: int, stop: int, group: dict[str, Any], step: float) -> ak.LionSegment:
+    beta1, beta2 = group["betas"]
+    return ak.LionSegment(
+        start=start, stop=stop, lr=float(group["lr"]), beta1=float(beta1), beta2=float(beta2),
+        weight_decay=group["weight_decay"],
+    )  # fmt: skip
+
+
+LION = FusedRule(lambda group: ("exp_avg",), _lion_segment, ak.lion_step)
+"""Torch has none: for classes of other packages, as their `fused_rule`."""
 RULES: dict[type[Optimizer], FusedRule] = {
     AdamW: FusedRule(
         lambda group: ("exp_avg", "exp_avg_sq"),

@@ -19,6 +19,7 @@ from .config import Overlap
 from .flat_unit import FlatUnit
 from .gather_plan import GatherPlan, Kind, Word, decide
 from .params import ReleasedParameter, Residency
+from .streams import Beside
 
 NUM_PREFETCHED = 2
 """Shards beyond those that are gathered ahead, which a store may bring near: one on its way, one there."""
@@ -59,7 +60,8 @@ class Turns:
         sizes = [unit.full_bytes if unit.stage == 3 else 0 for unit in units]
         budget = max(sizes, default=0) if overlap.prefetch_bytes is None else overlap.prefetch_bytes
         self._plan = GatherPlan(sizes, budget if overlap.enabled else 0)
-        self._on_the_way: dict[int, Pending] = {}
+        self._beside = Beside()
+        self._on_the_way: dict[int, Callable[[], None]] = {}
         self._prefetched: set[int] = set()
 
     # -- this rank --------------------------------------------------------------------------------------------
@@ -99,7 +101,20 @@ class Turns:
         if unit.residency is Residency.SHARDED:
             unit.enter(Residency.GATHERING, self.released)
             with self._back_to_shards_on_failure(unit):
-                self._on_the_way[unit.index] = self._gather(unit, unit.full, exact=exact)
+                self._on_the_way[unit.index] = self._send_for(unit, exact=exact)
+
+    def _send_for(self, unit: FlatUnit, *, exact: bool) -> Callable[[], None]:
+        """Start a gather; returns the wait for it. What comes to a device from a store comes beside compute."""
+        if unit.resting is None:
+            return self._gather(unit, unit.full, exact=exact).wait
+        with self._beside.compute(unit.device) as queued:
+            pending = self._gather(unit, unit.full, exact=exact)
+
+        def wait() -> None:
+            queued.wait()
+            pending.wait()
+
+        return wait
 
     def _gather(self, unit: FlatUnit, into: torch.Tensor, *, exact: bool = False) -> Pending:
         if exact:
@@ -117,7 +132,7 @@ class Turns:
         """Wait until the unit is whole; its parameters may be touched then."""
         if unit.residency is Residency.GATHERING:
             with self._back_to_shards_on_failure(unit):
-                self._on_the_way.pop(unit.index).wait()
+                self._on_the_way.pop(unit.index)()
             unit.enter(Residency.GATHERED, self.released)
         elif unit.stage == 3 and unit.residency is Residency.GATHERED:
             unit.show()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from torch.optim import Adagrad
+from zero_core.steppers import RULES
 
 from .optimizer import HostOptimizer
 from .rules import ADAGRAD
@@ -25,6 +27,8 @@ class CPUAdagrad(HostOptimizer):
         weight_decay: added to the gradient as `weight_decay * param`.
         initial_accumulator_value: what the sums of squares begin with.
         eps: added to the root of the sum.
+        foreach, fused: kept for torch, where they choose between ways of one result; here there is one.
+        maximize, differentiable: must be False.
 
     Raises:
         OffloadConfigError: a value or an option that cannot be honoured, a parameter of another dtype.
@@ -33,6 +37,7 @@ class CPUAdagrad(HostOptimizer):
     """
 
     rule = ADAGRAD
+    fused_rule = RULES[Adagrad]
 
     def __init__(
         self,
@@ -42,12 +47,15 @@ class CPUAdagrad(HostOptimizer):
         weight_decay: float = 0.0,
         initial_accumulator_value: float = 0.0,
         eps: float = 1e-10,
+        foreach: bool | None = None,
         *,
         maximize: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
     ) -> None:
         defaults = {
             "lr": lr, "lr_decay": lr_decay, "eps": eps, "weight_decay": weight_decay,
-            "initial_accumulator_value": initial_accumulator_value, "foreach": None, "maximize": maximize,
-            "differentiable": False, "fused": None,
+            "initial_accumulator_value": initial_accumulator_value, "foreach": foreach, "maximize": maximize,
+            "differentiable": differentiable, "fused": fused,
         }  # fmt: skip
         super().__init__(params, defaults)

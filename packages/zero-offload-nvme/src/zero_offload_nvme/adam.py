@@ -29,7 +29,8 @@ class CPUAdam(HostOptimizer):
         betas: factors of the two averages.
         eps: added to the root of the second moment.
         weight_decay: added to the gradient as `weight_decay * param`; see `decoupled_weight_decay`.
-        amsgrad: must be False.
+        foreach, fused: kept for torch, where they choose between ways of one result; here there is one.
+        amsgrad, maximize, capturable, differentiable: must be False.
         decoupled_weight_decay: take `lr * weight_decay * param` off the parameter instead (AdamW).
 
     Raises:
@@ -50,12 +51,17 @@ class CPUAdam(HostOptimizer):
         weight_decay: float = 0.0,
         amsgrad: bool = False,
         *,
+        foreach: bool | None = None,
         maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
         decoupled_weight_decay: bool = False,
     ) -> None:
         defaults = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad,
-            "maximize": maximize, "foreach": None, "capturable": False, "differentiable": False, "fused": None,
+            "maximize": maximize, "foreach": foreach, "capturable": capturable, "differentiable": differentiable,
+            "fused": fused,
             "decoupled_weight_decay": decoupled_weight_decay,
         }  # fmt: skip
         super().__init__(params, defaults)
@@ -76,10 +82,15 @@ class CPUAdamW(CPUAdam):
         amsgrad: bool = False,
         *,
         maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
     ) -> None:
         super().__init__(
-            params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, decoupled_weight_decay=True
-        )
+            params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, foreach=foreach, capturable=capturable,
+            differentiable=differentiable, fused=fused, decoupled_weight_decay=True,
+        )  # fmt: skip
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See `CPUAdam.load_state_dict`; one of Adam is welcome, and weight decay stays decoupled, as in torch."""

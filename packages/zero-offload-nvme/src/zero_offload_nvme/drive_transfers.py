@@ -11,8 +11,10 @@ from dataclasses import dataclass
 
 import accel_kernels as ak
 import torch
+from zero_core import Handle
 
 from .drive_files import Place
+from .maps import host_empty
 
 
 @dataclass(frozen=True)
@@ -105,13 +107,16 @@ class ReadAhead:
     Args:
         engine: reads them.
         limit_bytes: of memory for them, memory that waits for the next ones included.
+        pin: lock its pages, for copies to a device; else it is registered with the engine.
     """
 
-    def __init__(self, engine: ak.TransferEngine, limit_bytes: int) -> None:
+    def __init__(self, engine: ak.TransferEngine, limit_bytes: int, *, pin: bool = False) -> None:
         self._engine = engine
         self._limit_bytes = limit_bytes
         self._coming: dict[str, tuple[ak.Transfer, torch.Tensor]] = {}
-        self._spare: list[torch.Tensor] = []  # new pages cost as much as a copy
+        self._pin = pin
+        # New pages cost as much as a copy. A device may still be copying from spare ones.
+        self._spare: list[tuple[torch.Tensor, Handle]] = []
 
     def __contains__(self, name: str) -> bool:
         return name in self._coming
@@ -127,9 +132,9 @@ class ReadAhead:
         """Its transfer and the bytes it reads into; `give` them back when they have been used."""
         return self._coming.pop(name)
 
-    def give(self, memory: torch.Tensor) -> None:
-        """For tensors to come."""
-        self._spare.append(memory)
+    def give(self, memory: torch.Tensor, after: Handle) -> None:
+        """For tensors to come, after the last copy from it."""
+        self._spare.append((memory, after))
 
     def forget(self, name: str) -> None:
         """Nobody asks for it any more."""
@@ -140,13 +145,18 @@ class ReadAhead:
     def clear(self) -> None:
         """Give all memory back."""
         self._coming.clear()
-        self._spare.clear()
+        while self._spare:
+            self._spare.pop()[1].wait()
 
     def _memory(self, nbytes: int, room: int) -> torch.Tensor:
         """So many bytes; spare ones, if there are any. No more than `room` bytes are spare or new."""
-        for position, memory in enumerate(self._spare):
+        for position, (memory, after) in enumerate(self._spare):
             if memory.numel() == nbytes:
-                return self._spare.pop(position)
-        while self._spare and sum(each.numel() for each in self._spare) + nbytes > room:
-            self._spare.pop(0)
+                after.wait()
+                del self._spare[position]
+                return memory
+        while self._spare and sum(each.numel() for each, _ in self._spare) + nbytes > room:
+            self._spare.pop(0)[1].wait()
+        if self._pin:
+            return host_empty(nbytes, "values that are read ahead", pin=True)
         return ak.aligned_empty(nbytes, register=self._engine)

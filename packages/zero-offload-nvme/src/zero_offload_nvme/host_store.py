@@ -29,8 +29,8 @@ class Done:
 DONE = Done()
 
 
-class _Event:
-    """A copy between host and device that the current stream makes."""
+class Copying:
+    """A copy between host and device that the current stream makes: a `Handle`, for the host to wait for."""
 
     def __init__(self, device: torch.device, keep: torch.Tensor) -> None:
         self._event = torch.Event(device)
@@ -38,21 +38,38 @@ class _Event:
         self._keep: torch.Tensor | None = keep
 
     def wait(self) -> None:
+        """Return when both memories may be touched."""
         self._event.synchronize()
         self._keep = None
 
     def is_done(self) -> bool:
+        """Whether they may be now."""
         return bool(self._event.query())
 
-    def without_source(self) -> _Event:
+    def without_source(self) -> Copying:
         """The same copy, for who keeps it long."""
         other = copy(self)
         other._keep = None
         return other
 
     def comes_first(self) -> None:
-        """Before what the current stream is given from now on."""
+        """Before what the current stream is given from now on; the host goes on."""
         self._event.wait()
+
+
+class ComingUp:
+    """A copy to a device: a `Handle`, for the device to wait for."""
+
+    def __init__(self, copying: Copying) -> None:
+        self._copying = copying
+
+    def wait(self) -> None:
+        """What the current stream is given from now on may use the values; the host goes on."""
+        self._copying.comes_first()
+
+    def is_done(self) -> bool:
+        """The host need not wait."""
+        return True
 
 
 class HostStore:
@@ -73,7 +90,7 @@ class HostStore:
         self.pin = torch.accelerator.is_available() if pin is None else pin
         self.used_bytes = 0
         self._tensors: dict[str, torch.Tensor] = {}
-        self._coming: dict[str, _Event] = {}  # the last `put` of a tensor, from a device
+        self._last: dict[str, Copying] = {}  # of the copies between a device and a tensor
         self._free: defaultdict[int, list[torch.Tensor]] = defaultdict(list)
         self._closed = False
 
@@ -81,7 +98,7 @@ class HostStore:
         """Make a tensor of zeros."""
         self._make(name, numel, dtype).zero_()
 
-    def put(self, name: str, values: torch.Tensor, start: int = 0) -> Done | _Event:
+    def put(self, name: str, values: torch.Tensor, start: int = 0) -> Done | Copying:
         """See `zero_core.ShardStore.put`."""
         if name not in self._tensors and not start:
             self._make(name, values.numel(), values.dtype)
@@ -91,35 +108,29 @@ class HostStore:
                 f"HostStore: {name!r} has {kept.numel()} elements of {kept.dtype}; got {values.numel()} of "
                 f"{values.dtype} for element {start} on"
             )
-        copied = copy_later(kept[start : start + values.numel()], values.detach())
-        if isinstance(copied, _Event):
-            self._coming[name] = copied.without_source()
-        return copied
+        return self._copy(name, kept[start : start + values.numel()], values.detach())
 
-    def fetch(self, name: str, out: torch.Tensor, start: int = 0) -> Done | _Event:
-        """See `zero_core.ShardStore.fetch`."""
-        if out.is_cpu:
-            return copy_later(out, self.view(name)[start : start + out.numel()])
-        coming = self._coming.get(name)
-        if coming is not None:
-            coming.comes_first()
-        return copy_later(out, self.at(name)[start : start + out.numel()])
+    def fetch(self, name: str, out: torch.Tensor, start: int = 0) -> Done | ComingUp:
+        """See `zero_core.ShardStore.fetch`; a device's copy begins at once, and the host need not wait for it."""
+        copied = self._copy(name, out, self.at(name)[start : start + out.numel()])
+        return ComingUp(copied) if isinstance(copied, Copying) else copied
 
     def prefetch(self, name: str) -> None:
         """It is here."""
 
     def forget(self, name: str) -> None:
-        """It stays here."""
+        """It stays here; whoever has a `view` may write to it afterwards."""
+        last = self._last.pop(name, None)
+        if last is not None:
+            last.wait()
 
     def view(self, name: str) -> torch.Tensor:
-        """The tensor itself, once all that was put has arrived."""
-        tensor, coming = self.at(name), self._coming.pop(name, None)
-        if coming is not None:
-            coming.wait()
-        return tensor
+        """The tensor itself, once no device copies from or to it."""
+        self.forget(name)
+        return self.at(name)
 
     def at(self, name: str) -> torch.Tensor:
-        """The tensor itself; what was put from a device may be on its way."""
+        """The tensor itself; a device may be copying from or to it."""
         self._check_open(name)
         if name not in self._tensors:
             raise OffloadStateError(f"HostStore: nothing is kept under {name!r}")
@@ -127,10 +138,9 @@ class HostStore:
 
     def release(self, name: str) -> None:
         """Keep it no longer; its memory serves the next one of its size."""
-        tensor, coming = self._tensors.pop(name, None), self._coming.pop(name, None)
+        self.forget(name)
+        tensor = self._tensors.pop(name, None)
         if tensor is not None:
-            if coming is not None:
-                coming.wait()
             raw = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
             self.used_bytes -= raw.numel()
             self._free[raw.numel()].append(raw)
@@ -157,6 +167,18 @@ class HostStore:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+    def _copy(self, name: str, to: torch.Tensor, source: torch.Tensor) -> Done | Copying:
+        """Copy from or to the tensor of this name, after the copy before."""
+        last = self._last.get(name)
+        if to.is_cpu and source.is_cpu:
+            self.forget(name)
+        elif last is not None:
+            last.comes_first()
+        copied = copy_later(to, source)
+        if isinstance(copied, Copying):
+            self._last[name] = copied.without_source()
+        return copied
 
     def _check_open(self, name: str) -> None:
         if self._closed:
@@ -185,8 +207,8 @@ class HostStore:
         return host_empty(nbytes, f"HostStore: {name!r}", pin=self.pin)
 
 
-def copy_later(to: torch.Tensor, source: torch.Tensor) -> Done | _Event:
+def copy_later(to: torch.Tensor, source: torch.Tensor) -> Done | Copying:
     """Copy; between host and device beside what the host does."""
     to.copy_(source, non_blocking=True)
     device = source.device if source.device.type != "cpu" else to.device
-    return DONE if device.type == "cpu" else _Event(device, source)
+    return DONE if device.type == "cpu" else Copying(device, source)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from zero_core import steppers
 
 from .optimizer import HostOptimizer
 from .rules import LION
@@ -28,6 +29,7 @@ class CPULion(HostOptimizer):
     """
 
     rule = LION
+    fused_rule = steppers.LION
 
     def __init__(
         self,

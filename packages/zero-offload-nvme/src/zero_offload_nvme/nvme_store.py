@@ -10,16 +10,17 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import wraps
+from functools import partial, wraps
 from typing import Concatenate, ParamSpec, TypeVar
 
 import accel_kernels as ak
 import torch
+from zero_core import Handle
 
 from .drive_files import DriveFiles, Place
 from .drive_transfers import ReadAhead, Writes, Writing
 from .errors import OffloadConfigError
-from .host_store import DONE, Done
+from .host_store import DONE, Done, copy_later
 
 # Note [Views of a drive]
 # `view` maps a tensor's range of the file. The kernel keeps such a map and reads and writes past the page cache agreed,
@@ -35,17 +36,17 @@ class _Reading:
         transfer: ak.Transfer,
         source: torch.Tensor | None,
         out: torch.Tensor,
-        done: Callable[[], None] | None = None,
+        done: Callable[[Handle], None] | None = None,
     ) -> None:
         self._transfer, self._source, self._out, self._done = transfer, source, out, done
 
     def wait(self) -> None:
         self._transfer.wait()
         if self._source is not None:
-            self._out.copy_(self._source)
+            copied = copy_later(self._out, self._source)  # what a device then does comes after it
             self._source = None
             if self._done is not None:
-                self._done()
+                self._done(copied)
 
     def is_done(self) -> bool:
         return self._transfer.is_done()
@@ -75,6 +76,8 @@ class NvmeStore:
         cache_bytes: of tensors that `prefetch` may bring to memory ahead of their `fetch`, and of values on their way
             to the drive, for each.
         engine: moves the bytes; None makes one. `accel_kernels.tune(path)` finds what suits a drive.
+        pin: lock the pages of what `prefetch` reads, so that copies to a device run beside compute; None: where there
+            is a device.
 
     Raises:
         OffloadDiskError: a directory cannot be written, or a file system is full; names path, bytes wanted and free.
@@ -95,6 +98,7 @@ class NvmeStore:
         limit_bytes: int | None = None,
         cache_bytes: int = 256 << 20,
         engine: ak.TransferEngine | None = None,
+        pin: bool | None = None,
     ) -> None:
         paths = [path] if isinstance(path, (str, os.PathLike)) else list(path)
         if not paths:
@@ -104,7 +108,8 @@ class NvmeStore:
         self.engine = engine or ak.TransferEngine()
         self._lock = threading.RLock()
         self._writes = Writes(cache_bytes)
-        self._ahead = ReadAhead(self.engine, cache_bytes)
+        self.pin = torch.accelerator.is_available() if pin is None else pin
+        self._ahead = ReadAhead(self.engine, cache_bytes, pin=self.pin)
         try:
             self._files = DriveFiles(self.engine, [os.fspath(each) for each in paths], limit_bytes)
         except BaseException:
@@ -172,7 +177,7 @@ class NvmeStore:
         if name in self._ahead and start == 0 and out.numel() == place.numel:
             transfer, memory = self._ahead.take(name)
             values = memory[: place.nbytes].view(place.dtype)
-            return _Reading(transfer, values, out, lambda: self._ahead.give(memory))
+            return _Reading(transfer, values, out, partial(self._ahead.give, memory))
         file, offset = place.drive.file, place.offset_of(start)
         if out.is_cpu and out.is_contiguous() and out.dtype == place.dtype:
             return _Reading(self.engine.read(file, offset, out.detach()), None, out)

@@ -28,8 +28,8 @@ class OffloadedOptimizer(ShardedOptimizer):
 
     Args:
         model: a model that `zero_core.shard(..., store=...)` returned.
-        optimizer: torch's AdamW, Adam, Adagrad or SGD on its parameters, or `CPUAdamW`, `CPUAdam`; for "zenflow"
-            AdamW or Adam.
+        optimizer: torch's AdamW, Adam, Adagrad or SGD on its parameters, or one of this package's; for "zenflow"
+            AdamW or Adam, of either.
         overlap: "exact": a step begins when all is known (see `last_backward`), and ends when all is stepped.
             "speculative": a unit's step begins in a thread as soon as its gradient is reduced, and counts if it is not
             clipped, does not overflow, and nothing else is otherwise than it was taken for; else it is done again.
@@ -273,6 +273,7 @@ class OffloadedOptimizer(ShardedOptimizer):
             for slot in self.slots.get(unit.index, []):
                 if slot.name in values:
                     assert unit.shard is not None
+                    unit.forget_prefetched()
                     unit.shard[slot.place.start : slot.place.stop].copy_(values[slot.name])
             self._publisher.publish(unit, cast=False)
         self._publisher.finish()

@@ -19,7 +19,7 @@ from .copies import DeviceCopies
 from .device_steps import DeviceStepper
 from .errors import OffloadStateError
 from .host_steps import HostStepper
-from .rows import check_param, make_row
+from .rows import begin_row, check_param
 from .rules import Group, Rule, check_group
 from .steppers import Stepper, Work, same
 
@@ -162,11 +162,10 @@ class HostOptimizer(Optimizer):
             check_param(item.param, f"{type(self).__name__}: {item.name(self.param_groups)}")
 
     def _begin(self, item: Work) -> None:
-        """States before the first gradient, for an optimizer of torch that expects them."""
-        state = self.state[item.param]
-        make_row(item.param, state, self.rule, self.param_groups[item.group], item.name(self.param_groups))
-        state.pop("master", None)  # made at the first step: weights may be loaded until then
-        state["step"] = torch.tensor(0.0)
+        """States before the first gradient, for an optimizer of torch that expects them; values are not looked at."""
+        name, group = item.name(self.param_groups), self.param_groups[item.group]
+        begin_row(item.param, self.state[item.param], self.rule, group, name)
+        self.state[item.param]["step"] = torch.tensor(0.0)
 
     def _check_states(self, given: dict[str, Any]) -> None:
         """Shapes of all states that are to be loaded."""

@@ -71,16 +71,22 @@ def make_row(param: Tensor, state: dict[str, Any], rule: Rule, group: Group, nam
     Raises:
         OffloadStateError: a state of another shape than the parameter.
     """
-    dense = is_dense(param.shape, param.stride())
-    strides = param.stride() if dense else torch.empty_like(param, device="meta").stride()
-    row = Row(param, state, (), None, dense, strides, -1)
-    row.held = tuple(_state_tensor(row, key, name, lambda: float(rule.initial(group))) for key in rule.states)
+    row = begin_row(param, state, rule, group, name)
     if param.is_cpu and param.dtype == torch.float32:
         state.pop(MASTER, None)  # of a time when the parameter had another dtype
     else:
         fresh = MASTER not in state
         row.master = _state_tensor(row, MASTER, name, param.detach)
         row.version = param._version if fresh else -1
+    return row
+
+
+def begin_row(param: Tensor, state: dict[str, Any], rule: Rule, group: Group, name: str) -> Row:
+    """The same without a master, which is made of the parameter's values."""
+    dense = is_dense(param.shape, param.stride())
+    strides = param.stride() if dense else torch.empty_like(param, device="meta").stride()
+    row = Row(param, state, (), None, dense, strides, -1)
+    row.held = tuple(_state_tensor(row, key, name, lambda: float(rule.initial(group))) for key in rule.states)
     return row
 
 

@@ -96,7 +96,7 @@ class StoreStepper:
     """A `zero_core.ShardOptimizer` over stores.
 
     Args:
-        inner: torch's AdamW, Adam, Adagrad or SGD, `CPUAdamW` or `CPUAdam`, with options that the fused kernels know.
+        inner: torch's AdamW, Adam, Adagrad or SGD, or one of this package's, with options that the fused kernels know.
         window_bytes: of host memory for blocks being read, stepped and written; states in host memory are stepped where
             they lie.
 
@@ -109,7 +109,7 @@ class StoreStepper:
     def __init__(self, inner: Optimizer, *, window_bytes: int = 192 << 20) -> None:
         rule = rule_of(inner)
         if rule is None or not has_kernel(inner):
-            known = ", ".join(each.__name__ for each in RULES)
+            known = ", ".join([*(each.__name__ for each in RULES), "CPULion"])
             raise OffloadConfigError(
                 f"{type(inner).__name__}: expected one of {known}, without amsgrad, maximize, differentiable, "
                 "capturable and step hooks of its own: no kernel steps anything else block by block"
@@ -315,6 +315,6 @@ def _near(tensor: torch.Tensor) -> torch.Tensor | OnDevice:
 def in_store(
     store: Any, name: str, view: torch.Tensor, *, read: bool = True, written: bool = True
 ) -> Operand:
-    """An operand in a store: in place where that is memory."""
-    at = view if store.in_memory else InStore(store, name)
+    """An operand in a store: in place where that is memory, which a device may still be copying from or to."""
+    at = store.view(name) if store.in_memory else InStore(store, name)
     return Operand(at, view.dtype, read, written)

@@ -175,7 +175,7 @@ _ZERO: Rows = {
             'zero_core.Stores(params=): HostStore or NvmeStore (stage 3); absent in a section is "cpu"'
         ),
         "nvme_path": honoured("zero_offload_nvme.NvmeStore(path)"),
-        "pin_memory": honoured("zero_offload_nvme.HostStore(pin=)"),
+        "pin_memory": honoured("zero_offload_nvme.HostStore(pin=), NvmeStore(pin=)"),
         "buffer_count": no_effect(_BUFFERS),
         "buffer_size": no_effect(_BUFFERS),
         "max_in_cpu": no_effect("shards of parameters are read ahead of their gather, and not kept after it"),
@@ -185,7 +185,7 @@ _ZERO: Rows = {
             'zero_core.Stores(optimizer=, grads=): HostStore or NvmeStore (stages 1 to 3); absent in a section is "cpu"'
         ),
         "nvme_path": honoured("zero_offload_nvme.NvmeStore(path)"),
-        "pin_memory": honoured("zero_offload_nvme.HostStore(pin=)"),
+        "pin_memory": honoured("zero_offload_nvme.HostStore(pin=), NvmeStore(pin=)"),
         "buffer_count": no_effect(_BUFFERS),
         "ratio": honoured(
             "zero_core.Stores(optimizer_ratio=): the part of the optimizer's state, in whole units"

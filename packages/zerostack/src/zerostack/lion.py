@@ -11,6 +11,7 @@ from typing import Any
 import accel_kernels as ak
 import torch
 from torch.optim import Optimizer
+from zero_core import steppers
 
 
 class Lion(Optimizer):
@@ -24,6 +25,8 @@ class Lion(Optimizer):
 
     Source: Chen et al., arXiv:2302.06675, program 1.
     """
+
+    fused_rule = steppers.LION
 
     def __init__(
         self,

@@ -80,7 +80,7 @@ def check_stepped(
     if zero.steps_whole_tensors(optimizer, whole_tensors):
         raise ConfigError(
             f"offload_optimizer, offload_param: {type(optimizer).__name__} looks at whole tensors, and offloaded "
-            "state is stepped block by block; use AdamW, Adam, Adagrad or SGD"
+            "state is stepped block by block; use AdamW, Adam, Adagrad, Lion or SGD"
         )
     try:
         StoreStepper(optimizer)
@@ -158,12 +158,12 @@ def stores(config: Config) -> zero.Stores | None:
         OffloadDiskError: a folder cannot be written.
     """
     section = config.zero_optimization
-    made: dict[tuple[str, str | bool | None], Store] = {}
+    made: dict[tuple[str, str | None, bool], Store] = {}
 
     def store(asked: Offload) -> Store | None:
         if asked.device == "none":
             return None
-        key = (asked.device, asked.nvme_path if asked.device == "nvme" else asked.pin_memory)
+        key = (asked.device, asked.nvme_path if asked.device == "nvme" else None, asked.pin_memory)
         if key not in made:
             made[key] = _make(asked, config.aio)
         return made[key]
@@ -211,10 +211,11 @@ def sharded_optimizer(
 
 
 def _make(asked: Offload, aio: Aio) -> Store:
+    pin = None if asked.pin_memory else False
     if asked.device == "cpu":
-        return HostStore(pin=None if asked.pin_memory else False)
+        return HostStore(pin=pin)
     assert asked.nvme_path is not None  # check_offload
     engine = ak.TransferEngine(
         queue_depth=aio.queue_depth, block_bytes=aio.block_size, num_threads=max(4, aio.thread_count)
     )
-    return NvmeStore(asked.nvme_path, engine=engine)
+    return NvmeStore(asked.nvme_path, engine=engine, pin=pin)

@@ -20,12 +20,13 @@ def explain(path: str, code: int, doing: str) -> TransferError:
         doing: what was going on, such as "reading 10 bytes at offset 0: 4 done".
     """
     cure = ""
-    if code == errno.ENOSPC:
+    if doing.startswith("writing") or code == errno.ENOSPC:
         with suppress(OSError):
-            free = shutil.disk_usage(os.path.dirname(path) or ".").free
-            cure = f"; {free} bytes are free there: make room, or choose another disk"
+            cure = f"; {shutil.disk_usage(os.path.dirname(path) or '.').free} bytes are free there"
+    if code == errno.ENOSPC:
+        cure += "; make room, or choose another disk"
     elif code in (errno.EACCES, errno.EROFS, errno.EPERM):
-        cure = "; choose a path that this process may use so"
+        cure += "; choose a path that this process may use so"
     text = os.strerror(code) if code else "the file is shorter; nothing that was read may be used"
     return TransferError(code or errno.EIO, f"{path}: {doing}: {text}{cure}", path)
 

@@ -108,7 +108,7 @@ def measured(case: Case, model: str, folder: str, steps: int) -> dict[str, float
     """Medians of a run."""
     found = run_ranks(seconds_of_rank, RANKS, case, model, folder, steps, timeout_s=600)[0]
     backward_s, optimizer_s, _ = (statistics.median(each) for each in zip(*found, strict=True))
-    busy = sum(each[2] for each in found) / sum(each[1] for each in found)
+    busy = statistics.median(each[2] / each[1] for each in found)
     return {"backward_s": backward_s, "optimizer_s": optimizer_s, "busy": busy}
 
 
@@ -159,7 +159,7 @@ def page(record: dict[str, Any]) -> str:
         "",
         f"GPT {record['model']}, fp32, stage 3, {RANKS} ranks, everything in one tier, or a part of the "
         f"optimizer's state alone; medians of {record['rounds_each']} forecasts, each with a run of {record['steps']} "
-        f"steps (bar: the optimizer's step within {BAR:.0%}). Drive busy: of that step, as the system counts.",
+        f"steps (bar: the optimizer's step within {BAR:.0%}). Drive busy: of it, as the system counts ticks.",
         "",
         "| at rest | optimizer's step, forecast | measured | off by | drive busy | whole step, forecast | measured "
         "| off by |",

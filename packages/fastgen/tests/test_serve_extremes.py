@@ -9,6 +9,7 @@ from fastgen.engine import Engine
 from fastgen.errors import ConfigError, RequestError
 from fastgen.request import SamplingParams
 from fastgen.serve import Limits
+from fastgen.serve.adapter_names import AdapterNames
 from fastgen.serve.errors import ApiError
 from fastgen.serve.interface import Job
 from fastgen.serve.prompts import Prompts
@@ -53,7 +54,12 @@ class Lab:
     def __init__(self) -> None:
         self.engine: Engine = engine_of(blocks=64, budget=48)
         self.prompts = Prompts(
-            TOKENIZER, self.engine.max_model_len, self.engine.room, served_name="tiny", limits=Limits()
+            TOKENIZER,
+            self.engine.max_model_len,
+            self.engine.room,
+            served_name="tiny",
+            adapters=AdapterNames((), None),
+            limits=Limits(),
         )
         self.expected = self.answer(self.job(max_tokens=6, temperature=0.0))
         self.num_asked = self.num_answered = 0

@@ -75,7 +75,9 @@ class NvmeStore:
         limit_bytes: more than that is never set aside; None: what the file systems have free.
         cache_bytes: of tensors that `prefetch` may bring to memory ahead of their `fetch`, and of values on their way
             to the drive, for each.
-        engine: moves the bytes; None makes one. `accel_kernels.tune(path)` finds what suits a drive.
+        engine: moves the bytes; None makes one.
+        tune_s: seconds to measure the (first) drive for, so that the engine has the block size and queue depth which
+            are fastest there; None: 1 MiB, and 32 blocks.
         pin: lock the pages of what `prefetch` reads, so that copies to a device run beside compute; None: where there
             is a device.
 
@@ -98,14 +100,19 @@ class NvmeStore:
         limit_bytes: int | None = None,
         cache_bytes: int = 256 << 20,
         engine: ak.TransferEngine | None = None,
+        tune_s: float | None = None,
         pin: bool | None = None,
     ) -> None:
         paths = [path] if isinstance(path, (str, os.PathLike)) else list(path)
         if not paths:
             raise OffloadConfigError("NvmeStore(path=...): expected a directory, or several, got none")
+        if engine is not None and tune_s is not None:
+            raise OffloadConfigError(
+                "NvmeStore(engine=..., tune_s=...): an engine that is given is not tuned; leave one of the two out"
+            )
         self.cache_bytes = cache_bytes
         self._own_engine = engine is None
-        self.engine = engine or ak.TransferEngine()
+        self.engine = engine or _engine_for(os.fspath(paths[0]), tune_s)
         self._lock = threading.RLock()
         self._writes = Writes(cache_bytes)
         self.pin = torch.accelerator.is_available() if pin is None else pin
@@ -251,3 +258,14 @@ class NvmeStore:
         place = self._files[name]
         self._writes.wait(name, 0, place.numel)
         return place
+
+
+def _engine_for(folder: str, tune_s: float | None) -> ak.TransferEngine:
+    """An engine with what is fastest in a folder, as measured in so many seconds; None: with what it has by itself."""
+    if tune_s is None:
+        return ak.TransferEngine()
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError:
+        return ak.TransferEngine()  # who opens a file there says why that cannot be
+    return ak.TransferEngine(**ak.tune(folder, seconds=tune_s).arguments())  # type: ignore[arg-type]

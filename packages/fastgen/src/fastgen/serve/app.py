@@ -1,6 +1,7 @@
 """The routes: what paths there are and which errors they answer with. The work is in `service`.
 
-Nothing that a request says opens a file or an address.
+Nothing that a request says opens an address, nor any file but those of an adapter in the folder that the server was
+given for them.
 """
 
 from __future__ import annotations
@@ -118,21 +119,23 @@ def _add_models(app: FastAPI, service: Service) -> None:
             max_model_len=service.max_model_len,
         )
 
-    models = {name: model(name) for name in [service.served_name, *service.config.adapters]}
+    def models() -> dict[str, Model]:
+        return {name: model(name) for name in [service.served_name, *service.adapters.all()]}
 
     @app.get("/v1/models", responses=FAILS)
     async def list_models() -> Models:
         """The model and its adapters."""
-        return Models(object="list", data=list(models.values()))
+        return Models(object="list", data=list(models().values()))
 
     @app.get("/v1/models/{model_id:path}", responses=FAILS)
     async def get_model(model_id: str) -> Model:
         """One of them."""
-        if model_id not in models:
+        known = models()
+        if model_id not in known:
             raise ApiError(
-                404, f"expected one of {', '.join(models)}, got {model_id!r}", code="model_not_found"
+                404, f"expected one of {', '.join(known)}, got {model_id!r}", code="model_not_found"
             )
-        return models[model_id]
+        return known[model_id]
 
 
 def _add_health(app: FastAPI, service: Service) -> None:

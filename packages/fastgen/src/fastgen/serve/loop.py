@@ -50,6 +50,7 @@ class EngineLoop:
         self._answers: set[asyncio.Future[Any]] = set()
         self._streams: dict[str, Stream] = {}
         self._unstarted: set[str] = set()
+        self._adapters: set[str] = set()
         self._lock = threading.Lock()
         self._outbox: list[tuple[list[Output] | None, Stats, float]] = []
         self.stats = Stats()
@@ -124,6 +125,12 @@ class EngineLoop:
     async def embed(self, prompts: Sequence[list[int]]) -> list[list[float]]:
         """A vector for each prompt; one forward of one of them between two steps."""
         return [await self._embed(ids) for ids in prompts]
+
+    async def load_adapter(self, name: str, directory: str) -> None:
+        """Load an adapter between two steps, unless it has been; raises what the engine does."""
+        if name not in self._adapters:
+            self._check()
+            await self._call(partial(self._load_adapter, name, directory))
 
     def fail_all(self, error: Exception) -> None:
         """End every stream with `error`."""
@@ -253,6 +260,11 @@ class EngineLoop:
             for name in added:
                 self._engine.abort(name)
             raise
+
+    def _load_adapter(self, name: str, directory: str) -> None:
+        if name not in self._adapters:  # others may have asked for it, too
+            self._engine.load_adapter(name, directory)
+            self._adapters.add(name)
 
     def _answer(self, function: Callable[[], T], answer: asyncio.Future[T]) -> None:
         try:

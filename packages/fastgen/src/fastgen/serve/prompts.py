@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import JsonValue
 
 from ..request import SamplingParams
+from .adapter_names import AdapterNames
 from .errors import ApiError, bad
 from .interface import Job
 from .limits import Limits
@@ -71,7 +72,7 @@ class Prompts:
         max_model_len: most tokens of prompt and output.
         room: see `Engine.room`.
         served_name: the model's name in the API.
-        adapters: names of adapters, each a model in the API.
+        adapters: each is a model in the API.
         limits: see `Limits`.
     """
 
@@ -82,14 +83,14 @@ class Prompts:
         room: Callable[[int, int], int],
         *,
         served_name: str,
-        adapters: Sequence[str] = (),
+        adapters: AdapterNames,
         limits: Limits,
     ) -> None:
         self._tokenizer = tokenizer
         self._max_model_len = max_model_len
         self._room = room
         self._served_name = served_name
-        self._adapters = frozenset(adapters)
+        self._adapters = adapters
         self._limits = limits
         self._most_prompt_tokens = min(max_model_len - 1, limits.prompt_tokens or max_model_len)
         # Longer texts are too many tokens, whatever they say; to tokenize them would take seconds.
@@ -209,8 +210,9 @@ class Prompts:
     def _adapter(self, model: str | None) -> str | None:
         if model is None or model == self._served_name:
             return None
-        if model not in self._adapters:
-            names = ", ".join([self._served_name, *sorted(self._adapters)])
+        known = self._adapters.all()
+        if model not in known:
+            names = ", ".join([self._served_name, *known])
             raise ApiError(
                 404, f"model: expected one of {names}, got {model!r}", code="model_not_found", param="model"
             )

@@ -18,8 +18,9 @@ from typing import Any, TypeVar
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ..errors import CacheError, ConfigError, OverloadedError, RequestError
+from ..errors import CacheError, ConfigError, FastgenError, OverloadedError, RequestError
 from ..request import SamplingParams
+from .adapter_names import AdapterNames
 from .admission import Admission
 from .answer_schemas import Embeddings, Health, ServerStats, dumped
 from .answers import Answers, has_many_logprobs
@@ -52,14 +53,15 @@ class Service:
         config: see `ServerConfig`.
 
     Raises:
-        ConfigError: an adapter is called as the model is.
+        ConfigError: an adapter is called as the model is, or see `AdapterNames`.
     """
 
     def __init__(self, engine: Engine, config: ServerConfig) -> None:
         self.config = config
         self.created = int(time.time())
         self.served_name = config.served_name or engine.model_name
-        if self.served_name in config.adapters:
+        self.adapters = AdapterNames(config.adapters, config.adapter_folder)
+        if self.served_name in self.adapters.all():
             raise ConfigError(
                 f"adapters: expected names beside the model's own, got {self.served_name!r}, which is the model's; "
                 "call one of them otherwise"
@@ -74,7 +76,7 @@ class Service:
             engine.max_model_len,
             engine.room,
             served_name=self.served_name,
-            adapters=config.adapters,
+            adapters=self.adapters,
             limits=config.limits,
         )
         self._tokens = TokenText(engine.tokenizer)
@@ -182,10 +184,23 @@ class Service:
         self, read: Callable[[], tuple[Asked, Answers]], arrived_s: float, stack: ExitStack
     ) -> tuple[Stream, Answers]:
         asked, answers = await self._read(read)
+        await self._load(asked.jobs[0].adapter)  # they have the same
         await self._prepare(asked.jobs[0].params)  # they differ in `max_tokens` at most
         stream = await self.loop.open(uuid.uuid4().hex, asked.jobs, arrived_s=arrived_s)
         stack.callback(stream.close)
         return stream, answers
+
+    async def _load(self, adapter: str | None) -> None:
+        """Have the engine load an adapter that it has not."""
+        directory = None if adapter is None else self.adapters.directory(adapter)
+        if adapter is None or directory is None:
+            return
+        try:
+            await self.loop.load_adapter(adapter, directory)
+        except FastgenError as error:
+            raise ApiError(
+                500, f"adapter {adapter!r} cannot be loaded: {error}", code="adapter_failed"
+            ) from error
 
     async def _prepare(self, params: SamplingParams) -> None:
         """Compile a schema beside all else, or refuse it; requests without one do not wait for those with one."""

@@ -27,6 +27,7 @@ examples:
   fastgen serve ./model --port 9000 --weights int8 --cache-gib 4
   fastgen serve ./model --host 0.0.0.0 --api-key-file keys.txt       other machines may ask, with a key
   fastgen serve ./model --adapters legal=./lora-legal                "model": "legal" chooses the adapter
+  fastgen serve ./model --adapter-folder ./loras                     each directory in it is a model, too
   fastgen serve ./model --speculate ngram                            guess tokens from the text so far
   fastgen serve ./model --tensor-parallel 2                          each layer over two GPUs
   fastgen serve ./model --replicas 4                                 four servers behind one address
@@ -64,6 +65,11 @@ def add_serve(commands: _SubParsersAction[Any]) -> None:
         help="servers behind this address, each of --tensor-parallel processes (1)",
     )
     parser.add_argument("--name", help="the model's name in the API (default: the directory's)")
+    parser.add_argument(
+        "--adapter-folder",
+        metavar="DIR",
+        help="each directory in it that is a LoRA adapter is a model in the API, loaded when it is first asked for",
+    )
     access = parser.add_argument_group("access")
     access.add_argument(
         "--api-key", action="append", default=[], metavar="KEY", help="ask for a key; may be repeated"
@@ -128,6 +134,7 @@ def server_config(args: argparse.Namespace) -> ServerConfig:
         api_keys=tuple(keys),
         served_name=args.name,
         adapters=tuple(name for name, _ in adapter_pairs(args.adapters)),
+        adapter_folder=args.adapter_folder,
         cors_origins=tuple(args.cors_origin),
         allowed_hosts=(*LOOPBACK, *args.allowed_host) if args.allowed_host else None,
         end_on_failure=True,

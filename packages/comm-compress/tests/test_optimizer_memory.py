@@ -34,6 +34,13 @@ def live_bytes() -> int:
 def measure(rank: int, kind: str, dtype: torch.dtype, more: dict[str, Any]) -> list[float]:
     """State bytes a parameter, early and late; without the one bucket of scratch."""
     logging.disable()
+    try:
+        return measured(rank, kind, dtype, more)
+    finally:
+        logging.disable(logging.NOTSET)  # the process runs other tests after this one
+
+
+def measured(rank: int, kind: str, dtype: torch.dtype, more: dict[str, Any]) -> list[float]:
     params = [nn.Parameter(torch.full((NUMEL,), 0.5, dtype=dtype)) for _ in range(PARAMS)]
     generator = torch.Generator().manual_seed(rank)
     noise = torch.empty(NUMEL, dtype=dtype)

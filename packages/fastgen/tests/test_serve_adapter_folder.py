@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -77,6 +78,22 @@ def test_one_that_comes_while_the_server_runs(served: Served, tmp_path: Path) ->
     assert made(served, "one") == texts["one"]
 
 
+def test_one_that_is_replaced(served: Served, tmp_path: Path) -> None:
+    before = made(served, "one")
+    shutil.rmtree(tmp_path / "one")
+    assert served.complete(model="one", max_tokens=1).status == 404
+    make_adapter(tmp_path / "one", 4)
+    after = made(served, "one")
+    assert after != before
+    assert made(served, "one") == after
+
+
+def test_names_that_no_client_could_be_told(served: Served, tmp_path: Path) -> None:
+    shutil.copytree(tmp_path / "one", os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    assert names(served) == ["base", "one"]
+    assert served.complete(model="\ud800", max_tokens=1).status in (400, 404)
+
+
 def test_many_that_ask_for_it_first(served: Served) -> None:
     with ThreadPoolExecutor(8) as pool:
         assert len(set(pool.map(lambda _: made(served, "one"), range(8)))) == 1
@@ -110,7 +127,8 @@ def test_what_a_server_refuses_at_first(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"expected a directory, got .*nowhere"):
         AdapterNames((), str(tmp_path / "nowhere"))
     (tmp_path / "legal").mkdir()
-    (tmp_path / "legal" / "adapter_config.json").write_text(json.dumps({}))
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / "legal" / file).write_text(json.dumps({}))
     with pytest.raises(ConfigError, match="got 'legal' in"):
         AdapterNames(("legal",), str(tmp_path))
     with pytest.raises(ConfigError, match="got 'legal', which is the model's"):
@@ -122,4 +140,4 @@ def test_a_folder_that_goes_leaves_what_is_loaded(tmp_path: Path) -> None:
     found = AdapterNames(("a",), str(tmp_path / "loras"))
     (tmp_path / "loras").rmdir()
     assert found.all() == ["a"]
-    assert found.directory("b") is None
+    assert not found.knows("b")

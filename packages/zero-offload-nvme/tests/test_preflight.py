@@ -135,7 +135,7 @@ def test_a_link_is_used_where_the_device_is_not_the_host() -> None:
     [
         ({"params": "disk"}, "params: expected one of device, host, nvme, got 'disk'"),
         ({"stage": 2, "params": "nvme"}, "at stage 2 every rank holds all of them"),
-        ({"optimizer": "host", "optimizer_kind": "lion"}, "optimizer: expected one of adam, adamw"),
+        ({"optimizer": "host", "optimizer_kind": "adam-amsgrad"}, "optimizer: expected one of adam, adamw"),
         ({"optimizer_ratio": 2}, "expected 0 to 1"),
         ({"params": "nvme", "optimizer_ratio": 0.5}, "optimizer is None"),
         ({"ranks": 3}, "ranks: expected 1 to 2"),

@@ -65,3 +65,19 @@ def test_an_optimizer_that_no_kernel_steps_is_not_offloaded():
         zerostack.initialize(
             model=model, optimizer=torch.optim.RMSprop(model.parameters(), lr=0.1), config=raw
         )
+
+
+@pytest.mark.usefixtures("solo")
+def test_lion_is_offloaded(capsys, tmp_path):
+    raw = config(1) | zero_section(2, offload_optimizer=CPU) | {"dump_state": True}
+    raw["optimizer"] = {"type": "Lion", "params": {"lr": 1e-3}}
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(raw))
+    assert main(["explain", str(path), "--world", "2", "--params", "1M"]) == 0
+    engine, *_ = zerostack.initialize(model=Small(), config=path)
+    before = [param.detach().clone() for param in engine.module.parameters()]
+    engine.backward(engine(torch.zeros(1, 3, dtype=torch.int64)).square().mean())
+    engine.step()
+    assert any(
+        not torch.equal(one, param) for one, param in zip(before, engine.module.parameters(), strict=True)
+    )

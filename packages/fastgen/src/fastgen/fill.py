@@ -70,7 +70,8 @@ def fill(
             if parameter == "weight" and isinstance(module, Linear) and module_name.endswith(_ADAPTED):
                 linears.append((module, parts))
         module.load(loaded.get("weight"), loaded.get("bias"))
-        if isinstance(module, (Linear, Embedding)) and module.device.type == "cpu":
+        held = isinstance(module, (Linear, Embedding)) and "weight" in loaded
+        if held and module.device.type == "cpu":
             _settle(module, checkpoint, huge_pages)
     names.expect_all_used(decoder.spec)
     decoder.finish()

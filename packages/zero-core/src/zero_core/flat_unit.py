@@ -243,6 +243,7 @@ class FlatUnit:
 
     def write(self, part: LocalSlot, values: torch.Tensor) -> None:
         """Put values, [part numel] in any dtype, in their place in shard and master."""
+        self.forget_prefetched()
         for flat in (self.shard, self.master):
             if flat is not None:
                 flat[part.start : part.stop].copy_(values)

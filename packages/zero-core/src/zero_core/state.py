@@ -110,6 +110,7 @@ def _load_sharded_state(
     state.reducer.assemble()
     for unit in state.units:
         unit.settle()
+        unit.forget_prefetched()
     values = [unit.values() for unit in state.units]
     described = _describe(model, optimizer, values)
     fresh = _fresh(optimizer, tensors.keys() - described.keys())

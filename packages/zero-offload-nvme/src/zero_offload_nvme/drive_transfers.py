@@ -14,6 +14,7 @@ import torch
 from zero_core import Handle
 
 from .drive_files import Place
+from .errors import OffloadMemoryError
 from .maps import host_empty
 
 
@@ -158,5 +159,6 @@ class ReadAhead:
         while self._spare and sum(each.numel() for each, _ in self._spare) + nbytes > room:
             self._spare.pop(0)[1].wait()
         if self._pin:
-            return host_empty(nbytes, "values that are read ahead", pin=True)
+            with suppress(OffloadMemoryError):  # a hint cannot fail; copies of the values are slower then
+                return host_empty(nbytes, "values that are read ahead", pin=True)
         return ak.aligned_empty(nbytes, register=self._engine)

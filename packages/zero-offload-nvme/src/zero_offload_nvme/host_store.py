@@ -120,9 +120,11 @@ class HostStore:
 
     def forget(self, name: str) -> None:
         """It stays here; whoever has a `view` may write to it afterwards."""
-        last = self._last.pop(name, None)
+        last = self._last.get(name)
         if last is not None:
             last.wait()
+            if self._last.get(name) is last:  # no other has begun meanwhile
+                del self._last[name]
 
     def view(self, name: str) -> torch.Tensor:
         """The tensor itself, once no device copies from or to it."""

@@ -29,7 +29,7 @@ class OffloadedOptimizer(ShardedOptimizer):
     Args:
         model: a model that `zero_core.shard(..., store=...)` returned.
         optimizer: torch's AdamW, Adam, Adagrad or SGD on its parameters, or one of this package's; for "zenflow"
-            AdamW or Adam, of either.
+            torch's AdamW or Adam.
         overlap: "exact": a step begins when all is known (see `last_backward`), and ends when all is stepped.
             "speculative": a unit's step begins in a thread as soon as its gradient is reduced, and counts if it is not
             clipped, does not overflow, and nothing else is otherwise than it was taken for; else it is done again.

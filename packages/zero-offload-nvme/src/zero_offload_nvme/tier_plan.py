@@ -23,7 +23,7 @@ from .errors import OffloadConfigError
 from .tiers import KINDS, TIERS, Kind, Tier, TierPlan, Tiers, Traffic
 from .zenflow import ZenFlow
 
-STEPPED = ("adam", "adamw", "adagrad", "sgd", "sgd-momentum")
+STEPPED = ("adam", "adamw", "adagrad", "lion", "sgd", "sgd-momentum")
 """What `StoreStepper` has kernels for, as `zero_core.plan_memory` names it."""
 PAGE = 4096
 

@@ -75,6 +75,17 @@ class LoadAdapter:
 
 
 @dataclass(frozen=True)
+class UnloadAdapter:
+    """`Engine.unload_adapter`."""
+
+    name: str
+
+    def make(self, engine: Engine) -> None:
+        """Make the call."""
+        engine.unload_adapter(self.name)
+
+
+@dataclass(frozen=True)
 class Embed:
     """`Engine.embed`."""
 
@@ -86,8 +97,10 @@ class Embed:
 
 
 C = TypeVar("C", Add, Embed)
-Call = Add | Abort | Step | LoadAdapter | Embed
-_KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in (Add, Abort, Step, LoadAdapter, Embed)}
+Call = Add | Abort | Step | LoadAdapter | UnloadAdapter | Embed
+_KINDS: dict[str, type[Any]] = {
+    kind.__name__: kind for kind in (Add, Abort, Step, LoadAdapter, UnloadAdapter, Embed)
+}
 
 
 def packed(calls: Sequence[Call], digest: int) -> bytes:

@@ -25,7 +25,7 @@ from ..llm import build_engine
 from ..output import Output, Stats
 from ..request import SamplingParams
 from . import processes
-from .calls import Abort, Add, Call, Digest, Embed, LoadAdapter, Step, checked, packed
+from .calls import Abort, Add, Call, Digest, Embed, LoadAdapter, Step, UnloadAdapter, checked, packed
 from .follower import HERE, READY, follow
 from .places import Place, share_cores, shares
 
@@ -144,9 +144,16 @@ class Leader:
             call.make(self._engine)
 
     def load_adapter(self, name: str, directory: str) -> None:
-        """See `Engine.load_adapter`."""
+        """See `Engine.load_adapter`; the other ranks read the same files, once they are known to be whole."""
         call = LoadAdapter(name, directory)
+        call.make(self._engine)
         with self._same_everywhere(call, at_once=True):
+            pass
+
+    def unload_adapter(self, name: str) -> None:
+        """See `Engine.unload_adapter`."""
+        call = UnloadAdapter(name)
+        with self._same_everywhere(call):
             call.make(self._engine)
 
     def embed(self, prompt_ids: list[int]) -> list[float] | None:

@@ -1,7 +1,7 @@
 """Which LoRA adapters requests may name: those that the engine has from the start, and those in a folder.
 
-In: the folder that the server was given. Out: names, and the directory of one. A name that a request brings is compared
-with what the folder holds, and never made part of a path. Next: `prompts` knows the names, `service` has them loaded.
+In: the folder that the server was given. Out: names, and where one is. Next: `prompts` knows the names, `loop` has the
+engine load them.
 """
 
 from __future__ import annotations
@@ -9,10 +9,24 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 
 from ..errors import ConfigError
 
-_MARK = "adapter_config.json"
+_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One in the folder.
+
+    Attributes:
+        stamp: of its files; another where they were replaced.
+    """
+
+    name: str
+    directory: str
+    stamp: tuple[int, ...]
 
 
 class AdapterNames:
@@ -31,7 +45,7 @@ class AdapterNames:
         self._folder = folder
         if folder is not None and not os.path.isdir(folder):
             raise ConfigError(f"adapter_folder: expected a directory, got {folder!r}")
-        twice = sorted(set(self._loaded) & self._found().keys())
+        twice = sorted(set(self._loaded) & set(self._in_folder()))
         if twice:
             raise ConfigError(
                 f"adapter_folder: expected names beside those of the other adapters, got {twice[0]!r} in {folder}, "
@@ -40,18 +54,35 @@ class AdapterNames:
 
     def all(self) -> list[str]:
         """Those that may be named now."""
-        return [*self._loaded, *sorted(self._found().keys() - set(self._loaded))]
+        return [*self._loaded, *sorted(set(self._in_folder()) - set(self._loaded))]
 
-    def directory(self, name: str) -> str | None:
-        """Where to load one from; None: the engine has it, or it is there no longer."""
-        return None if name in self._loaded else self._found().get(name)
+    def knows(self, name: str) -> bool:
+        """Whether it may be named now."""
+        return name in self._loaded or self.find(name) is not None
 
-    def _found(self) -> dict[str, str]:
-        if self._folder is None:
-            return {}
-        found = {}
-        with suppress(OSError), os.scandir(self._folder) as entries:  # it may have gone meanwhile
-            for entry in entries:
-                if os.path.isfile(os.path.join(entry.path, _MARK)):
-                    found[entry.name] = entry.path
-        return found
+    def find(self, name: str) -> Adapter | None:
+        """Where one is; None: the engine has it, or there is none."""
+        return None if name in self._loaded else self._in(name)
+
+    def _in(self, name: str) -> Adapter | None:
+        """One of the folder; a name that could lead elsewhere is none."""
+        if self._folder is None or name in ("", ".", "..") or os.path.basename(name) != name:
+            return None
+        directory = os.path.join(self._folder, name)
+        with suppress(OSError, ValueError):  # no such file; a name that none can have
+            files = [os.stat(os.path.join(directory, file)) for file in _FILES]
+            stamp = tuple(part for each in files for part in (each.st_ino, each.st_mtime_ns, each.st_size))
+            return Adapter(name, directory, stamp)
+        return None
+
+    def _in_folder(self) -> list[str]:
+        names: list[str] = []
+        if self._folder is not None:
+            with suppress(OSError):  # it may have gone meanwhile
+                names = os.listdir(self._folder)
+        return [name for name in names if _is_text(name) and self._in(name) is not None]
+
+
+def _is_text(name: str) -> bool:
+    """Whether a file's name can be told a client."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in name)

@@ -119,23 +119,20 @@ def _add_models(app: FastAPI, service: Service) -> None:
             max_model_len=service.max_model_len,
         )
 
-    def models() -> dict[str, Model]:
-        return {name: model(name) for name in [service.served_name, *service.adapters.all()]}
-
     @app.get("/v1/models", responses=FAILS)
     async def list_models() -> Models:
         """The model and its adapters."""
-        return Models(object="list", data=list(models().values()))
+        return Models(object="list", data=[model(name) for name in await service.models()])
 
     @app.get("/v1/models/{model_id:path}", responses=FAILS)
     async def get_model(model_id: str) -> Model:
         """One of them."""
-        known = models()
+        known = await service.models()
         if model_id not in known:
             raise ApiError(
                 404, f"expected one of {', '.join(known)}, got {model_id!r}", code="model_not_found"
             )
-        return known[model_id]
+        return model(model_id)
 
 
 def _add_health(app: FastAPI, service: Service) -> None:

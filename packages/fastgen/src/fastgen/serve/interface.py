@@ -60,6 +60,9 @@ class Engine(Protocol):
     def load_adapter(self, name: str, directory: str) -> None:
         """Load a LoRA adapter that requests may choose by `name`."""
 
+    def unload_adapter(self, name: str) -> None:
+        """Forget one; `RequestError` where a request uses it."""
+
     def embed(self, prompt_ids: list[int]) -> list[float] | None:
         """One forward of a text: its vector, or None: call again; `RequestError` or `CacheError` where it has none."""
 

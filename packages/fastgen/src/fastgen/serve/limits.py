@@ -67,7 +67,7 @@ class ServerConfig:
         served_name: the model's name in the API; None: the engine's.
         adapters: names of LoRA adapters that the engine has; each is a model of its own in the API.
         adapter_folder: each directory in it that is a LoRA adapter is one, too, also those that come while the server
-            runs; it is loaded when it is first asked for, and stays. None: no more than those.
+            runs; it is loaded when it is first asked for, and anew when its files are others. None: no more than those.
         cors_origins: web pages from elsewhere that may call the API.
         allowed_hosts: names under which the server may be called, against DNS rebinding: a web page whose name suddenly
             points to this machine. None: on a loopback address those of the loopback, else all.

@@ -18,8 +18,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
-from ..errors import OverloadedError
+from ..errors import FastgenError, ModelError, OverloadedError
 from ..output import Output, Stats
+from .adapter_names import Adapter
 from .interface import Engine, EngineError, Job, MayBeLost, StepError, Watch
 from .stream import Stream
 
@@ -50,7 +51,8 @@ class EngineLoop:
         self._answers: set[asyncio.Future[Any]] = set()
         self._streams: dict[str, Stream] = {}
         self._unstarted: set[str] = set()
-        self._adapters: set[str] = set()
+        self._adapters: dict[str, tuple[int, ...]] = {}
+        self._failed_adapters: dict[str, tuple[tuple[int, ...], str]] = {}
         self._lock = threading.Lock()
         self._outbox: list[tuple[list[Output] | None, Stats, float]] = []
         self.stats = Stats()
@@ -126,11 +128,16 @@ class EngineLoop:
         """A vector for each prompt; one forward of one of them between two steps."""
         return [await self._embed(ids) for ids in prompts]
 
-    async def load_adapter(self, name: str, directory: str) -> None:
-        """Load an adapter between two steps, unless it has been; raises what the engine does."""
-        if name not in self._adapters:
+    async def load_adapter(self, adapter: Adapter) -> None:
+        """Load an adapter between two steps, unless it has been; in place of the one that its name had before.
+
+        Raises:
+            ModelError: the engine cannot; nor is it asked again, as long as the files are the same.
+            RequestError: somebody still uses the one before.
+        """
+        if self._adapters.get(adapter.name) != adapter.stamp:
             self._check()
-            await self._call(partial(self._load_adapter, name, directory))
+            await self._call(partial(self._load_adapter, adapter))
 
     def fail_all(self, error: Exception) -> None:
         """End every stream with `error`."""
@@ -261,12 +268,26 @@ class EngineLoop:
                 self._engine.abort(name)
             raise
 
-    def _load_adapter(self, name: str, directory: str) -> None:
-        if name not in self._adapters:  # others may have asked for it, too
-            self._engine.load_adapter(name, directory)
-            self._adapters.add(name)
+    def _load_adapter(self, adapter: Adapter) -> None:
+        name, stamp = adapter.name, adapter.stamp
+        if self._adapters.get(name) == stamp:  # others have asked for it, too
+            return
+        failed = self._failed_adapters.get(name)
+        if failed is not None and failed[0] == stamp:
+            raise ModelError(failed[1])
+        if name in self._adapters:
+            self._engine.unload_adapter(name)
+            del self._adapters[name]
+        try:
+            self._engine.load_adapter(name, adapter.directory)
+        except FastgenError as error:
+            self._failed_adapters[name] = stamp, str(error)
+            raise ModelError(str(error)) from error
+        self._adapters[name] = stamp
 
     def _answer(self, function: Callable[[], T], answer: asyncio.Future[T]) -> None:
+        if answer.cancelled():  # nobody waits for it
+            return
         try:
             result = function()
         except Exception as error:

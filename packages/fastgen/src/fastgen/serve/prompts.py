@@ -210,9 +210,8 @@ class Prompts:
     def _adapter(self, model: str | None) -> str | None:
         if model is None or model == self._served_name:
             return None
-        known = self._adapters.all()
-        if model not in known:
-            names = ", ".join([self._served_name, *known])
+        if not self._adapters.knows(model):
+            names = ", ".join([self._served_name, *self._adapters.all()])
             raise ApiError(
                 404, f"model: expected one of {names}, got {model!r}", code="model_not_found", param="model"
             )

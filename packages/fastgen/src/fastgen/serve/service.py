@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ..errors import CacheError, ConfigError, FastgenError, OverloadedError, RequestError
+from ..errors import CacheError, ConfigError, ModelError, OverloadedError, RequestError
 from ..request import SamplingParams
 from .adapter_names import AdapterNames
 from .admission import Admission
@@ -115,6 +115,10 @@ class Service:
         with self.admission.slot():
             return _json(dumped(await self._within(http, work(), time.perf_counter())))
 
+    async def models(self) -> list[str]:
+        """Names for `GET /v1/models`."""
+        return [self.served_name, *await self._read(self.adapters.all)]
+
     def health(self) -> Health:
         """`GET /health`."""
         if self.loop.failure is not None:
@@ -192,12 +196,16 @@ class Service:
 
     async def _load(self, adapter: str | None) -> None:
         """Have the engine load an adapter that it has not."""
-        directory = None if adapter is None else self.adapters.directory(adapter)
-        if adapter is None or directory is None:
+        if adapter is None:
+            return
+        found = await self._read(lambda: self.adapters.find(adapter))
+        if found is None:
             return
         try:
-            await self.loop.load_adapter(adapter, directory)
-        except FastgenError as error:
+            await self.loop.load_adapter(found)
+        except RequestError as error:  # it was replaced, and requests still use the one before
+            raise overloaded(f"adapter {adapter!r}: {error}") from error
+        except ModelError as error:
             raise ApiError(
                 500, f"adapter {adapter!r} cannot be loaded: {error}", code="adapter_failed"
             ) from error

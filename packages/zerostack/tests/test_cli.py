@@ -83,7 +83,7 @@ def test_estimate_shows_tiers(capsys, tmp_path):
     assert status == 2
     assert "nothing would rest there" in err
     status, _, err = run(
-        capsys, "estimate", "--params", "1B", "--optimizer", "lion", "--offload-optimizer", "cpu"
+        capsys, "estimate", "--params", "1B", "--optimizer", "adam-amsgrad", "--offload-optimizer", "cpu"
     )
     assert status == 2
     assert "optimizer: expected one of adam, adamw" in err

@@ -25,7 +25,6 @@ from zero_core.testing import run_ranks
 from zero_offload_nvme import (
     HostStore,
     NvmeStore,
-    OffloadConfigError,
     OffloadDiskError,
     OffloadedOptimizer,
     OffloadError,
@@ -81,20 +80,6 @@ def test_a_path_that_cannot_be_written(tmp_path) -> None:
         with pytest.raises(OffloadDiskError, match="Read-only file system; choose a directory") as caught:
             NvmeStore(folder)
         assert caught.value.errno == errno.EROFS
-
-
-def test_an_engine_that_suits_the_drive(tmp_path) -> None:
-    with NvmeStore(tmp_path / "new", tune_s=0.2) as store:
-        store.put("a", torch.arange(1000.0))
-        out = torch.empty(1000)
-        store.fetch("a", out).wait()
-        assert torch.equal(out, torch.arange(1000.0))
-    assert [each.name for each in tmp_path.rglob("*")] == ["new"]
-    with ak.TransferEngine() as engine, pytest.raises(OffloadConfigError, match="leave one of the two out"):
-        NvmeStore(tmp_path, engine=engine, tune_s=0.2)
-    (tmp_path / "file").touch()
-    with pytest.raises(OffloadDiskError, match="choose a directory"):
-        NvmeStore(tmp_path / "file" / "in it", tune_s=0.2)
 
 
 def test_a_file_system_that_fills_up_meanwhile_keeps_what_was_set_aside(tmp_path) -> None:

@@ -1,7 +1,7 @@
 """What an accelerator does beside compute, on a stream of its own.
 
-In: work that is queued inside `beside`. Out: a handle; compute waits for none of it before that is waited for. On the
-CPU there are no streams: work is done where it is queued.
+In: work that is queued inside `Beside.compute`. Out: a handle; compute waits for none of it before that is waited for.
+On the CPU there are no streams: work is done where it is queued. Used by `hierarchy` and `turns`.
 """
 
 from __future__ import annotations

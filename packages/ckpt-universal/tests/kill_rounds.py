@@ -2,9 +2,10 @@
 
     python kill_rounds.py ROOT sync|async ROUNDS SEED
 
-A fresh process is forked for each round from this one, which has no threads and has imported everything. After every
-round the latest step must load, whole, and be no older than what the saver had said was committed. Prints a line of
-JSON: rounds, and how many died while a save was under way.
+A fresh process is forked for each round from this one, which has no threads and has imported everything. Every second
+round is killed only after it has said that a step is committed, so that the rounds get on however slow the machine is.
+After every round the latest step must load, whole, and be no older than what the saver had said was committed. Prints
+a line of JSON: rounds, the newest step, and how many died while a save was under way.
 """
 
 from __future__ import annotations
@@ -61,6 +62,14 @@ def look(root: Path, at_least: int) -> int:
     return newest
 
 
+def wait_for_word(said: Path, before: str) -> None:
+    """Until `said` is another than `before`, two minutes at most."""
+    end = time.monotonic() + 120
+    while said.read_text() in (before, ""):
+        assert time.monotonic() < end, "the saver has committed nothing in two minutes"
+        time.sleep(0.001)
+
+
 def main() -> None:
     root, mode, rounds, seed = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
     torch.set_num_threads(1)
@@ -69,11 +78,14 @@ def main() -> None:
     said = root / "said"
     said.write_text("-1\n")
     newest, under_way = -1, 0
-    for _ in range(rounds):
+    for turn in range(rounds):
+        before = said.read_text()
         child = os.fork()
         if child == 0:
             save_for_ever(root, mode, newest + 1)
             os._exit(1)
+        if turn % 2:
+            wait_for_word(said, before)
         time.sleep(draw.uniform(0.01, 0.15))
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)

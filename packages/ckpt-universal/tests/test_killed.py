@@ -38,7 +38,7 @@ def rounds(root, mode, count, seed):
 @pytest.mark.parametrize("mode", ["sync", "async"])
 def test_kills_at_random_instants(tmp_path, mode):
     found = rounds(tmp_path / "run", mode, 25, seed=1)
-    assert found["newest"] > 25
+    assert found["newest"] >= 12, "every second round commits a step"
     assert found["under_way"] > 0, "no kill met a save"
 
 
@@ -46,7 +46,7 @@ def test_kills_at_random_instants(tmp_path, mode):
 @pytest.mark.parametrize("mode", ["sync", "async"])
 def test_kills_at_two_hundred_random_instants(tmp_path, mode):
     found = rounds(tmp_path / "run", mode, 200, seed=2)
-    assert found["newest"] > 200
+    assert found["newest"] >= 100
     assert found["under_way"] > 20
 
 

@@ -18,9 +18,11 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 FREEZE_STEP = 2
+LOCAL_STEPS = 8
+"""Of `0-1-adam-local` from one message to the next, from its fifth step on."""
 
 
-def one_bit(model: GPT, job: Job, *, kind: str) -> Step:
+def one_bit(model: GPT, job: Job, *, kind: str, **more: Any) -> Step:
     """An optimizer of comm-compress in the ordinary loop: gradients stay here, momenta travel as signs."""
     import comm_compress as cc
 
@@ -32,7 +34,9 @@ def one_bit(model: GPT, job: Job, *, kind: str) -> Step:
         "ZeroOneAdam": {"var_freeze_step": FREEZE_STEP},
     }[kind]
     compression = cc.Compression(timeout_s=300.0)
-    optimizer = getattr(cc, kind)(model.parameters(), **ADAMW, **freeze, group=group, compression=compression)
+    optimizer = getattr(cc, kind)(
+        model.parameters(), **ADAMW, **freeze, **more, group=group, compression=compression
+    )
 
     def step(batches: Sequence[Batch]) -> float:
         losses = []
@@ -83,7 +87,8 @@ def ddp_hook(model: GPT, job: Job, *, kind: Any) -> Step:
     wrapped = nn.parallel.DistributedDataParallel(
         model.to(job.dtype), gradient_as_bucket_view=True, bucket_cap_mb=4
     )
-    wrapped.register_comm_hook(None, cc.ddp_hook(kind, shared_memory=False, timeout_s=300.0))
+    by_messages = {} if kind == "1bit" else {"shared_memory": False}  # whose signs never travel otherwise
+    wrapped.register_comm_hook(None, cc.ddp_hook(kind, timeout_s=300.0, **by_messages))
     optimizer = torch_adamw(wrapped.parameters())
     accumulate = _accumulation(wrapped, wrapped.no_sync)
 
@@ -101,6 +106,9 @@ COMPRESSED: dict[str, Build] = {
     "1-bit-adam": partial(one_bit, kind="OneBitAdam"),
     "1-bit-lamb": partial(one_bit, kind="OneBitLamb"),
     "0-1-adam": partial(one_bit, kind="ZeroOneAdam"),
+    "0-1-adam-local": partial(
+        one_bit, kind="ZeroOneAdam", local_step_scaler=1, local_step_clipper=LOCAL_STEPS
+    ),
     "zero++-3": zero_pp,
     "zero++-3-auto": partial(zero_pp, policy="auto"),
     "zero++-2": partial(zero_pp, stage=2),

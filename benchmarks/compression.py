@@ -5,11 +5,11 @@
     python3 tools/dev.py bench compression --quick
 
 Every engine trains the same GPT on two ranks, one in each network namespace (`tools/slow_network.py`). They take turns:
-in each round every engine takes some steps at each rate, more where they are short, after one that is not counted. An
-engine that decides for itself (`-auto`) is started anew for each rate, and has decided before it is measured. Beside
-each row stands the model max(compute, bytes / bandwidth): compute is the engine's own step over the link as fast as the
-machine, bytes are those that the kernel counts on the link, headers included. Jobs that are not measured again stay as
-the file has them.
+in each round every engine takes some steps at each rate, more where they are short, after one that is not counted
+(eight where one of eight sends). An engine that decides for itself (`-auto`) is started anew for each rate, and has
+decided before it is measured. Beside each row stands the model max(compute, bytes / bandwidth): compute is the engine's
+own step over the link as fast as the machine, bytes are those that the kernel counts on the link, headers included.
+Jobs that are not measured again stay as the file has them.
 """
 
 from __future__ import annotations
@@ -25,16 +25,19 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import _measure
+from _compressed_engines import LOCAL_STEPS
 from _lab import Lab, LabError, lab
 from _processes import DTYPES, HERE, RANKS, Engine, missing, say
 from gpt import GPT, PRESETS, num_parameters
 
 NAMES = (
     "ddp", "fsdp2", "zero-core-3-network", "zero++-3", "zero++-3-auto", "ddp-int8", "1-bit-adam", "1-bit-lamb",
-    "0-1-adam",
+    "0-1-adam", "0-1-adam-local",
 )  # fmt: skip
 
 
+PERIODS = {"0-1-adam-local": LOCAL_STEPS}
+"""Steps of which one sends: as many lead, and whole periods are measured."""
 WARM_UP, DECIDE = 4, 14
 """Steps before anything is measured; of an engine that first finds out what pays."""
 LEAST_S = 2.5
@@ -91,13 +94,15 @@ def measure(
             hosts = hosts.set_rate(rate)
             for engine in engines[rate]:
                 known = seconds.setdefault((engine.name, rate), [])
+                period = PERIODS.get(engine.name, 1)
                 count = max(steps, math.ceil(LEAST_S / known[-1])) if known else steps
+                count = math.ceil(count / period) * period
                 before = [hosts.sent_bytes(rank) for rank in range(RANKS)]
-                engine.measure_round(count, lead=1)
+                engine.measure_round(count, lead=period)
                 after = [hosts.sent_bytes(rank) for rank in range(RANKS)]
                 known.append(engine.rounds[-1].seconds)
                 most = max(b - a for a, b in zip(before, after, strict=True))
-                sent[engine.name, rate] = most / (count + 1) / _measure.MIB
+                sent[engine.name, rate] = most / (count + period) / _measure.MIB
     for mbit in engines:
         if mbit is None:
             continue
@@ -180,26 +185,34 @@ DDP / step: DDP's step over this one, above 1 is faster. Compute: the engine's s
 a rate. Wire: what its bytes take at the rate. Of the model: max(compute, wire) over the step. The 1-bit optimizers are
 past their warm-up. `zero++-3`: int8 weights, int4 gradients, weights kept from forward to backward; `auto` leaves off
 what does not pay over this link. `zero-core-3-network`: stage 3 as it is, two blocks on their way at once. `ddp-int8`:
-DDP's buckets of 4 MiB, so that coding one runs beside the sending of another; the others have DDP's own of 25."""
+DDP's buckets of 4 MiB, so that coding one runs beside the sending of another; the others have DDP's own of 25.
+`0-1-adam-local`: 0/1 Adam past its doublings, where one step of eight sends."""
     return "\n".join([*lines, legend, ""])
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Steps a second against the rate, a panel for each model: its first job."""
+    """Steps a second against the rate: a row of panels for each model, with a panel for each dtype and batch."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    jobs = list({row.model: row.job for row in reversed(rows)}.values())[::-1]
-    figure = Figure(figsize=(6.5 * len(jobs), 4.2), layout="constrained")
-    for panel, job in zip(figure.subplots(1, len(jobs), squeeze=False)[0], jobs, strict=True):
-        mine = [row for row in rows if row.job == job]
-        for name in dict.fromkeys(row.engine for row in mine):
-            points = sorted((row.mbit, 1 / row.step_s) for row in mine if row.engine == name)
-            panel.plot(*zip(*points, strict=True), marker="o", label=name)
-        panel.set(xscale="log", yscale="log", xlabel="Mb/s each way", ylabel="steps a second")
-        panel.set_title(f"{job[0]}, {job[1]}, batch of {job[2]} a rank")
-        panel.grid(alpha=0.3)
-        panel.legend(fontsize=8)
+    models = list(dict.fromkeys(row.model for row in rows))
+    jobs = list(dict.fromkeys(row.job[1:] for row in rows))
+    colours = dict(zip(NAMES, matplotlib.color_sequences["tab10"], strict=False))
+    figure = Figure(figsize=(4.6 * len(jobs), 4.0 * len(models)), layout="constrained")
+    panels = figure.subplots(len(models), len(jobs), squeeze=False)
+    for model, line in zip(models, panels, strict=True):
+        for (dtype, sequences), panel in zip(jobs, line, strict=True):
+            mine = [row for row in rows if row.job == (model, dtype, sequences)]
+            for name in dict.fromkeys(row.engine for row in mine):
+                points = sorted((row.mbit, 1 / row.step_s) for row in mine if row.engine == name)
+                panel.plot(
+                    *zip(*points, strict=True), marker="o", markersize=4, label=name, color=colours[name]
+                )
+            panel.set(xscale="log", yscale="log", xlabel="Mb/s each way", ylabel="steps a second")
+            panel.set_title(f"{model}, {dtype}, batch of {sequences} a rank", fontsize=10)
+            panel.set_visible(bool(mine))
+            panel.grid(alpha=0.3)
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(NAMES))
     path.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context({"svg.hashsalt": "compression"}):
         figure.savefig(path, metadata={"Date": None})

@@ -4,17 +4,16 @@
     python3 tools/dev.py bench compression_learning --only "1-bit Adam" --only Adam
     python3 tools/dev.py bench compression_learning --quick
 
-A small GPT is trained from nothing on Python's standard library by several ranks, with a rate that rises for a
-twentieth of the run and falls along a cosine to a tenth; warm-up of the 1-bit optimizers takes 15 % of the run. A
-method is within noise where its mean over seeds is no further above that of its reference than seeds of the reference
-are from each other (their largest difference). `--only` measures some methods and keeps what the file says of the
-others.
+The GPT of `zerostack demo`, small, is trained from nothing on the demo's text, Python's standard library, by several
+ranks, with a rate that rises for a twentieth of the run and falls along a cosine to a tenth; warm-up of the 1-bit
+optimizers takes 15 % of the run. A method is within noise where its mean over seeds is no further above that of its
+reference than seeds of the reference are from each other (their largest difference). `--only` measures some methods and
+keeps what the file says of the others.
 """
 
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 import math
 import platform
@@ -28,30 +27,19 @@ import _measure
 import comm_compress as cc
 import torch
 import zero_core as zero
-from gpt import GPT, PRESETS
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from zero_core.testing import run_ranks
+from zerostack.demo import text
+from zerostack.demo.gpt import GPT, GPTConfig
 
 HERE = Path(__file__).resolve().parent
-CONFIG = PRESETS["tiny"]
+CONFIG = GPTConfig(context=64, layers=3, width=128, heads=2)
 SEEDS = (0, 1, 2)
 RANKS = 4
 SEQUENCES = 16
 WARM_UP = 0.15
-MODULES = (
-    "argparse",
-    "inspect",
-    "typing",
-    "subprocess",
-    "tarfile",
-    "decimal",
-    "datetime",
-    "ast",
-    "pdb",
-    "doctest",
-)
 
 
 @dataclass(frozen=True)
@@ -150,26 +138,6 @@ METHODS: dict[str, Method] = {
 }  # fmt: skip
 
 
-def text() -> tuple[Tensor, Tensor]:
-    """Characters as numbers: to learn from, and the last tenth of every module, held out."""
-    train, held_out = [], []
-    for name in MODULES:
-        source = inspect.getsource(__import__(name))
-        numbers = torch.tensor(list(source.encode("ascii", "ignore")))
-        cut = len(numbers) // 10
-        train.append(numbers[:-cut])
-        held_out.append(numbers[-cut:])
-    return torch.cat(train), torch.cat(held_out)
-
-
-def batch(numbers: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Random windows, and what follows each character."""
-    length = CONFIG.sequence_length
-    starts = torch.randint(0, len(numbers) - length - 1, (count,), generator=generator).tolist()
-    both = torch.stack([numbers[start : start + length + 1] for start in starts])
-    return both[:, :-1].contiguous(), both[:, 1:].contiguous()
-
-
 def rate_at(step: int, steps: int) -> float:
     """Of the largest: up for a twentieth, then a cosine down to a tenth."""
     rise = max(1, steps // 20)
@@ -179,21 +147,21 @@ def rate_at(step: int, steps: int) -> float:
 def curve(rank: int, method: Method, seed: int, steps: int, every: int) -> list[float]:
     """Held-out losses each `every` steps."""
     torch.manual_seed(seed)
-    train, held_out = text()
+    corpus = text.load(None, CONFIG.context)
     trained = method.build(GPT(CONFIG), steps)
-    generator = torch.Generator().manual_seed(1000 * seed + rank)
-    shown = batch(held_out, 64, torch.Generator().manual_seed(rank))
+    held_out = list(corpus.held_out_batches(count=RANKS, size=64, context=CONFIG.context))[rank]
     losses = []
     for step in range(1, steps + 1):
         for group in trained.groups:
             group["lr"] = method.rate * rate_at(step, steps)
-        trained.model(*batch(train, SEQUENCES // RANKS, generator)).backward()
+        batch = corpus.batch(seed=seed, step=step, rank=rank, size=SEQUENCES // RANKS, context=CONFIG.context)
+        trained.model(*batch).backward()
         trained.step()
         if step == steps:
             trained.settle()
         if step % every == 0 or step == steps:
             with torch.no_grad():
-                loss = trained.model(*shown).double().reshape(1)
+                loss = trained.model(*held_out).double().reshape(1)
             torch.distributed.all_reduce(loss)  # of windows of its own on each rank
             losses.append(float(loss) / RANKS)
     return losses
@@ -212,8 +180,8 @@ def page(record: dict[str, Any]) -> str:
     lines = [
         "# Compressed training: how it learns",
         "",
-        f"GPT of {record['parameters'] / 1e6:.2f} M parameters from nothing on Python's standard library, {RANKS} "
-        f"ranks, batches of {SEQUENCES} x {CONFIG.sequence_length} characters, {first['steps']} steps, clip 1.0. "
+        f"The demo's GPT with {record['parameters'] / 1e6:.2f} M parameters from nothing on Python's standard library, "
+        f"{RANKS} ranks, batches of {SEQUENCES} x {CONFIG.context} bytes, {first['steps']} steps, clip 1.0. "
         f"Held-out loss, mean and standard deviation over {len(first['curves'])} seeds; spread: the largest difference "
         f"between seeds of the reference; {record['date']}; torch {record['versions']['torch']}.",
         "",

@@ -29,7 +29,7 @@ from adam_step import ROOT, alternate, timed
 
 BLOCK = 256
 BAR = 0.6
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LIMITS = {  # places that are streamed side by side, non-temporal stores
     f"{places} places, {stores} stores": (places, stores == "non-temporal")
     for places in (4, 16)
@@ -202,7 +202,7 @@ LEGEND = f"""\
 Blocks of {BLOCK} elements. The limit reads and writes as many bytes as the op, from one array and to another, in 4 or
 16 places side by side, with ordinary or with non-temporal stores, whichever is fastest; where an op passes over its
 input twice, as signs need, so does the limit. Contestants take turns, one call each, after a sweep through the
-caches. The peers quantize with `torch.quantize_per_channel` (scales found by torch, fp32 made of bf16 first), and
+caches. The peers quantize with `torch.quantize_per_channel` (scales found by torch, fp32 made of halves first), and
 pack signs with torch's passes and `numpy.packbits`. Where the load average says that the machine had other work, ops
 and limits shared what that left of it: the ratios hold for that, and say little about a machine left alone.
 """

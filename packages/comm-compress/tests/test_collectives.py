@@ -8,14 +8,40 @@ import comm_compress as cc
 import pytest
 import torch
 import torch.distributed as dist
+from comm_compress.group_collectives import GroupCollectives
+from comm_compress.hops import Done
+from comm_compress.settings import Settings
 from comm_compress.topology import Grid
 from comm_compress.wire import BlockFormat
 from compress_lab import simulated_gather, simulated_reduce, through
+from torch.distributed.device_mesh import init_device_mesh
 from zero_core.testing import run_ranks
 
 SIZES = (0, 1, 2, 7, 31, 255, 256, 257, 1000)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NODES = [(1, 1), (2, 1), (2, 2), (3, 1), (3, 3), (4, 1), (4, 2), (4, 4)]
+
+
+def what_stays(rank: int) -> None:
+    """Of a gather that is over, the node's part alone; groups of a mesh are left to those who made it."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("node", "local"))
+    made = GroupCollectives(Settings(secondary=True, mesh=mesh, min_bytes=0), dist.group.WORLD)
+    assert made.grid.node_size == 2
+    for hop, group in (
+        (made.reductions.inside, mesh.get_group(1)),
+        (made.reductions.across, mesh.get_group(0)),
+    ):
+        assert hop.group is not group
+        assert dist.get_process_group_ranks(hop.group) == dist.get_process_group_ranks(group)
+    out = torch.empty(4 * 1000)
+    made.gather_weights(lambda: torch.ones(1000), out, tag=1, version=1).wait()
+    (kept,) = made.gathers._kept.values()
+    assert isinstance(kept.handle.inner, Done)
+    assert kept.part.numel() == BlockFormat(8).message_bytes(1000) * 2
+
+
+def test_what_stays_of_a_gather() -> None:
+    run_ranks(what_stays, 4)
 
 
 def numbers(seed: int, numel: int, dtype: torch.dtype) -> torch.Tensor:

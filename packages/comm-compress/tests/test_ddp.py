@@ -191,6 +191,27 @@ def test_powersgd_beside_collectives_of_backward() -> None:
     assert torch.equal(one, other)
 
 
+def moving(rank: int, kind: str) -> None:
+    """Parameters that lie elsewhere at every step, as after `flatten_parameters` of an LSTM, are the same ones."""
+    ddp = DistributedDataParallel(build())
+    options = {} if kind == "1bit" else {"loco": cc.LoCoPolicy()}
+    hook = cc.ddp_hook(kind, **options)
+    ddp.register_comm_hook(None, hook)
+    known = []
+    for step in range(6):
+        loss_of(ddp, batch(rank, step)).backward()
+        known.append(dict(hook.averaging.known))
+        ddp.zero_grad()
+        for param in ddp.parameters():
+            param.data = param.data.clone()
+    assert known[1:] == known[1:2] * 5, "residuals were begun anew"
+
+
+@pytest.mark.parametrize("kind", ["int8", "1bit"])
+def test_parameters_that_move_in_memory(kind: str) -> None:
+    run_ranks(moving, 2, kind)
+
+
 # -- refusals and failures --------------------------------------------------------------------------------------
 
 
@@ -207,6 +228,7 @@ def test_options_that_do_not_belong(solo) -> None:
         ("int3", {}, "kind: expected 'int8', 'int4', '1bit', 'fp16', 'bf16' or 'powersgd', got 'int3'"),
         ("int8", {"matrix_approximation_rank": 2}, "options of 'powersgd' alone"),
         ("1bit", {"node_size": 1, "min_bytes": 0}, "min_bytes, node_size: no option of this kind"),
+        ("1bit", {"shared_memory": True}, "shared_memory: no option of this kind"),
         ("fp16", {"policy": "auto"}, "policy: no option of this kind"),
         ("bf16", {"block_size": -5}, "block_size: no option of this kind"),
         (

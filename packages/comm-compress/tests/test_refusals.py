@@ -67,17 +67,22 @@ def refuse(rank: int, world: int) -> list[str]:
     with pytest.raises(cc.CompressConfigError) as raised:
         zero.shard(build(), dist.group.WORLD, stage=3, collectives=made)
     found.append(str(raised.value))
+    made = cc.QuantizedCollectives(shared_memory=rank != 2, node_size=2)
+    with pytest.raises(cc.CompressConfigError) as raised:
+        zero.shard(build(), dist.group.WORLD, stage=3, collectives=made)
+    found.append(str(raised.value))
     return found
 
 
 def test_wrong_nodes_and_ranks_that_differ() -> None:
     for found in run_ranks(refuse, 4, 4):
-        assert len(found) == 6
+        assert len(found) == 7
         for message, given in zip(found[:3], ("3", "0", "2.0"), strict=True):
             assert message == f"node_size: expected a divisor of the group's 4 ranks (1, 2, 4), got {given}"
         assert "leave one out" in found[3]
         assert "over the ranks [0, 1, 2, 3] of the group" in found[4]
         assert "rank 2 of 4 has weights='int4' (rank 0: 'int8')" in found[5]
+        assert "rank 2 of 4 has shared_memory=False (rank 0: True)" in found[6]
 
 
 def fail(rank: int, world: int, stage: int, how: str) -> tuple[str, float]:

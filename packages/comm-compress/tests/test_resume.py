@@ -400,3 +400,37 @@ def another_clipper(rank: int) -> None:
 
 def test_another_local_step_clipper() -> None:
     run_ranks(another_clipper, 2)
+
+
+def an_earlier_freeze(rank: int) -> None:
+    """Where the variance was to be updated for longer: it is frozen now, and ranks may step alone."""
+    model, optimizer = make("ZeroOneAdam", var_freeze_step=1000)
+    steps(model, optimizer, rank, 1, 8)
+    state, parameters = through_a_file((optimizer.state_dict(), values(model)))
+    local = {"var_freeze_step": 4, "local_step_scaler": 1, "local_step_clipper": 4}
+    other, resumed = make("ZeroOneAdam", **local)
+    other.load_state_dict(parameters)
+    resumed.load_state_dict(state)
+    steps(other, resumed, rank, 9, 20)
+    resumed.synchronize()
+    found = torch.cat([param.detach().reshape(-1) for param in other.parameters()])
+    every = [torch.empty_like(found) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(every, found)
+    assert all(torch.equal(each, every[0]) for each in every)
+    assert bool(torch.isfinite(found).all())
+    counts = [line.calls for line in cc.traffic(resumed).lines]
+    assert len(counts) > 1, "some steps sent nothing"
+
+
+def test_an_earlier_freeze() -> None:
+    run_ranks(an_earlier_freeze, 2)
+
+
+def frozen_yet(rank: int) -> None:
+    """An optimizer whose parameters are all frozen knows where they are."""
+    params = [torch.nn.Parameter(torch.zeros(3, device="meta"), requires_grad=False)]
+    assert cc.OneBitAdam(params, lr=0.1)._device().type == "meta"
+
+
+def test_parameters_that_are_frozen_yet() -> None:
+    run_ranks(frozen_yet, 1)

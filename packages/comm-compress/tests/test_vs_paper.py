@@ -109,7 +109,7 @@ def test_with_a_bucket_a_parameter(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["1-bit Adam", "1-bit LAMB", "0/1 Adam"])
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_every_small_odd_length(kind: str, world: int) -> None:
     for length in (1, 3, 5, 9, 17, 33):
         compare(kind, world, {"plain": {}}, 1 << 20, [(length,)])

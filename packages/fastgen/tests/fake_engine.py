@@ -14,7 +14,7 @@ from typing import Any
 from fastgen.errors import OverloadedError, RequestError
 from fastgen.output import Output, Stats, TokenLogprobs
 from fastgen.request import FinishReason, SamplingParams
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "in", "Zürich", "and", "東京"]
@@ -29,6 +29,21 @@ TEMPLATE = (
 )
 SPECIAL = ["<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|end|>"]
 BLOCK_SIZE = 16
+
+
+def sentencepiece_like() -> PreTrainedTokenizerFast:
+    """Spaces are U+2581, unknown characters fall back to bytes."""
+    words = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "a", "b", "c", "\u2581a", "ab"]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    merges = [("\u2581", "a"), ("a", "b")]
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, byte_fallback=True, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
 
 
 def tiny_tokenizer(chat_template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
@@ -108,6 +123,10 @@ class FakeEngine:
 
     def room(self, num_prompt_tokens: int, num_sequences: int) -> int:
         return max(0, self.max_model_len - num_prompt_tokens)
+
+    def is_prepared(self, params: SamplingParams) -> bool:
+        """No schema is kept."""
+        return params.json_schema is None and params.regex is None
 
     def prepare(self, params: SamplingParams) -> None:
         self.prepared.append((params.json_schema, threading.current_thread().name))

@@ -75,7 +75,9 @@ def test_mixed_batch_equals_merged_models(name: str, tmp_path: Path) -> None:
 
 def test_alpha_and_rank_of_single_layers(tmp_path: Path) -> None:
     model = make_model("llama")
-    options = {"alpha_pattern": {"layers.1.self_attn.q_proj": 32}, "rank_pattern": {"v_proj": 2}}
+    # The first pattern that matches counts.
+    alphas = {"layers.1.self_attn.q_proj": 32, "q_proj": 2}
+    options = {"alpha_pattern": alphas, "rank_pattern": {"v_proj": 2}}
     merged = _train(model, tmp_path, 1, ["q_proj", "v_proj"], r=4, lora_alpha=8, **options)
     loaded = load_model(model, engine_config())
     Adapters(loaded).load("a", tmp_path)
@@ -147,4 +149,12 @@ def test_faults_name_the_cause(tmp_path: Path) -> None:
     (tmp_path / "dora" / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
     with pytest.raises(ModelError, match="use_dora"):
         adapters.load("a", tmp_path / "dora")
+    changes = [
+        {"alora_invocation_tokens": [1, 2]},
+        *({"init_lora_weights": each} for each in ("pissa", "OLoRA")),
+    ]
+    for change in changes:  # PEFT applies these to a part of the text, or to another base
+        (tmp_path / "dora" / "adapter_config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(ModelError, match=next(iter(change))):
+            adapters.load("a", tmp_path / "dora")
     assert not adapters.names

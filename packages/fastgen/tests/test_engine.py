@@ -8,6 +8,7 @@ import llguidance
 import pytest
 import torch
 from engine_lab import TOKENIZER, embedded, engine_of, expected, prompts, run, tiny_llama, tokens
+from fake_engine import sentencepiece_like
 from fastgen import (
     CacheError,
     EngineConfig,
@@ -18,6 +19,7 @@ from fastgen import (
     build_engine,
     runner,
 )
+from fastgen.request import Request, Sequence
 
 COUNT = 24
 GREEDY = SamplingParams(max_tokens=COUNT, temperature=0.0, ignore_eos=True)
@@ -72,6 +74,20 @@ def test_a_draft_model_changes_no_token(tmp_path, layers):
         assert stats.accepted_tokens_total == stats.drafted_tokens_total > 100
     else:
         assert stats.accepted_tokens_total < stats.drafted_tokens_total
+
+
+def test_drafts_end_with_the_greatest_length(tmp_path):
+    """Which no block ends with: the draft model has no positions beyond it."""
+    tiny_llama().save_pretrained(tmp_path)
+    longest = 45
+    engine = engine_of(
+        speculation=Speculation(num_drafts=4, draft_model=str(tmp_path)), max_model_len=longest
+    )
+    ids = prompts(1, seed=2)[0][:20]
+    params = SamplingParams(max_tokens=longest - len(ids), temperature=0.0, ignore_eos=True)
+    found = tokens(run(engine, {"x": (ids, params)})["x"])
+    assert found == tokens(run(engine_of(max_model_len=longest), {"x": (ids, params)})["x"])
+    assert len(ids) + len(found) == longest
 
 
 @pytest.mark.parametrize("way", [way for way in WAYS if way != "batch invariant"])
@@ -169,6 +185,41 @@ def test_best_of_returns_the_most_likely():
     assert [each.index for each in best] == [0, 1]
     ranked = sorted(likely, key=likely.__getitem__, reverse=True)
     assert [tuple(each.new_token_ids) for each in best] == ranked[:2]
+
+
+def test_best_of_ranks_by_the_token():
+    """Not by the whole: of two sequences as likely by the token, the shorter one would be the best."""
+    short, long = (Sequence(Request("x", [1], SamplingParams()), 0, [1], 1) for _ in range(2))
+    short.token_ids += [2, 3]
+    long.token_ids += [2] * 10
+    short.cumulative_logprob, long.cumulative_logprob = -4.0, -10.0
+    assert short.mean_logprob < long.mean_logprob
+
+
+def test_the_token_that_ends_a_beam_is_no_text():
+    ids = prompts(1, seed=6)[0]
+    params = SamplingParams(beam_width=2, n=2, temperature=0.0, max_tokens=12, ignore_eos=True)
+    whole = run(engine_of(), {"x": (ids, params)})["x"]
+    stop = tokens(whole)[3]
+    ended = run(engine_of(), {"x": (ids, replace(params, stop_token_ids=(stop,)))})["x"]
+    with_end = [each for each in ended if each.new_token_ids[-1] == stop]
+    assert with_end
+    for each in with_end:
+        assert each.text == TOKENIZER.decode(each.new_token_ids[:-1], skip_special_tokens=True)
+
+
+def test_a_text_goes_on_from_its_prompt():
+    """A tokenizer that drops the space of a text's first word does not drop that of an answer's."""
+    tokenizer = sentencepiece_like()
+    engine = build_engine(tiny_llama(), EngineConfig(device=torch.device("cpu")), tokenizer=tokenizer)
+    prompt, word = tokenizer.convert_tokens_to_ids(["\u2581a", "b", "\u2581a"]), "\u2581a"
+    bias = {tokenizer.convert_tokens_to_ids(word): 100.0}
+    for beam_width in (0, 2):
+        params = SamplingParams(max_tokens=2, logit_bias=bias, temperature=0.0, beam_width=beam_width)
+        found = run(engine, {"x": (prompt, params), "y": (prompt, replace(params, continues=False))})
+        said = {name: "".join(each.text for each in outputs) for name, outputs in found.items()}
+        assert said == {"x": " a a", "y": "a a"}
+        assert tokenizer.decode(prompt) + said["x"] == tokenizer.decode([*prompt, *tokens(found["x"])])
 
 
 def test_the_end_token_and_min_tokens():

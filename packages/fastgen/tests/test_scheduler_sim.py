@@ -168,8 +168,8 @@ def test_random_traffic(name: str) -> None:
     max_model_len=st.integers(2, 80),
 )
 def test_any_setup(seed: int, **setup: object) -> None:
-    if setup["kind"] is Schedule.PREFILL_FIRST and setup["paced"]:
-        setup["paced"] = False  # whole prompts have no limit
+    if setup["kind"] is Schedule.PREFILL_FIRST:  # whole prompts have no limit
+        setup |= {"paced": False, "prompt_fill": None}
     if setup["prompt_fill"] is not None:
         setup["prompt_fill"] = min(setup["prompt_fill"], setup["token_budget"])
     traffic = Traffic(seed, longest=30, rate=0.4, **setup)

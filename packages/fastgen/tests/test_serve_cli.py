@@ -20,7 +20,9 @@ import torch
 from fake_engine import FakeEngine
 from fastgen.config import EngineConfig, Weights
 from fastgen.errors import ModelError
+from fastgen.output import Output
 from fastgen.serve.cli import build_parser, main
+from fastgen.serve.commands.generate import interrupts
 from fastgen.serve.commands.options import engine_config
 from fastgen.serve.commands.serve import server_config
 from server_lab import Served, wait_until
@@ -108,6 +110,12 @@ def test_a_wrong_command_line_is_one_line(
         ),
         (["generate", "model", "x", "--json-schema", sys.executable], "expected text in UTF-8"),
         (["bench", "ftp://x"], "expected a URL"),
+        (
+            ["bench", "http://x", "--weights", "int8"],
+            "--weights: expected none, for it is of a model in this",
+        ),
+        (["bench", "model", "--api-key", "k"], "--api-key: expected none, for it is of a server"),
+        (["serve", "model", "--drafts", "3"], "--drafts 3: expected --speculate beside it"),
     ],
 )
 def test_errors_are_one_line(
@@ -195,6 +203,33 @@ def test_chat(built: Built, capsys: pytest.CaptureFixture[str], monkeypatch: pyt
         f"<|system|>Be brief.<|end|>\n<|user|>Hello<|end|>\n<|assistant|>{answer}<|end|>\n"
         "<|user|>Go on<|end|>\n<|assistant|>"
     )
+
+
+def test_ctrl_c_ends_an_answer_between_two_steps(
+    built: Built, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is left half-way would leave ranks apart; a second Ctrl-C ends the command, as ever."""
+    said = iter(["hello", "again", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(said))
+    step, steps = FakeEngine.step, []
+
+    def interrupted(engine: FakeEngine) -> list[Output]:
+        if len(steps) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        steps.append(step(engine))
+        return steps[-1]
+
+    monkeypatch.setattr(FakeEngine, "step", interrupted)
+    assert main(["chat", "model", "--max-tokens", "40"]) == 0
+    (_, _, engine) = built[0]
+    assert not engine.has_work
+    assert len(steps) > 40, "the second answer is whole"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    with interrupts() as come:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert come()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_bench_of_a_model(built: Built, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

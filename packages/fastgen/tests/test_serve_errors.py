@@ -43,6 +43,7 @@ REFUSED: list[tuple[str, dict[str, Any], int, str]] = [
     ("completions", {"prompt": "x", "n": 9}, 400, "at most 8 sequences"),
     ("completions", {"prompt": ["x"] * 5, "n": 2}, 400, "at most 8 sequences in all, got 10"),
     ("completions", {"prompt": "x", "best_of": 2, "n": 3}, 400, "best_of"),
+    ("completions", {"prompt": "x", "best_of": 2, "beam_width": 2}, 400, "best_of"),
     ("completions", {"prompt": "x", "temperature": -1}, 400, "temperature"),
     ("completions", {"prompt": "x", "top_p": 0}, 400, "top_p"),
     ("completions", {"prompt": "x", "seed": 10**30}, 400, "seed"),
@@ -409,6 +410,9 @@ def test_schemas_that_take_long_hold_up_nobody_else(monkeypatch: pytest.MonkeyPa
             assert (refused.status, refused.error["code"]) == (400, "schema_too_complex")
             assert served.complete(max_tokens=1).status == 200
         assert served.complete(response_format={"type": "json_object"}).status == 503
+        with monkeypatch.context() as kept:  # those that are kept need no thread
+            kept.setattr(engine, "is_prepared", lambda params: True)
+            assert served.complete(response_format={"type": "json_object"}).status == 200
         done.set()
         assert served.complete(regex="a").status == 200
 

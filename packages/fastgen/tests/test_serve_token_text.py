@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from fake_engine import tiny_tokenizer
+from fake_engine import sentencepiece_like, tiny_tokenizer
 from fastgen.output import Output, TokenLogprobs
 from fastgen.request import SamplingParams
 from fastgen.serve.completion_answers import CompletionAnswers
@@ -12,26 +12,10 @@ from fastgen.serve.prompts import Asked
 from fastgen.serve.schemas import CompletionRequest
 from fastgen.serve.stream import Piece
 from fastgen.serve.token_text import TokenText
+from fastgen.text import continued, decoder_of
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
-
-
-def sentencepiece_like() -> PreTrainedTokenizerFast:
-    """Spaces are U+2581, unknown characters fall back to bytes."""
-    words = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "a", "b", "c", "\u2581a", "ab"]
-    vocabulary = {word: number for number, word in enumerate(words)}
-    merges = [("\u2581", "a"), ("a", "b")]
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges, byte_fallback=True, unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
-    )
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
-
 
 BYTE_LEVEL, SENTENCEPIECE = tiny_tokenizer(), sentencepiece_like()
 
@@ -59,7 +43,8 @@ def test_offsets_lead_into_the_echoed_text(begin: list[str]) -> None:
     tokenizer.add_special_tokens({"bos_token": "<s>"})
     prompt_ids = tokenizer.convert_tokens_to_ids([*begin, "\u2581a", "b", "\u2581", "<0xC3>", "<0xBC>"])
     output_ids = tokenizer.convert_tokens_to_ids(["\u2581a", "c", "<s>", "\u2581a"])
-    prompt, said = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompt_ids, output_ids))
+    prompt = tokenizer.decode(prompt_ids, skip_special_tokens=True)
+    said = continued(decoder_of(tokenizer), prompt_ids, output_ids)
     params = SamplingParams(logprobs=0, prompt_logprobs=0)
     asked = Asked([Job(prompt_ids, params)], "tiny")
     request = CompletionRequest(prompt=prompt_ids, echo=True, logprobs=0)
@@ -67,22 +52,42 @@ def test_offsets_lead_into_the_echoed_text(begin: list[str]) -> None:
     scored = [[TokenLogprobs(each, -1.0) for each in ids] for ids in (prompt_ids, output_ids)]
     output = Output("x", 0, output_ids, said, None, len(prompt_ids), 0, scored[1], scored[0])
     (choice,) = answers.whole([Piece(0, output)]).choices
-    assert choice.text == "ab \u00fcac a"
+    assert choice.text == "ab \u00fc ac a"
     assert choice.logprobs is not None
     starts = [choice.text[offset:] for offset in choice.logprobs.text_offset]
-    special = ["ab \u00fcac a"] * len(begin)
-    ends = ["\u00fcac a", "\u00fcac a"]
+    special = ["ab \u00fc ac a"] * len(begin)
+    ends = ["\u00fc ac a", "\u00fc ac a"]
     assert starts == [
         *special,
-        "ab \u00fcac a",
-        "b \u00fcac a",
-        " \u00fcac a",
+        "ab \u00fc ac a",
+        "b \u00fc ac a",
+        " \u00fc ac a",
         *ends,
-        "ac a",
+        " ac a",
         "c a",
         " a",
         " a",
     ]
+
+
+def test_offsets_of_an_answer_alone() -> None:
+    """After a prompt without text the first word begins a text, and has no space."""
+    tokenizer = sentencepiece_like()
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    output_ids = tokenizer.convert_tokens_to_ids(["\u2581a", "c"])
+    for words in (["<s>"], ["<s>", "b"]):
+        prompt_ids = tokenizer.convert_tokens_to_ids(words)
+        asked = Asked([Job(prompt_ids, SamplingParams(logprobs=0))], "tiny")
+        request = CompletionRequest(prompt=prompt_ids, logprobs=0)
+        answers = CompletionAnswers("x", request, asked, TokenText(tokenizer))
+        said = continued(decoder_of(tokenizer), prompt_ids, output_ids)
+        scored = [TokenLogprobs(each, -1.0) for each in output_ids]
+        output = Output("x", 0, output_ids, said, None, len(prompt_ids), 0, scored)
+        (choice,) = answers.whole([Piece(0, output)]).choices
+        assert choice.logprobs is not None
+        assert (choice.text, choice.logprobs.text_offset) == (
+            (" ac", [0, 2]) if "b" in words else ("ac", [0, 1])
+        )
 
 
 @pytest.mark.parametrize("tokenizer", [BYTE_LEVEL, SENTENCEPIECE], ids=["byte level", "sentencepiece"])

@@ -50,6 +50,8 @@ def test_calls(text: str, shown: str, called: list[str], data: st.DataObject) ->
     assert [call.name for call in calls] == called
     assert all(json.loads(call.arguments) == {"town": "Bern"} for call in calls)
     assert len({call.id for call in calls}) == len(calls)
+    # What templates of Mistral's models demand of ids that clients send back.
+    assert all(len(call.id) == 9 and call.id.isalnum() for call in calls)
 
 
 def test_text_does_not_wait_where_no_call_can_be() -> None:

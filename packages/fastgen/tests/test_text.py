@@ -9,11 +9,14 @@ import time
 import pytest
 import torch
 from engine_lab import TOKENIZER, engine_of, run, tiny_llama
+from fake_engine import sentencepiece_like
 from fastgen import SamplingParams
-from fastgen.text import TextStream
+from fastgen.text import TextStream, continued, decoder_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
+
+SENTENCEPIECE = sentencepiece_like()
 
 
 def streamed(text: str, stops: tuple[str, ...] = ()) -> tuple[list[str], bool]:
@@ -43,6 +46,27 @@ def test_long_runs_without_a_whole_character(pieces):
     stream = TextStream(TOKENIZER)
     shown = [*(stream.push(token) for token in ids), stream.finish()]
     assert "".join(shown) == TOKENIZER.decode(ids, skip_special_tokens=True)
+
+
+@settings(deadline=None, max_examples=80)
+@given(st.text("ab \u00fc\u6771", max_size=12), st.text("ab \u00fc\u6771", max_size=12))
+def test_a_text_that_goes_on(before, after):
+    """However the two are cut into tokens, together they are what all the tokens say."""
+    for tokenizer in (TOKENIZER, SENTENCEPIECE):
+        first = tokenizer.encode(before, add_special_tokens=False)
+        ids = tokenizer.encode(after, add_special_tokens=False)
+        stream = TextStream(tokenizer, before=first)
+        shown = "".join([*(stream.push(token) for token in ids), stream.finish()])
+        whole = tokenizer.decode([*first, *ids])
+        assert tokenizer.decode(first) + shown == whole
+        assert continued(decoder_of(tokenizer), first, ids) == shown
+
+
+def test_what_completes_a_character_of_the_prompt():
+    """Nobody can say what it adds; what comes after it is whole."""
+    *before, last, after = TOKENIZER.encode("a\u00fcb", add_special_tokens=False)
+    stream = TextStream(TOKENIZER, before=before)
+    assert stream.push(last) + stream.push(after) + stream.finish() == "\ufffdb"
 
 
 def tokens_of(piece: str | bytes) -> list[int]:

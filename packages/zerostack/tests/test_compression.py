@@ -100,6 +100,22 @@ def test_stages_that_keep_weights_whole(stage):
         assert reduce > 3
 
 
+def decided(rank):
+    """The first passes decide; what has been decided is in the table."""
+    keys = {"zero_quantized_weights": True, "zero_quantized_gradients": True, "zero_quantized_if_faster": True}
+    engine = made({"stage": 3, **keys})
+    assert all(math.isfinite(loss) for loss in train(engine, rank, range(20)))
+    table = str(cc.traffic(engine.collectives))
+    return [line for line in table.splitlines() if line.startswith(("gather: ", "reduce: "))]
+
+
+def test_a_policy_that_decides():
+    first, second = run_ranks(decided, 2)
+    assert first == second
+    assert len(first) == 2, first
+    assert all("travel" in line for line in first), first
+
+
 def everywhere(rank, folder, root):
     """Offload, low precision, accumulation, recompute and checkpoints change nothing about it."""
     more = {"bf16": {"enabled": True}, "gradient_accumulation_steps": 2}
@@ -205,6 +221,7 @@ REFUSED = [
     ({"stage": 2, "zero_hpz_partition_size": 2}, "zero_hpz_partition_size: needs stage 3 or above, got stage 2"),
     ({"stage": 2, "zero_quantized_nontrainable_weights": True}, "zero_quantized_nontrainable_weights: needs stage 3"),
     ({"stage": 3, "zeropp_loco_param": {}}, "zeropp_loco_param: it is about quantized gradients"),
+    ({"stage": 3, "zero_quantized_if_faster": True}, "zero_quantized_if_faster: it is about quantized weights"),
     ({"stage": 3, "zero_hpz_partition_size": 3}, "expected a divisor of the 1 ranks that share one set of shards"),
 ]  # fmt: skip
 

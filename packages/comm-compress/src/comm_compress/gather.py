@@ -41,6 +41,10 @@ class Once:
             self.inner.wait()
             self.then()
             self.over = True
+            self.inner, self.then = (
+                Done(),
+                lambda: None,
+            )  # they hold what has arrived, which may be the whole unit
 
 
 @dataclass

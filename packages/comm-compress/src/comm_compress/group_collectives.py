@@ -52,8 +52,10 @@ class GroupCollectives:
         hop = partial(Hop, timeout_s=settings.timeout_s, shared_memory=settings.shared_memory)
         grid = grid_of(group, settings.node_size, settings.mesh)
         self.grid = grid
-        every = hop(group, [grid.node_of(other) == grid.node_of(rank) for other in range(grid.num_ranks)])
-        agree(every, "QuantizedCollectives", settings.shared(grid.node_size))
+        near = [grid.node_of(other) == grid.node_of(rank) for other in range(grid.num_ranks)]
+        by_messages = Hop(group, near, settings.timeout_s, shared_memory=False)
+        agree(by_messages, "QuantizedCollectives", settings.shared(grid.node_size))
+        every = hop(group, near)
         nodes = resolve(group, node_size=settings.node_size, mesh=settings.mesh)
         inside = every if nodes.inside is group else hop(nodes.inside, [True] * grid.node_size)
         alone = [node == grid.node_of(rank) for node in range(grid.num_nodes)]

@@ -70,6 +70,9 @@ class Settings:
 
     def shared(self, node_size: int) -> dict[str, Any]:
         """What ranks must agree on, as plain values; `node_size` is the one that holds."""
-        names = ("weights", "grads", "frozen", "secondary", "block_size", "min_bytes", "policy", "stochastic")
+        names = (
+            "weights", "grads", "frozen", "secondary", "block_size", "min_bytes", "policy", "stochastic",
+            "shared_memory",
+        )  # fmt: skip
         loco = None if self.loco is None else vars(self.loco)
         return {**{name: getattr(self, name) for name in names}, "loco": loco, "node_size": node_size}

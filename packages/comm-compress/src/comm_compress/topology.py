@@ -119,7 +119,10 @@ def grid_of(group: dist.ProcessGroup, node_size: int | None, mesh: DeviceMesh | 
 def resolve(
     group: dist.ProcessGroup, *, node_size: int | None = None, mesh: DeviceMesh | None = None
 ) -> Topology:
-    """Find or make the groups within a node and across; every rank of `group` must call it.
+    """Make the groups within a node and across; every rank of `group` must call it.
+
+    A mesh has such groups, which others use, too: on an accelerator a group's collectives have one order, and that of
+    gathers and that of reductions among each other is nobody's.
 
     Args:
         group: as for `grid_of`.
@@ -130,11 +133,6 @@ def resolve(
         CompressConfigError: as `grid_of`, before any group is made.
     """
     grid = grid_of(group, node_size, mesh)
-    if mesh is not None:
-        across, inside = mesh.get_group(0), mesh.get_group(1)
-        return Topology(
-            group, grid, inside if grid.node_size > 1 else None, across if grid.num_nodes > 1 else None
-        )
     rank = group.rank()
     return Topology(group, grid, _part(group, grid.inside(rank)), _part(group, grid.across(rank)))
 

@@ -34,7 +34,15 @@ _REFUSED = (
     "layer_replication",
     "trainable_token_indices",
     "corda_config",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "use_bdlora",
+    "use_qalora",
 )
+_CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
+"""Ways to begin, by how their names begin, that take the first product of A and B off the base's weights."""
 Pair = tuple[Tensor, Tensor]
 
 
@@ -128,6 +136,13 @@ def _config(folder: Path) -> dict[str, Any]:
     for key in _REFUSED:
         if config.get(key):
             raise ModelError(f"{path}: {key}: expected it unset, got {config[key]!r}; not supported")
+    began = config.get("init_lora_weights")
+    if isinstance(began, str) and began.lower().startswith(_CHANGES_BASE):
+        raise ModelError(
+            f"{path}: init_lora_weights: expected a way to begin that leaves the base as it is, got {began!r}, which "
+            "takes what the adapter began with off the base; save it with PEFT's "
+            "save_pretrained(path_initial_model_for_weight_conversion=...)"
+        )
     if config.get("bias", "none") != "none":
         raise ModelError(f"{path}: bias: expected 'none', got {config['bias']!r}; not supported")
     return config
@@ -139,6 +154,7 @@ def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
     for pattern, own in (config.get("alpha_pattern") or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):
             alpha = own
+            break  # as PEFT: the first that matches
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 

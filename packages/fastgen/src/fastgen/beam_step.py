@@ -18,6 +18,7 @@ from .request import FinishReason, Sequence
 from .sampler import Row, steered
 from .scheduler import Scheduler
 from .seen import Seen
+from .text import continued
 
 
 def advance_beams(
@@ -102,12 +103,13 @@ def _end(
     )
     for sequence in live:
         scheduler.finish(sequence, FinishReason.LENGTH)
+    before = request.prompt_ids if request.params.continues else []
     return [
         Output(
             request.id,
             index,
             each.token_ids,
-            decode(each.token_ids),
+            continued(decode, before, each.token_ids[:-1] if each.ended else each.token_ids),
             FinishReason.STOP if each.ended else FinishReason.LENGTH,
             len(request.prompt_ids),
             request.num_cached_tokens,

@@ -92,6 +92,12 @@ class SchedulePolicy:
             )
         if self.gap_s is not None and not 0.0 < self.gap_s < float("inf"):
             raise ConfigError(f"SchedulePolicy(gap_s=...): expected seconds above 0, got {self.gap_s!r}")
+        unused = [name for name in ("prompt_fill", "gap_s") if getattr(self, name) is not None]
+        if self.kind is Schedule.PREFILL_FIRST and unused:
+            raise ConfigError(
+                f"SchedulePolicy({unused[0]}=...): expected None with whole prompts, of which none is split, got "
+                f"{getattr(self, unused[0])!r}"
+            )
         if self.max_sequences < 1:
             raise ConfigError(f"SchedulePolicy(max_sequences=...): expected >= 1, got {self.max_sequences!r}")
         if self.max_waiting < 1:

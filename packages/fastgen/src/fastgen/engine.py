@@ -29,7 +29,7 @@ from .runner import Runner
 from .sampler import logprobs_of
 from .scheduler import Scheduler
 from .step_plan import Scheduled, StepPlan
-from .text import TextStream
+from .text import TextStream, decoder_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -78,6 +78,10 @@ class Engine:
 
     # -- requests ---------------------------------------------------------------------------------------------
 
+    def is_prepared(self, params: SamplingParams) -> bool:
+        """Whether `prepare` and `add` have no schema to compile; in any thread."""
+        return self._grammars.is_made(params)
+
     def prepare(self, params: SamplingParams) -> None:
         """What `add` would take long for: compile a schema. In any thread, while others are served.
 
@@ -116,7 +120,11 @@ class Engine:
         self.scheduler.add(request)
         first = request.sequences[0]
         self._lines[first] = Line(
-            first, TextStream(self.tokenizer, params.stop), grammar, self._eos_ids, longest
+            first,
+            TextStream(self.tokenizer, params.stop, prompt_ids if params.continues else ()),
+            grammar,
+            self._eos_ids,
+            longest,
         )
         seed = params.seed
         if seed is None:
@@ -348,11 +356,7 @@ class Engine:
     def _search(self, job: Job, members: list[tuple[Sequence, Tensor]]) -> list[Output]:
         """One step of a beam search."""
         line = self._lines[members[0][0]]
-
-        def decode(ids: list[int]) -> str:
-            return str(self.tokenizer.decode(ids, skip_special_tokens=True))
-
-        going, outputs = advance_beams(job, line, members, self.scheduler, decode)
+        going, outputs = advance_beams(job, line, members, self.scheduler, decoder_of(self.tokenizer))
         self._forget(job.request)
         self._generated += len(going)
         for sequence in going:

@@ -68,6 +68,12 @@ class GrammarFactory:
                 self._kept.popitem(last=False)
             return made.fork()
 
+    def is_made(self, params: SamplingParams) -> bool:
+        """Whether `make` has nothing to compile."""
+        with self._lock:
+            nothing = params.json_schema is None and params.regex is None
+            return nothing or (params.json_schema, params.regex) in self._kept
+
     def _compile(self, params: SamplingParams) -> Grammar:
         name = "json_schema" if params.json_schema is not None else "regex"
         try:

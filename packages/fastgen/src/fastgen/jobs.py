@@ -47,7 +47,7 @@ class Job:
             self._held_back.append((line, reason))
         if not is_last:
             return []
-        self._held_back.sort(key=lambda each: -each[0].sequence.cumulative_logprob)
+        self._held_back.sort(key=lambda each: -each[0].sequence.mean_logprob)
         outputs = []
         for index, (best, why) in enumerate(self._held_back[: self.request.params.n]):
             best.sequence.index = index

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from tqdm.auto import tqdm
 
 from .adapters import Adapters
-from .config import EngineConfig
+from .config import EngineConfig, Schedule
 from .engine import Engine
 from .errors import ConfigError, ModelError
 from .kv_cache import KVCache, build_cache
@@ -232,7 +232,7 @@ def build_engine(
     guesser: Guesser | None = None
     if speculation is not None and small is not None and small_layout is not None:
         own = KVCache(small_layout, cache.num_blocks, cache.block_size, small.device, cache.num_host_blocks)
-        guesser = DraftModel(small.decoder, own, speculation.num_drafts, small.device)
+        guesser = DraftModel(small.decoder, own, speculation.num_drafts, small.device, max_model_len)
     elif speculation is not None:
         guesser = PromptLookup(speculation.ngram, speculation.num_drafts)
     replays: Replays | None = None
@@ -242,8 +242,9 @@ def build_engine(
     if config.schedule.token_budget is None:
         longest = min(max_model_len, _MEASURED_LEN)
         fill = config.schedule.prompt_fill or runner.saturation_tokens(_MOST_BUDGET, longest, parallel.least)
+        filled = {"prompt_fill": fill} if config.schedule.kind is Schedule.SPLIT_FUSE else {}
         budget = max(fill, min(config.schedule.max_sequences + 1, _MOST_BUDGET))
-        config = replace(config, schedule=replace(config.schedule, token_budget=budget, prompt_fill=fill))
+        config = replace(config, schedule=replace(config.schedule, token_budget=budget, **filled))
     scheduler = Scheduler(
         config.schedule,
         cache.num_blocks,
@@ -258,7 +259,7 @@ def build_engine(
         tokenizer,
         vocab_size=text_config.vocab_size,
         eos_ids=_eos_ids(model, loaded, tokenizer),
-        model_name=Path(model).name if isinstance(model, (str, Path)) else type(model).__name__,
+        model_name=Path(model).resolve().name if isinstance(model, (str, Path)) else type(model).__name__,
         seed=config.seed,
         adapters=Adapters(loaded),
     )

@@ -33,7 +33,7 @@ class SamplingParams:
         frequency_penalty: subtracted for each time that a token is in the output.
         logit_bias: added to the logits of some tokens, by id; -100 all but bans one, 100 all but demands it.
         n: sequences returned.
-        best_of: sequences made, of which the `n` most likely are returned; None: `n`.
+        best_of: sequences made, of which the `n` with the greatest log-probability per token are returned; None: `n`.
         beam_width: beams of a beam search, of which the best `n` are returned; 0 samples.
         length_penalty: of beam search: scores are divided by length to this power, -10 to 10.
         stop: text at which a sequence ends; it is not part of the output.
@@ -45,6 +45,8 @@ class SamplingParams:
         prompt_logprobs: the same for tokens of the prompt.
         json_schema: the output is JSON of this schema (as JSON text); "{}" for any JSON.
         regex: the output matches this regular expression.
+        continues: the text goes on from the prompt's: its first word keeps the space that some tokenizers drop at the
+            begin of a text; False: it is one of its own, as a chat's answer is.
     """
 
     max_tokens: int = 16
@@ -69,6 +71,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     json_schema: str | None = None
     regex: str | None = None
+    continues: bool = True
 
     @cached_property
     def takes_greatest(self) -> bool:
@@ -97,6 +100,7 @@ class SamplingParams:
             ("best_of", self.best_of is None or self.best_of >= self.n, ">= n"),
             ("length_penalty", -10.0 <= self.length_penalty <= 10.0, "between -10 and 10"),
             ("beam_width", self.beam_width == 0 or self.beam_width >= self.n, "0, or >= n"),
+            ("best_of", self.best_of is None or not self.beam_width, "None beside beam_width"),
             ("logprobs", self.logprobs is None or 0 <= self.logprobs <= 100, "between 0 and 100"),
             (
                 "prompt_logprobs",
@@ -177,6 +181,11 @@ class Sequence:
     def num_output_tokens(self) -> int:
         """Output so far."""
         return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def mean_logprob(self) -> float:
+        """Of the output, per token."""
+        return self.cumulative_logprob / max(1, self.num_output_tokens)
 
     @property
     def num_uncomputed(self) -> int:

@@ -72,14 +72,30 @@ class DraftModel:
     """A smaller model with the same tokenizer: its cache has blocks of the same ids as the large one's.
 
     It goes through every forward beside the large model, so that its cache holds the same tokens; what it guesses
-    beyond them is overwritten by what comes. Guesses end with the blocks that a sequence has.
+    beyond them is overwritten by what comes. Guesses end with the blocks that a sequence has, and with its greatest
+    length, of which the last block may hold more.
+
+    Args:
+        decoder: the smaller model.
+        cache: its own.
+        num_drafts: most tokens guessed at once.
+        device: where both are.
+        max_model_len: tokens of the longest sequence, for which the model has positions.
     """
 
-    def __init__(self, decoder: CausalModel, cache: KVCache, num_drafts: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        decoder: CausalModel,
+        cache: KVCache,
+        num_drafts: int,
+        device: torch.device,
+        max_model_len: int,
+    ) -> None:
         self._decoder = decoder
         self._cache = cache
         self._num_drafts = num_drafts
         self._device = device
+        self._max_model_len = max_model_len
 
     def follow(self, plan: StepPlan, batch: RaggedBatch) -> None:
         """See `Guesser`."""
@@ -93,7 +109,11 @@ class DraftModel:
         copies = [_ahead(sequence) for sequence in sequences]
         block_size = self._cache.block_size
         for _ in range(self._num_drafts):
-            going = [each for each in copies if each.num_tokens <= len(each.block_table) * block_size]
+            going = [
+                each
+                for each in copies
+                if each.num_tokens <= min(len(each.block_table) * block_size, self._max_model_len)
+            ]
             if not going:
                 break
             plan = StepPlan([Scheduled(each, each.num_tokens - 1, 1) for each in going])

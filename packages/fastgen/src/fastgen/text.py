@@ -20,7 +20,10 @@ _MOST_ALONG = 8
 
 
 def decoder_of(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[int]], str]:
-    """Token ids to text, without special tokens: what `tokenizer.decode` does, without what it does for other input."""
+    """Token ids to text, without special tokens: what `tokenizer.decode` does, without what it does for other input.
+
+    Spaces stay where they are: what `clean_up_tokenization_spaces` does would change text that has been shown.
+    """
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
     kind = type(tokenizer)
@@ -28,10 +31,22 @@ def decoder_of(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[int]], str]
         isinstance(tokenizer, PreTrainedTokenizerFast)
         and kind.decode is PreTrainedTokenizerBase.decode
         and kind._decode is PreTrainedTokenizerFast._decode
-        and not tokenizer.clean_up_tokenization_spaces
     )
-    decode = tokenizer.backend_tokenizer.decode if is_plain else tokenizer.decode
-    return lambda ids: str(decode(ids, skip_special_tokens=True))
+    if is_plain:
+        plain = tokenizer.backend_tokenizer.decode
+        return lambda ids: str(plain(ids, skip_special_tokens=True))
+    return lambda ids: str(
+        tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    )
+
+
+def continued(decode: Callable[[list[int]], str], before: Sequence[int], ids: Sequence[int]) -> str:
+    """The text of tokens that come after others: some tokenizers drop the space of a text's first word."""
+    along = list(before[-_MOST_ALONG:])
+    text = decode(along) if along else ""
+    if text.endswith(_BROKEN):  # part of a character: nothing says what the rest adds
+        return decode(list(ids))
+    return decode([*along, *ids])[len(text) :]
 
 
 class TextStream:
@@ -40,20 +55,25 @@ class TextStream:
     Args:
         tokenizer: the model's.
         stops: texts at which it ends.
+        before: token ids of the text that it continues, if any: a first word then keeps its space.
 
     Attributes:
         stopped: a stop has come; what follows it is not shown, nor is the stop.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str] = ()) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str] = (), before: Sequence[int] = ()
+    ) -> None:
         self._tokenizer = tokenizer
         self._decode_ids = decoder_of(tokenizer)
         self._stops = tuple(map(_Stop, stops))
         self._matched = [0] * len(self._stops)  # characters of each stop at the end of the text
-        self._ids: list[int] = []
+        self._ids = list(before[-_MOST_ALONG:])
+        self._before = self._decode(self._ids)  # text of the tokens from `_begin` to `_shown`
+        if self._before.endswith(_BROKEN):  # part of a character: nothing says what the rest adds
+            self._ids, self._before = [], ""
         self._begin = 0  # of the tokens that are decoded along
-        self._shown = 0  # tokens whose text has been given out, or is held back
-        self._before = ""  # text of those from `_begin` to `_shown`
+        self._shown = len(self._ids)  # tokens whose text has been given out, or is held back
         self._held = ""
         self.stopped = False
 

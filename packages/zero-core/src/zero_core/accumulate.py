@@ -149,9 +149,11 @@ class StoredGradShard(GradShard):
             before = torch.empty_like(reduced)
             self.store.fetch(self.name, before).wait()
             reduced.add_(before)
+        measured = Measured.of(reduced)  # it is near, and soon is not
+        arriving = self.store.put(self.name, reduced)  # or there is no room, and no gradient
         self._count()
-        self._measured = self.version, Measured.of(reduced)  # it is near, and soon is not
-        self._pool.give(reduced, after=self.store.put(self.name, reduced))
+        self._measured = self.version, measured
+        self._pool.give(reduced, after=arriving)
 
     def zero(self, *, free: bool) -> None:
         """Forget the gradient; its place stays."""

@@ -137,6 +137,8 @@ class Sharded:
         self._overrides.restore()
         for unit, values in whole:
             unit.hand_back(values)
+        for unit in self.units:
+            unit.empty_stores()
 
     def override_zero_grad(self, module: nn.Module) -> None:
         """Have `module.zero_grad()` forget gradients: what has accumulated is not in `param.grad` alone."""

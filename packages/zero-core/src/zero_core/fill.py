@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils import swap_tensors
 
 from .collectives import Wire
 from .config import Precision
-from .errors import ZeroConfigError
+from .errors import CollectiveError, ZeroConfigError
 from .flat_unit import FlatUnit
 from .params import ReleasedParameter, free_storage
 
@@ -31,6 +32,7 @@ def fill_units(
 
     `wire` is that of all ranks, `replicas` that of those which hold the same shard, if others do.
     """
+    _make_room(units, precision, wire)
     initialisers = _meta_initialisers(model, units, init_module)
     for unit, initialise in zip(units, initialisers, strict=True):
         own = unit.params[0].dtype
@@ -63,6 +65,35 @@ def fill_units(
             unit.set_values(values)
         if unit.stage == 3:
             free_storage(unit.full)
+
+
+def _make_room(units: list[FlatUnit], precision: Precision, wire: Wire) -> None:
+    """Have stores set aside what all shards take, on all ranks or on none, while the model is as it was.
+
+    Raises:
+        OSError, MemoryError: what the store of this rank said.
+        CollectiveError: another rank's has no room.
+    """
+    if not any(unit.shard_store is not None for unit in units):
+        return
+    failure: Exception | None = None
+    try:
+        for unit in units:
+            unit.make_room(precision.param_dtype(unit.params[0].dtype))
+    except (OSError, MemoryError) as error:
+        failure = error
+    failed = torch.tensor([float(failure is not None)], device=wire.device)
+    wire.all_reduce("agreement on room for shards", failed, dist.ReduceOp.SUM).wait()
+    if not failed.item():
+        return
+    for unit in units:
+        if unit.shard_store is not None:
+            unit.shard_store.release(unit.key("param"))
+    if failure is not None:
+        raise failure
+    raise CollectiveError(
+        "shard: another rank's store has no room for its shards, and says so there; nothing was changed here"
+    )
 
 
 def fill_buffers(model: nn.Module, wire: Wire) -> None:

@@ -24,7 +24,7 @@ from .params import (
     check_transition,
     free_storage,
 )
-from .stores import ON_DEVICE, Resting, Stores, is_lossy
+from .stores import ON_DEVICE, Resting, ShardStore, Stores, is_lossy, rewritten
 from .units import UnitSpec
 
 # Note [Storage identity]
@@ -135,11 +135,24 @@ class FlatUnit:
         """Each parameter's shape over a flat buffer of this layout."""
         return [flat[slot.offset : slot.stop].view(slot.shape) for slot in self.layout.slots]
 
+    @property
+    def shard_store(self) -> ShardStore | None:
+        """Where the shard is to rest; None: on the device."""
+        stores = self.stores
+        store = stores.params if self.trainable else stores.frozen or stores.params
+        return store if self.stage == 3 else None
+
+    def make_room(self, dtype: torch.dtype) -> None:
+        """Have the store set aside what the shard in `dtype` takes, if it can."""
+        reserve = getattr(self.shard_store, "reserve", None)
+        if reserve is not None:
+            reserve(self.key("param"), self.local[1] - self.local[0], dtype)
+
     def cut(self) -> None:
         """Take this rank's shard of a filled `full`; stage 3 then releases the rest."""
         local = self.full[slice(*self.local)]
-        store = self.stores.params if self.trainable else self.stores.frozen or self.stores.params
-        if self.stage == 3 and store is not None:
+        store = self.shard_store
+        if store is not None:
             self.resting = Resting.of(store, self.key("param"), local)
             self.shard = None if is_lossy(store) else self.resting.view()
         else:
@@ -185,11 +198,13 @@ class FlatUnit:
                 self.shard = self.resting.view()
                 self.resting.store.release(self.resting.name)
                 self.resting = None
-            self.master = self.shard.to(dtype)
+            master = self.shard.to(dtype)
             self.forget_edits()
-            if self.has_separate_master and self.stores.optimizer is not None:
-                self.master = Resting.of(self.stores.optimizer, self.key("master"), self.master).view()
-            elif self.stage == 3 and self.has_separate_master and self.stores.params is None:
+            if dtype != self.dtype and self.stores.optimizer is not None:
+                master = Resting.of(self.stores.optimizer, self.key("master"), master).view()
+            self.master = master  # last: a store that has no room may have some when it is asked again
+            rests = self.stores.optimizer is not None or self.stores.params is not None
+            if self.stage == 3 and self.has_separate_master and not rests:
                 self.shard = None
         return self.master
 
@@ -239,6 +254,10 @@ class FlatUnit:
                 changed = self.master.to(values.dtype) != values
                 values = torch.where(changed, values.to(self.master.dtype), self.master)
             self.master.copy_(values)
+        if self.resting is not None:
+            rewritten(self.resting.store, self.resting.name)
+        if self.stores.optimizer is not None:
+            rewritten(self.stores.optimizer, self.key("master"))
         self.forget_edits()
 
     def write(self, part: LocalSlot, values: torch.Tensor) -> None:
@@ -370,8 +389,17 @@ class FlatUnit:
         for param, cls, value in zip(self.params, self.classes, values, strict=True):
             param.__class__ = cls
             param.data = value
+
+    def empty_stores(self) -> None:
+        """Keep nothing in a store any longer; views of what was there may show what comes after."""
+        names = ["master", *self.stored_states]
+        kept = [(self.stores.grads, "grad"), *((self.stores.optimizer, each) for each in names)]
+        for store, name in kept:
+            if store is not None:
+                store.release(self.key(name))
         if self.resting is not None:
             self.resting.store.release(self.resting.name)
+        self.stored_states = {}
 
     @cached_property
     def label(self) -> str:

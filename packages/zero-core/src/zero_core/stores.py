@@ -22,6 +22,9 @@ class ShardStore(Protocol):
 
     What it raises, it raises from the call that meets the fault: an `OSError` that names what could not be kept.
     One with an attribute `is_lossy` that is true keeps approximations, and its `view` is a copy: see `Stores.frozen`.
+    One with `reserve(name, numel, dtype)`, which makes a tensor of zeros, is asked for all shards' room before any
+    value moves. One with `rewritten(name)` hears of a view that has been wholly written: what failed for that tensor
+    before matters no more; unknown names are no error.
     """
 
     def put(self, name: str, values: torch.Tensor, start: int = 0) -> Handle:
@@ -43,7 +46,7 @@ class ShardStore(Protocol):
         """The values as a CPU tensor for those who are in no hurry; what is written to it is kept."""
 
     def release(self, name: str) -> None:
-        """Keep it no longer."""
+        """Keep it no longer; unknown names are no error."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,13 @@ class Stores:
             left -= size * fits
             found.append(self if fits else near)
         return found[::-1] if self.keep_first else found
+
+
+def rewritten(store: ShardStore, name: str) -> None:
+    """See `ShardStore`."""
+    hear = getattr(store, "rewritten", None)
+    if hear is not None:
+        hear(name)
 
 
 def is_lossy(store: ShardStore | None) -> bool:

@@ -6,6 +6,7 @@ In: flat tensors under names. Out: the same, read into memory that the caller br
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -21,6 +22,8 @@ from .drive_files import DriveFiles, Place
 from .drive_transfers import ReadAhead, Writes, Writing
 from .errors import OffloadConfigError
 from .host_store import DONE, Done, copy_later
+
+logger = logging.getLogger(__name__)
 
 # Note [Views of a drive]
 # `view` maps a tensor's range of the file. The kernel keeps such a map and reads and writes past the page cache agreed,
@@ -212,6 +215,13 @@ class NvmeStore:
         return self._settled(name).view()
 
     @_one_at_a_time
+    def rewritten(self, name: str) -> None:
+        """Its view has been wholly written: what could not be written before matters no more."""
+        if name in self._files:
+            self.forget(name)
+            self._writes.wait(name, 0, self._files[name].numel, replaced=True)
+
+    @_one_at_a_time
     def release(self, name: str) -> None:
         """Keep it no longer; its range serves the next one of its size."""
         if name in self._files:
@@ -268,4 +278,9 @@ def _engine_for(folder: str, tune_s: float | None) -> ak.TransferEngine:
         os.makedirs(folder, exist_ok=True)
     except OSError:
         return ak.TransferEngine()  # who opens a file there says why that cannot be
-    return ak.TransferEngine(**ak.tune(folder, seconds=tune_s).arguments())  # type: ignore[arg-type]
+    try:
+        found = ak.tune(folder, seconds=tune_s).arguments()
+    except ak.TransferError as error:  # read-only, or too full to measure, which is no reason not to be used
+        logger.warning("%s: not tuned: %s", folder, error)
+        found = {}
+    return ak.TransferEngine(**found)  # type: ignore[arg-type]

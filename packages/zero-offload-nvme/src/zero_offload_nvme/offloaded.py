@@ -13,12 +13,12 @@ from zero_core import LossScaler, Precision, ShardedOptimizer, ShardSlot, ZeroSt
 from zero_core.flat_unit import FlatUnit
 from zero_core.hooks import Lane
 from zero_core.late import LateArrivals
+from zero_core.stores import rewritten
 
 from .early import EarlyCount
 from .errors import OffloadConfigError
 from .last_backward import LastBackwardStepper
 from .speculation import SpeculativeStepper
-from .store_stepper import is_stored
 from .zenflow import ZenFlow
 from .zenflow_stepper import ZenFlowStepper
 
@@ -206,6 +206,9 @@ class OffloadedOptimizer(ShardedOptimizer):
         """See `zero_core.ShardedOptimizer.being_replaced`; steps begun during backward do not count then."""
         with nullcontext() if self._early is None else self._early.replaced():
             yield
+        for unit, _ in self._stored_parts():
+            for name in ("master", *unit.stored_states):
+                rewritten(unit.stores.optimizer, unit.key(name))
 
     def settle(self) -> None:
         """See `zero_core.ShardedOptimizer.settle`; waits for the thread, and raises what it met."""
@@ -290,14 +293,19 @@ class OffloadedOptimizer(ShardedOptimizer):
 
 
 def _check_masters(optimizer: Optimizer, units: Sequence[FlatUnit], precision: Precision) -> None:
-    """Refuse masters that no kernel steps."""
+    """Refuse masters and gradients that no kernel steps."""
     given = {id(param) for group in optimizer.param_groups for param in group["params"]}
-    stepped = [unit for unit in units if is_stored(unit) and any(id(param) in given for param in unit.params)]
+    stepped = [unit for unit in units if any(id(param) in given for param in unit.params)]
     wrong = {str(precision.master_dtype(unit.dtype)) for unit in stepped} - {str(torch.float32)}
     if wrong:
         raise OffloadConfigError(
             f"masters of {', '.join(sorted(wrong))}: kernels step torch.float32 block by block; shard with "
-            "Precision(master=torch.float32), or without a store"
+            "Precision(master=torch.float32), or take zero_core.ShardedOptimizer and no store"
+        )
+    if stepped and any(precision.accumulate_dtype(unit.dtype) == torch.float64 for unit in stepped):
+        raise OffloadConfigError(
+            "gradients of torch.float64: kernels take torch.float32, torch.bfloat16 and torch.float16; shard with "
+            "Precision(accumulate=torch.float32), or take zero_core.ShardedOptimizer and no store"
         )
 
 

@@ -145,6 +145,8 @@ class HostOptimizer(Optimizer):
         self._known_work = ([], [])
 
     def _stepper(self, device: torch.device) -> Stepper:
+        if self._steppers and next(iter(self._steppers.values())).states is not self.state:  # assigned anew
+            self._forget()
         if device not in self._steppers:
             self._steppers[device] = (
                 HostStepper(self.rule, self.state)

@@ -50,7 +50,7 @@ class Stepper(ABC):
 
     def __init__(self, rule: Rule, states: dict[Any, dict[str, Any]]) -> None:
         self._rule = rule
-        self._states = states
+        self.states = states
         self._rows: list[Row] = []
         self._work: list[Work] = []
         self._places: dict[Tensor, int] = {}
@@ -128,7 +128,7 @@ class Stepper(ABC):
         if [param.data_ptr() for param in self._places] != self._addresses:
             return False
         if not same(
-            list(self._states.values()), self._all_entries
+            list(self.states.values()), self._all_entries
         ):  # by order, for a tensor's hash costs more
             return False
         return all(
@@ -139,15 +139,20 @@ class Stepper(ABC):
     def _keep(self, work: Sequence[Work], groups: Sequence[Group]) -> None:
         """Make rows anew, for what was there before and for what is new."""
         now = {item.param: item for item in work}
+        everywhere = {
+            param: Work(param, number, place)
+            for number, group in enumerate(groups)
+            for place, param in enumerate(group["params"])
+        }
         device = work[0].param.device  # a model that moved is another stepper's
         kept = [
-            now.pop(item.param, item)
+            now.pop(item.param, everywhere[item.param])
             for item in self._work
-            if item.param in self._states and item.param.device == device
+            if item.param in self.states and item.param in everywhere and item.param.device == device
         ]
         self._work = [*kept, *now.values()]
         self._rows = [
-            make_row(item.param, self._states[item.param], self._rule, groups[item.group], item.name(groups))
+            make_row(item.param, self.states[item.param], self._rule, groups[item.group], item.name(groups))
             for item in self._work
         ]
         self._mastered = [row for row in self._rows if row.master is not None]
@@ -161,7 +166,7 @@ class Stepper(ABC):
         for row, view in zip(self._rows, self._count_views, strict=False):
             row.state["step"] = view
         self._entries = [row.state for row in self._rows]
-        self._all_entries = list(self._states.values())
+        self._all_entries = list(self.states.values())
         self._known = {
             key: [state.get(key) for state in self._entries] for key in (*self._rule.states, "step", MASTER)
         }

@@ -92,17 +92,16 @@ class _Room:
         self._block_bytes = block_bytes
         self._pin = pin
         self._engine = engine
-        self._buffers: list[torch.Tensor] = []
+        self._buffers: dict[int, torch.Tensor] = {}  # by the operand's number
         self.writes: list[Handle] = []
 
     def buffer(self, number: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
-        while len(self._buffers) <= number:
-            made = (
+        if number not in self._buffers:
+            self._buffers[number] = (
                 pinned_empty(self._block_bytes, torch.uint8)
                 if self._pin
                 else ak.aligned_empty(self._block_bytes, register=self._engine)
             )
-            self._buffers.append(made)
         return self._buffers[number][: numel * dtype.itemsize].view(dtype)
 
     def settle(self) -> list[OSError]:

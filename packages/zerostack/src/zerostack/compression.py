@@ -25,8 +25,8 @@ def check_compression(config: Config, num_ranks: int) -> None:
         num_ranks: that share one set of shards.
 
     Raises:
-        ConfigError: a stage that has no such traffic, LoCo of gradients that are not quantized, or a partition that
-            does not divide the ranks.
+        ConfigError: a stage that has no such traffic, LoCo or a policy about what is not quantized, or a partition
+            that does not divide the ranks.
     """
     section = config.zero_optimization
     for name, asked, stage in (
@@ -36,6 +36,12 @@ def check_compression(config: Config, num_ranks: int) -> None:
     ):
         if asked and section.stage < stage:
             raise ConfigError(f"{_SECTION}.{name}: needs stage {stage} or above, got stage {section.stage}")
+    quantizes = section.zero_quantized_weights or section.zero_quantized_gradients
+    if section.zero_quantized_if_faster and not quantizes:
+        raise ConfigError(
+            f"{_SECTION}.zero_quantized_if_faster: it is about quantized weights and gradients; give "
+            "zero_quantized_weights or zero_quantized_gradients true, or leave it out"
+        )
     if section.uses_loco and not section.zero_quantized_gradients:
         raise ConfigError(
             f"{_SECTION}.zeropp_loco_param: it is about quantized gradients; give zero_quantized_gradients true, or "
@@ -72,6 +78,7 @@ def collectives(
         frozen="int8" if section.zero_quantized_nontrainable_weights else None,
         node_size=section.zero_hpz_partition_size if secondary else _ranks_of_a_machine(num_ranks, group),
         secondary=secondary,
+        policy="auto" if section.zero_quantized_if_faster else "always",
         loco=_loco(section),
         timeout_s=timeout_s,
     )

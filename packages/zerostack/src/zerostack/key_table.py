@@ -237,6 +237,9 @@ _ZERO: Rows = {
         'comm_compress.QuantizedCollectives(grads="int4"): qgZ; nodes are those of torchrun, or of '
         "zero_hpz_partition_size"
     ),
+    "zero_quantized_if_faster": honoured(
+        'zerostack\'s own: QuantizedCollectives(policy="auto"): quantization is off where it measurably does not pay'
+    ),
     "zeropp_loco_param": {
         "err_beta": honoured("comm_compress.LoCoPolicy(beta=), with zero_quantized_gradients"),
         "reset_T": honoured("comm_compress.LoCoPolicy(reset_steps=)"),

@@ -349,6 +349,7 @@ class Zero(Section):
     zero_quantized_weights: bool = False
     zero_quantized_nontrainable_weights: bool = False
     zero_quantized_gradients: bool = False
+    zero_quantized_if_faster: bool = False
     zeropp_loco_param: LoCoSection = LoCoSection()
     mics_shard_size: Int = -1
     mics_hierarchical_params_gather: bool = False

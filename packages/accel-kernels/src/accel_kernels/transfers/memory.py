@@ -26,6 +26,11 @@ HUGE_PAGE = 2 << 20
 # whole, aligned 2 MiB alone, and aligns a mapping by itself only if its length is a multiple; so a larger one is made,
 # whose ends are never touched and take no memory.
 
+# Note [Forgotten before it is unmapped]
+# An engine forgets registered memory when its owner ends. A map that ends unmaps itself first, and tells afterwards:
+# whoever maps memory in between may get the same addresses, and the engine would move the pages that were there. An
+# array over the map tells first.
+
 
 @dataclass(frozen=True)
 class Span:
@@ -62,14 +67,15 @@ def aligned_empty(nbytes: int, *, register: TransferEngine | None = None) -> tor
         raise AccelValueError("aligned_empty: needs a POSIX system")
     spare = HUGE_PAGE if nbytes >= HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE") else 0  # Note [Huge pages]
     pages = mmap.mmap(-1, nbytes + spare, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    tensor = torch.frombuffer(pages, dtype=torch.uint8)
+    owner = np.frombuffer(pages, dtype=np.uint8)  # Note [Forgotten before it is unmapped]
+    tensor = torch.frombuffer(owner, dtype=torch.uint8)
     if spare:
         begin = -tensor.data_ptr() % HUGE_PAGE
         tensor = tensor[begin : begin + nbytes]
         with suppress(OSError):  # a kernel without them
             pages.madvise(mmap.MADV_HUGEPAGE, begin, nbytes // HUGE_PAGE * HUGE_PAGE)
     if register is not None:
-        register.adopt_buffer(pages, tensor.data_ptr(), nbytes)
+        register.adopt_buffer(owner, tensor.data_ptr(), nbytes)
     return tensor
 
 

@@ -66,7 +66,7 @@ def ddp_hook(
         loco: "int8", "int4": what is lost comes back, averaged. `LoCoPolicy(beta=0, reset_steps=0)` is plain error
             feedback.
         timeout_s: "int8", "int4", "1bit": deadline of a wait on the CPU; None: 300 s. The others have the group's own.
-        shared_memory: "int8", "int4", "1bit": on the CPU, use memory that ranks of one machine share; None: yes.
+        shared_memory: "int8", "int4": on the CPU, use memory that ranks of one machine share; None: yes.
         options: "powersgd": of `torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook.PowerSGDState`.
 
     Returns:
@@ -104,7 +104,7 @@ def ddp_hook(
         grid_of(group, node_size, mesh)
         salt = _salt(kind, group, settings.timeout_s)  # first: it finds ranks that make another kind
         return _hook(kind, group, settings.timeout_s, _Blocks(GroupCollectives(settings, group), salt))
-    wrong = asked.keys() - ({"timeout_s", "shared_memory"} if kind == "1bit" else set())
+    wrong = asked.keys() - ({"timeout_s"} if kind == "1bit" else set())
     if wrong:
         raise CompressConfigError(
             f"ddp_hook({kind!r}): {', '.join(sorted(wrong))}: no option of this kind; leave it out"
@@ -265,12 +265,16 @@ class _OwnHook:
         self.__name__ = self.__qualname__ = f"comm_compress_{kind}"
         self.averaging = averaging
         self._worker = Worker()
+        self._params: dict[int, torch.Tensor] = {}
         self._streams: dict[torch.device, torch.Stream] = {}
 
     def __call__(self, state: object, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
         buffer = bucket.buffer()
-        # Addresses tell parameters apart; they stay where they are.
-        what = bucket.index(), tuple(param.data_ptr() for param in bucket.parameters())
+        params = bucket.parameters()
+        self._params.update(
+            (id(param), param) for param in params
+        )  # kept, so that no other gets the number of one
+        what = bucket.index(), tuple(map(id, params))
         if buffer.device.type != "cpu":
             return self._on_stream(buffer, what)
         return self._worker.add(partial(self.averaging.run, buffer, what))
@@ -301,6 +305,7 @@ def _salt(kind: str, group: dist.ProcessGroup, timeout_s: float) -> str:
         CompressConfigError: ranks make hooks of different kinds; on every rank.
     """
     device = next((each for each in group._device_types if each.type == "cpu"), group._device_types[0])
-    ranks = zero.Wire(group, zero.PlainCollectives(group, timeout_s), device, timeout_s)
+    plain = zero.PlainCollectives(group, timeout_s, shared_memory=False)
+    ranks = zero.Wire(group, plain, device, timeout_s)
     take_name(ranks, "ddp_hook", kind)
     return ranks.salt

@@ -148,17 +148,23 @@ class BucketedOptimizer(Optimizer):
         """
         if self._joined is None:
             self._plan()
-            device = self._params[0].device if self._params else torch.device("cpu")
+            device = self._device()
             timeout_s = self.compression.timeout_s
             wire = Wire(self.group, PlainCollectives(self.group, timeout_s), device, timeout_s)
             groups = [
                 {key: _plain(value) for key, value in group.items() if key in self.defaults}
                 for group in self.param_groups
             ]
-            take_name(wire, type(self).__name__, f"{self.settings()} {self.compression} {groups}")
+            told = f"{self.settings()} {self.compression} {groups} {_kind_of(device)}"
+            take_name(wire, type(self).__name__, told)
             self._joined = wire
         self._joined.fate.num_steps = self.num_steps
         return self._joined
+
+    def _device(self) -> torch.device:
+        """Where parameters are, those that are frozen yet, too."""
+        some = [*self._params, *(param for group in self.param_groups for param in group["params"])]
+        return some[0].device if some else torch.device("cpu")
 
     def settings(self) -> Any:
         """What a subclass was given besides `defaults` and `compression`; the same on every rank."""
@@ -235,6 +241,14 @@ class BucketedOptimizer(Optimizer):
         """
         for bucket in self._buckets:
             bucket.note()
+
+
+def _kind_of(device: torch.device) -> str:
+    """What ranks must have alike: how a kernel adds up a norm, which all must know to the bit, depends on it."""
+    if device.type != "cuda":
+        return device.type
+    properties = torch.cuda.get_device_properties(device)
+    return f"{properties.name}, {properties.multi_processor_count} multiprocessors"
 
 
 def _plain(value: Any) -> Any:

@@ -238,6 +238,10 @@ class ZeroOneAdam(CompressedOptimizer):
         self._keeps_common = bool(progress["keeps_common"])
 
     def _loaded(self) -> None:
+        if self.variance is Variance.UPDATED and self.num_steps >= self.intervals.var_freeze_step:
+            self.variance = Variance.FROZEN  # it was saved by one that freezes later
+            for bucket in self._buckets:
+                self._allocate(bucket, self.progress())
         if not self._keeps_common and self.intervals.local_step_clipper > 1:
             self._keeps_common = True  # it was saved by one whose ranks never step alone
             for bucket in self._buckets:

@@ -111,6 +111,10 @@ class Leader:
         """Whether `step` has something to do."""
         return self._engine.has_work
 
+    def is_prepared(self, params: SamplingParams) -> bool:
+        """See `Engine`."""
+        return self._engine.is_prepared(params)
+
     def prepare(self, params: SamplingParams) -> None:
         """See `Engine.prepare`; the other ranks do it when the request comes."""
         self._engine.prepare(params)

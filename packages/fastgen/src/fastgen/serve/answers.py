@@ -45,12 +45,12 @@ class Counted:
         self._prompts: dict[int, tuple[int, int]] = {}
         self._num_generated = 0
 
-    def add(self, pieces: Sequence[Piece]) -> None:
-        """Count these pieces."""
+    def add(self, pieces: Sequence[Piece], *, generated: bool = True) -> None:
+        """Count these pieces; without `generated`, their prompts alone."""
         for piece in pieces:
             output = piece.output
             self._prompts[piece.prompt] = (output.num_prompt_tokens, output.num_cached_tokens)
-            self._num_generated += len(output.new_token_ids)
+            self._num_generated += len(output.new_token_ids) if generated else 0
 
     def usage(self) -> Usage:
         """As it is sent."""

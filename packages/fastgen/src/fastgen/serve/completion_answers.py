@@ -18,15 +18,11 @@ from .token_text import TokenText
 class _Span:
     """How many characters of a sequence's text its tokens have made; some make part of one."""
 
-    def __init__(self, tokens: TokenText) -> None:
+    def __init__(self, tokens: TokenText, *, is_first: bool) -> None:
         self._tokens = tokens
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._num_characters = 0
-        self._is_first = True
-
-    def restart(self) -> None:
-        """What comes is decoded without what has come."""
-        self._is_first = True
+        self._is_first = is_first  # there is no text before what comes
 
     def add(self, token_id: int) -> int:
         """Where the token begins."""
@@ -71,17 +67,20 @@ class CompletionAnswers:
 
     def whole(self, pieces: Sequence[Piece]) -> Completion:
         """The answer to a request that does not stream."""
-        self._counted.add(pieces)
+        self._count(pieces)
         return self._completion([self._choice(piece) for piece in pieces], {"usage": self._counted.usage()})
 
     def chunks(self, pieces: Sequence[Piece]) -> list[Answer]:
         """What a stream says of these pieces."""
-        self._counted.add(pieces)
+        self._count(pieces)
         return [self._completion([self._choice(piece)], self._told.fields()) for piece in pieces]
 
     def last_chunks(self) -> list[Answer]:
         """What a stream says at the end."""
         return [self._completion([], {"usage": self._counted.usage()})] if self._told.at_end else []
+
+    def _count(self, pieces: Sequence[Piece]) -> None:
+        self._counted.add(pieces, generated=not self._scores_only)
 
     def _completion(self, choices: list[CompletionChoice], usage: dict[str, Usage | None]) -> Completion:
         return Completion(
@@ -104,7 +103,8 @@ class CompletionAnswers:
         if self._echoes and index not in self._spans:
             text = self._echoes[piece.prompt] + text
             prompt = self._prompt_logprobs.get(piece.prompt, [])
-        span = self._spans.setdefault(index, _Span(self._tokens))
+        is_first = bool(self._echoes) or self._tokens.special.issuperset(self._prompts[piece.prompt])
+        span = self._spans.setdefault(index, _Span(self._tokens, is_first=is_first))
         logprobs = None if output.logprobs is None else self._logprobs(prompt, scored, span)
         return CompletionChoice(index=index, text=text, logprobs=logprobs, finish_reason=finish(output))
 
@@ -112,10 +112,7 @@ class CompletionAnswers:
         self, prompt: list[TokenLogprobs], output: list[TokenLogprobs], span: _Span
     ) -> CompletionLogprobs:
         scored = prompt + output
-        offsets = [span.add(each.token_id) for each in prompt]
-        if prompt:
-            span.restart()
-        offsets += [span.add(each.token_id) for each in output]
+        offsets = [span.add(each.token_id) for each in scored]
         return CompletionLogprobs(
             tokens=[self._tokens.as_text(each.token_id) for each in scored],
             token_logprobs=[None if each.logprob is None else max(LOWEST, each.logprob) for each in scored],

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Engine(Protocol):
-    """What a server needs of an engine. But for `prepare` and `room`, one thread drives it."""
+    """What a server needs of an engine. But for `is_prepared`, `prepare` and `room`, one thread drives it."""
 
     model_name: str
     max_model_len: int
@@ -30,6 +30,9 @@ class Engine(Protocol):
     @property
     def has_work(self) -> bool:
         """Whether `step` has something to do."""
+
+    def is_prepared(self, params: SamplingParams) -> bool:
+        """Whether there is nothing to compile for `add`, in any thread."""
 
     def prepare(self, params: SamplingParams) -> None:
         """Compile a schema or expression, in any thread and in several at once; `RequestError` as in `add`."""

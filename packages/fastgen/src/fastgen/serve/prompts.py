@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import JsonValue
 
 from ..request import SamplingParams
+from ..text import decoder_of
 from .adapter_names import AdapterNames
 from .errors import ApiError, bad
 from .interface import Job
@@ -96,6 +97,7 @@ class Prompts:
         # Longer texts are too many tokens, whatever they say; to tokenize them would take seconds.
         self._most_characters = self._most_prompt_tokens * max(map(len, tokenizer.get_vocab()))
         self._template = ChatTemplate(tokenizer)
+        self._decode = decoder_of(tokenizer)
 
     def completion(self, request: CompletionRequest) -> Asked:
         """Read a request for completions."""
@@ -124,6 +126,7 @@ class Prompts:
             raise bad("top_logprobs", "expected logprobs true beside it, got none")
         schema, tools = output_schema(request, _shape(request.response_format))
         params = self._params(request, _stops(request), schema)
+        params = replace(params, continues=bool(request.continue_final_message))
         if request.logprobs:
             params = replace(params, logprobs=request.top_logprobs or 0)
         self._check_sequences(params.num_sequences)
@@ -144,7 +147,7 @@ class Prompts:
 
     def text_of(self, token_ids: Sequence[int]) -> str:
         """A prompt's text, for `echo`."""
-        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+        return self._decode(list(token_ids))
 
     # -- the parts -----------------------------------------------------------------------------------------
 

@@ -212,7 +212,7 @@ class Service:
 
     async def _prepare(self, params: SamplingParams) -> None:
         """Compile a schema beside all else, or refuse it; requests without one do not wait for those with one."""
-        if params.json_schema is None and params.regex is None:
+        if self._engine.is_prepared(params):
             return
         begun = False
 

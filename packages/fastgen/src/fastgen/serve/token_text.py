@@ -49,7 +49,7 @@ class TokenText:
         raw = self.as_bytes(token_id)
         if token_id in self.special:
             return b""
-        drops = first and raw.startswith(b" ") and not str(self._tokenizer.decode([token_id])).startswith(" ")
+        drops = first and raw.startswith(b" ") and not self._decode(token_id).startswith(" ")
         return raw[1:] if drops else raw
 
     def as_text(self, token_id: int) -> str:
@@ -60,6 +60,9 @@ class TokenText:
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
+    def _decode(self, token_id: int) -> str:
+        return str(self._tokenizer.decode([token_id], clean_up_tokenization_spaces=False))
+
     def _spell(self, token_id: int) -> bytes:
         raw = self._tokenizer.convert_ids_to_tokens(token_id)
         if not isinstance(raw, str):  # an id beyond the vocabulary: a model's table may be padded
@@ -68,7 +71,7 @@ class TokenText:
             return raw.encode()
         if byte := BYTE.fullmatch(raw):
             return bytes([int(byte[1], 16)])
-        decoded = str(self._tokenizer.decode([token_id]))
+        decoded = self._decode(token_id)
         if SPACE in raw:
             return raw.replace(SPACE, " ").encode()
         letters = byte_of_letter()

@@ -101,7 +101,8 @@ class ToolReader:
             arguments = json.dumps(arguments, ensure_ascii=False)
         # Halves of UTF-16 pairs, which no encoding takes, as JSON escapes them.
         arguments = arguments.encode(errors="backslashreplace").decode()
-        return Call(f"call_{uuid.uuid4().hex[:24]}", name, arguments)
+        # Nine letters and digits: templates of Mistral's models take no other ids when a client sends them back.
+        return Call(uuid.uuid4().hex[:9], name, arguments)
 
 
 def _blocks(text: str) -> Iterator[tuple[int, int, str]]:

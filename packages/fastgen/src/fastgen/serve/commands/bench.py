@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
+from ...errors import ConfigError
 from ..bench.load import Ask, Run, Target, closed_loop, mixed, open_loop
 from ..bench.report import draw, summarize, table, write_json
 from ..bench.target import EngineTarget, HttpTarget
@@ -97,6 +98,7 @@ async def _measure(args: argparse.Namespace) -> list[Run]:
 
 @asynccontextmanager
 async def _target(args: argparse.Namespace) -> AsyncIterator[Target]:
+    _check_target(args)
     if "://" in args.target:
         yield HttpTarget(args.target, model=args.model, api_key=args.api_key)
         return
@@ -107,6 +109,22 @@ async def _target(args: argparse.Namespace) -> AsyncIterator[Target]:
             yield EngineTarget(loop)
         finally:
             await loop.close()
+
+
+def _check_target(args: argparse.Namespace) -> None:
+    """Refuse options that are about the other kind of target."""
+    parser = argparse.ArgumentParser()
+    if "://" in args.target:
+        add_engine_options(parser)
+        kind = "of a model in this process: a server has its own"
+    else:
+        parser.add_argument("--model")
+        parser.add_argument("--api-key")
+        kind = "of a server, and this is a directory"
+    for name, default in vars(parser.parse_args([])).items():
+        if getattr(args, name) != default:
+            option = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{option}: expected none, for it is {kind}; got {getattr(args, name)!r}")
 
 
 def numbers(text: str) -> list[float]:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from ...errors import RequestError
@@ -101,6 +106,7 @@ def run_generate(args: argparse.Namespace) -> int:
     text = sys.stdin.read() if args.prompt == "-" else args.prompt
     with loaded_engine(args.path, args) as engine:
         if args.chat:
+            params = replace(params, continues=False)
             prompt_ids = _chat_ids(engine, [{"role": "user", "content": text}])
         else:
             prompt_ids = list(engine.tokenizer.encode(text))
@@ -119,7 +125,7 @@ def run_generate(args: argparse.Namespace) -> int:
 
 def run_chat(args: argparse.Namespace) -> int:
     """Turn by turn."""
-    params = _params(args)
+    params = replace(_params(args), continues=False)
     with loaded_engine(args.path, args) as engine:
         _converse(engine, params, args.system)
     return 0
@@ -135,29 +141,49 @@ def _converse(engine: Engine, params: SamplingParams, system: str) -> None:
         if not said:
             return
         messages.append({"role": "user", "content": said})
-        try:
-            answer, _ = stream(engine, _chat_ids(engine, messages), params, _write)
-        except KeyboardInterrupt:
-            answer = ""
+        with interrupts() as interrupted:
+            answer, _ = stream(engine, _chat_ids(engine, messages), params, _write, interrupted)
         _write("\n")
         messages.append({"role": "assistant", "content": answer})
 
 
+@contextmanager
+def interrupts() -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C has come: to be asked between steps, for one that is left half-way leaves ranks apart.
+
+    A second one raises, as ever.
+    """
+    come = threading.Event()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        come.set()
+        signal.signal(number, before)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield come.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def stream(
-    engine: Engine, prompt_ids: list[int], params: SamplingParams, write: Callable[[str], None]
+    engine: Engine,
+    prompt_ids: list[int],
+    params: SamplingParams,
+    write: Callable[[str], None],
+    interrupted: Callable[[], bool] = lambda: False,
 ) -> tuple[str, int]:
     """Generate one sequence, writing text as it comes; gives all of it and the number of tokens."""
     texts, num_tokens = [], 0
     engine.add("terminal", prompt_ids, params)
     try:
-        while engine.has_work:
+        while engine.has_work and not interrupted():
             for output in engine.step():
                 write(output.text)
                 texts.append(output.text)
                 num_tokens += len(output.new_token_ids)
-    except BaseException:
-        engine.abort("terminal")
-        raise
+    finally:
+        engine.abort("terminal")  # nothing, where it has ended
     return "".join(texts), num_tokens
 
 

@@ -78,7 +78,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         metavar="HOW",
         help="guess tokens ahead: 'ngram' looks in the text so far, else the directory of a smaller model",
     )
-    group.add_argument("--drafts", type=positive, metavar="N", default=4, help="tokens guessed at once (4)")
+    group.add_argument("--drafts", type=positive, metavar="N", help="tokens guessed at once (4)")
     group.add_argument(
         "--batch-invariant", action="store_true", help="the same bits whatever else runs; slower"
     )
@@ -91,11 +91,12 @@ def engine_config(args: argparse.Namespace, **schedule: Any) -> EngineConfig:
 
     from ...config import CachePolicy, EngineConfig, SchedulePolicy, Speculation, Weights
 
+    if args.drafts and not args.speculate:
+        raise ConfigError(f"--drafts {args.drafts}: expected --speculate beside it, which says who guesses")
     speculation = None
-    if args.speculate == "ngram":
-        speculation = Speculation(num_drafts=args.drafts)
-    elif args.speculate:
-        speculation = Speculation(num_drafts=args.drafts, draft_model=args.speculate)
+    if args.speculate:
+        draft_model = None if args.speculate == "ngram" else args.speculate
+        speculation = Speculation(num_drafts=args.drafts or 4, draft_model=draft_model)
     return EngineConfig(
         cache=CachePolicy(
             max_bytes=None if args.cache_gib is None else int(args.cache_gib * GIB),

@@ -155,7 +155,7 @@ def run_serve(args: argparse.Namespace) -> int:
             f"fastgen serve: warning: anybody who reaches {config.host} may ask; give --api-key-file\n"
         )
     spec = engine_spec(args.path, args, max_waiting=args.max_queued)
-    say_ready = partial(_say_ready, config.served_name or Path(args.path).name)
+    say_ready = partial(_say_ready, config.served_name or Path(args.path).resolve().name)
     if args.replicas > 1:
         _replicated(spec, config, args.replicas).run(say_ready)
         return 0

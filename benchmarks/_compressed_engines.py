@@ -87,8 +87,8 @@ def ddp_hook(model: GPT, job: Job, *, kind: Any) -> Step:
     wrapped = nn.parallel.DistributedDataParallel(
         model.to(job.dtype), gradient_as_bucket_view=True, bucket_cap_mb=4
     )
-    by_messages = {} if kind == "1bit" else {"shared_memory": False}  # whose signs never travel otherwise
-    wrapped.register_comm_hook(None, cc.ddp_hook(kind, timeout_s=300.0, **by_messages))
+    by_messages = None if kind == "1bit" else False  # whose signs never travel otherwise
+    wrapped.register_comm_hook(None, cc.ddp_hook(kind, timeout_s=300.0, shared_memory=by_messages))
     optimizer = torch_adamw(wrapped.parameters())
     accumulate = _accumulation(wrapped, wrapped.no_sync)
 

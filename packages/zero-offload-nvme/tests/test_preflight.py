@@ -372,7 +372,7 @@ def memory(rank: int, folder: str):
         model(torch.ones(2, 64)).sum().backward()
         opt.step()
         window = opt._in_thread.exact._window
-        return sum(buffer.nbytes for room in window._rooms for buffer in room._buffers)
+        return sum(buffer.nbytes for room in window._rooms for buffer in room._buffers.values())
 
 
 def test_parameters_that_rest_alone_pass_through_a_window_too(tmp_path) -> None:

@@ -102,7 +102,11 @@ def test_stages_that_keep_weights_whole(stage):
 
 def decided(rank):
     """The first passes decide; what has been decided is in the table."""
-    keys = {"zero_quantized_weights": True, "zero_quantized_gradients": True, "zero_quantized_if_faster": True}
+    keys = {
+        "zero_quantized_weights": True,
+        "zero_quantized_gradients": True,
+        "zero_quantized_if_faster": True,
+    }
     engine = made({"stage": 3, **keys})
     assert all(math.isfinite(loss) for loss in train(engine, rank, range(20)))
     table = str(cc.traffic(engine.collectives))

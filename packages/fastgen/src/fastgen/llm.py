@@ -242,9 +242,9 @@ def build_engine(
     if config.schedule.token_budget is None:
         longest = min(max_model_len, _MEASURED_LEN)
         fill = config.schedule.prompt_fill or runner.saturation_tokens(_MOST_BUDGET, longest, parallel.least)
-        filled = {"prompt_fill": fill} if config.schedule.kind is Schedule.SPLIT_FUSE else {}
+        filled = fill if config.schedule.kind is Schedule.SPLIT_FUSE else None
         budget = max(fill, min(config.schedule.max_sequences + 1, _MOST_BUDGET))
-        config = replace(config, schedule=replace(config.schedule, token_budget=budget, **filled))
+        config = replace(config, schedule=replace(config.schedule, token_budget=budget, prompt_fill=filled))
     scheduler = Scheduler(
         config.schedule,
         cache.num_blocks,

@@ -207,8 +207,10 @@ class OffloadedOptimizer(ShardedOptimizer):
         with nullcontext() if self._early is None else self._early.replaced():
             yield
         for unit, _ in self._stored_parts():
+            store = unit.stores.optimizer
+            assert store is not None
             for name in ("master", *unit.stored_states):
-                rewritten(unit.stores.optimizer, unit.key(name))
+                rewritten(store, unit.key(name))
 
     def settle(self) -> None:
         """See `zero_core.ShardedOptimizer.settle`; waits for the thread, and raises what it met."""

@@ -95,13 +95,18 @@ def shard(model: nn.Module, stage: int, collectives, **more) -> tuple[nn.Module,
 
 
 def train(
-    model: nn.Module, opt: torch.optim.Optimizer, rank: int, steps: range, accumulate: int = 1
+    model: nn.Module,
+    opt: torch.optim.Optimizer,
+    rank: int,
+    steps: range,
+    accumulate: int = 1,
+    device: str = "cpu",
 ) -> list[float]:
     """Losses of this rank's batches."""
     losses = []
     for step in steps:
         for micro in range(accumulate):
-            loss = loss_of(model, batch(rank, step * accumulate + micro)) / accumulate
+            loss = loss_of(model, batch(rank, step * accumulate + micro).to(device)) / accumulate
             loss.backward()
             losses.append(float(loss))
         opt.step()

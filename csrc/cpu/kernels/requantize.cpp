@@ -111,44 +111,22 @@ struct BlockSum {
     }
 };
 
-// What the messages of a batch hold for each block.
-template <int N>
-struct Blocks {
-    float scales[N][kScales], minima[N][kScales] = {}, bound[kScales] = {};
-
-    Blocks(const SumArgs& a, bool symmetric, std::int64_t block, std::int64_t blocks) {
-        for (int k = 0; k < N; ++k) {
-            load_scales(a.messages[k] + 4 * block, blocks, scales[k]);
-            if (!symmetric) load_scales(a.messages[k] + a.form.minima + 4 * block, blocks, minima[k]);
-            for (std::int64_t b = 0; b < blocks; ++b) {
-                bound[b] += std::fabs(scales[k][b]) * 256.0f + std::fabs(minima[k][b]);
-            }
-        }
-    }
-
-    // Take a power of two into the scales, unless a product or sum could be subnormal or overflow: it commutes with
-    // rounding, and a product is saved for each vector. Returns whether it was taken.
-    bool take(float factor, std::int64_t blocks) {
-        int exponent;
-        if (factor < 0x1p-32f || factor > 1.0f || std::frexp(factor, &exponent) != 0.5f) return false;
-        for (const auto& own : scales) {
-            if (!std::all_of(own, own + blocks, [](float x) { return x > 0x1p-90f && x < 0x1p100f; })) return false;
-        }
-        for (auto& own : scales) std::for_each(own, own + blocks, [=](float& x) { x *= factor; });
-        return true;
-    }
-};
-
 template <int kIn, bool kMayStride, bool kSymmetric, bool kScaled, int... K>
-void sum_blocks(std::integer_sequence<int, K...>, const Blocks<sizeof...(K)>& of, const SumArgs& a, std::int64_t block,
-                std::int64_t blocks, std::int64_t count, float* buffer, Scales& s) {
+void sum_blocks(std::integer_sequence<int, K...>, const SumArgs& a, std::int64_t block, std::int64_t blocks,
+                std::int64_t count, float* buffer, Scales& s) {
     constexpr int N = sizeof...(K);
     using Sum = BlockSum<kIn, kSymmetric, N, kScaled>;
     const std::int64_t size = a.form.block_size;
+    float scales[N][kScales], minima[N][kScales] = {}, bound[kScales] = {};
+    for (int k = 0; k < N; ++k) {
+        load_scales(a.messages[k] + 4 * block, blocks, scales[k]);
+        if (!kSymmetric) load_scales(a.messages[k] + a.form.minima + 4 * block, blocks, minima[k]);
+        for (std::int64_t b = 0; b < blocks; ++b) bound[b] += std::fabs(scales[k][b]) * 256.0f + std::fabs(minima[k][b]);
+    }
     for (std::int64_t b = 0; b < blocks; ++b) {
         const std::int64_t run = std::min(size, count - b * size);
         const std::int64_t at = a.form.values + bytes_of<kIn>((block + b) * size);
-        const Sum sum{{{of.scales[K][b], of.minima[K][b]}...}, {a.messages[K] + at...}, splat(a.scale)};
+        const Sum sum{{{scales[K][b], minima[K][b]}...}, {a.messages[K] + at...}, splat(a.scale)};
         float* to = buffer + b * size;
         FiniteExtent<kSymmetric> extent;
         if constexpr (kMayStride) {
@@ -158,7 +136,7 @@ void sum_blocks(std::integer_sequence<int, K...>, const Blocks<sizeof...(K)>& of
         }
         extent.store(s, b);
         // No sum of these can have overflowed, nor be NaN; otherwise look again, for what FiniteExtent cannot see.
-        if (of.bound[b] < 0x1p120f && std::fabs(a.scale) < 64.0f) continue;
+        if (bound[b] < 0x1p120f && std::fabs(a.scale) < 64.0f) continue;
         Extent<DType::f32, kSymmetric> again;
         again.add(to, run);
         again.store(s, b);
@@ -231,24 +209,21 @@ class Requantizer {
     Random<kBuffer, kStochastic> random_;
     Out out_;
 
-    template <int N>
+    template <bool kScaled>
     bool sum_fused(std::int64_t block, std::int64_t blocks, std::int64_t count) {
-        constexpr auto which = std::make_integer_sequence<int, N>();
-        Blocks<N> of(a_.sum, kSymmetric, block, blocks);
-        if (a_.sum.scale == 1.0f || (kSymmetric && of.take(a_.sum.scale, blocks))) {
-            sum_blocks<kIn, kMayStride, kSymmetric, false>(which, of, a_.sum, block, blocks, count, buffer_, scales_);
-        } else {
-            sum_blocks<kIn, kMayStride, kSymmetric, true>(which, of, a_.sum, block, blocks, count, buffer_, scales_);
-        }
-        return true;
-    }
-    bool sum_fused(std::int64_t block, std::int64_t blocks, std::int64_t count) {
+        const auto sum = [&](auto which) {
+            sum_blocks<kIn, kMayStride, kSymmetric, kScaled>(which, a_.sum, block, blocks, count, buffer_, scales_);
+            return true;
+        };
         switch (a_.sum.num_messages) {
-            case 1: return sum_fused<1>(block, blocks, count);
-            case 2: return sum_fused<2>(block, blocks, count);
-            case 4: return sum_fused<4>(block, blocks, count);
+            case 1: return sum(std::make_integer_sequence<int, 1>());
+            case 2: return sum(std::make_integer_sequence<int, 2>());
+            case 4: return sum(std::make_integer_sequence<int, 4>());
             default: return false;
         }
+    }
+    bool sum_fused(std::int64_t block, std::int64_t blocks, std::int64_t count) {
+        return a_.sum.scale == 1.0f ? sum_fused<false>(block, blocks, count) : sum_fused<true>(block, blocks, count);
     }
     // What the next batch sums: while this one is rounded nothing else would come from memory. Inline always: GCC drops
     // calls of what only prefetches.

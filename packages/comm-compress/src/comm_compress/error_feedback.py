@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from accel_kernels import grad_norm_scale
 
 from .errors import CompressConfigError, CompressStateError
 from .wire_1bit import chunk_ranges
@@ -20,11 +21,16 @@ from .wire_1bit import chunk_ranges
 class Feedback(Protocol):
     """How a channel compensates for what it loses; one residual a name, made when it is first asked for."""
 
-    def compensate(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """`tensor` (flat, any float dtype) and what is still owed for `name`: fp32, new memory."""
+    def compensate(self, name: str, tensor: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """`tensor` (flat, any float dtype) and what is still owed for `name`: fp32, in `out` or new memory."""
 
-    def keep(self, name: str, wanted: torch.Tensor, arrived: torch.Tensor) -> None:
-        """Take in what became of `wanted`, that `compensate` returned: `arrived` (its size, any float dtype)."""
+    def keep(
+        self, name: str, wanted: torch.Tensor, arrived: torch.Tensor, out: torch.Tensor | None = None
+    ) -> None:
+        """Take in what became of `wanted`, that `compensate` returned: `arrived` (its size, any float dtype).
+
+        `out` is fp32 memory to work in, which may be that of `wanted`; None: new memory.
+        """
 
     def reset(self) -> None:
         """Owe nothing any more."""
@@ -50,27 +56,33 @@ class ErrorFeedback:
     def __init__(self) -> None:
         self._owed: dict[str, torch.Tensor] = {}
 
-    def compensate(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    def compensate(self, name: str, tensor: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """See `Feedback.compensate`.
 
         Raises:
             CompressStateError: what is owed for `name` has another size.
         """
         owed = self._owed.get(name)
-        if owed is None:
-            return tensor.detach().flatten().to(torch.float32, copy=True)
-        _check_size(name, owed, tensor)
-        return torch.add(owed, tensor.detach().flatten())
+        if owed is not None:
+            _check_size(name, owed, tensor)
+        out = torch.empty(tensor.numel(), device=tensor.device) if out is None else out
+        out.copy_(tensor.detach().flatten())  # two passes of one dtype each are faster than one of two dtypes
+        return out if owed is None else out.add_(owed)
 
-    def keep(self, name: str, wanted: torch.Tensor, arrived: torch.Tensor) -> None:
+    def keep(
+        self, name: str, wanted: torch.Tensor, arrived: torch.Tensor, out: torch.Tensor | None = None
+    ) -> None:
         """See `Feedback.keep`."""
         _check_size(name, wanted, arrived)
-        lost = torch.sub(wanted, arrived.detach().flatten())
-        if torch.isfinite(lost).all():
+        lost = torch.sub(wanted, arrived.detach().flatten(), out=out)
+        if float(grad_norm_scale(lost)[1]) == 0:  # no element is infinite or NaN; in one pass
             self._owe(name, lost)
 
     def _owe(self, name: str, lost: torch.Tensor) -> None:
-        self._owed[name] = lost
+        if name in self._owed:
+            self._owed[name].copy_(lost)
+        else:
+            self._owed[name] = lost.clone()
 
     def reset(self) -> None:
         """See `Feedback.reset`."""
@@ -127,9 +139,10 @@ class LoCo(ErrorFeedback):
         if self.policy.reset_steps and self._kept[name] % self.policy.reset_steps == 0:
             self._owed.pop(name, None)
             return
-        lost.mul_(1 - self.policy.beta)
-        owed = self._owed.get(name)
-        self._owed[name] = lost if owed is None else lost.add_(owed, alpha=self.policy.beta)
+        if name in self._owed:
+            self._owed[name].lerp_(lost, 1 - self.policy.beta)
+        else:
+            self._owed[name] = lost * (1 - self.policy.beta)
 
     def reset(self) -> None:
         """See `Feedback.reset`."""

@@ -106,6 +106,7 @@ class GroupCollectives:
         """See `zero_core.Collectives.trim`."""
         for hop in self._hops:
             hop.trim()
+        self.reductions.trim()
 
     # -- zero_core.WeightCollectives -----------------------------------------------------------------------------
 

@@ -34,7 +34,7 @@ class GradientReduction:
         entry: counts them.
         stochastic: round up or down at random, right on average.
         feedback: what either quantization has lost comes back, by the tag of the reduction. Bytes per rank: 4 an
-            element of the full gradient, and with nodes 4 / node_size more.
+            element of the full gradient, and with nodes 4 / node_size more; 8 an element of the largest to work in.
     """
 
     def __init__(
@@ -54,6 +54,20 @@ class GradientReduction:
         self.stochastic = stochastic
         self.feedback = feedback
         self._in_order = zero.InOrder()
+        self._scratch: torch.Tensor | None = None  # new pages would cost as much as all that is computed
+
+    def room(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Two fp32 tensors of its size and device to work in, until the next call."""
+        if self._scratch is None or self._scratch.numel() < 2 * like.numel():
+            self._scratch = torch.empty(2 * like.numel(), device=like.device)
+        first, second = (
+            self._scratch[: 2 * like.numel()].chunk(2) if like.numel() else (self._scratch[:0],) * 2
+        )
+        return first, second
+
+    def trim(self) -> None:
+        """Give scratch memory back."""
+        self._scratch = None
 
     def run(self, full: torch.Tensor, out: torch.Tensor, *, tag: int, form: BlockFormat) -> zero.Handle:
         """Write the mean over ranks of this rank's slice of `full` to `out`.
@@ -149,12 +163,14 @@ class _Job:
     ) -> None:
         """Equal parts of `values` to messages, with what is owed for them."""
         feedback = self.of.feedback
-        wanted = values if feedback is None else feedback.compensate(name, values)
+        wanted, arrived = values, values
+        if feedback is not None:
+            wanted, arrived = self.of.room(values)
+            feedback.compensate(name, values, out=wanted)
         parts = wanted.view(len(messages), -1)
         for position, (part, message) in enumerate(zip(parts, messages, strict=True)):
             ops.encode(part, message, self.form, None if seed is None else seed + position)
         if feedback is not None:
-            arrived = torch.empty_like(wanted)
             for message, part in zip(messages, arrived.view(len(messages), -1), strict=True):
                 ops.decode(message, part, self.form)
-            feedback.keep(name, wanted, arrived)
+            feedback.keep(name, wanted, arrived, out=wanted)

@@ -18,7 +18,8 @@ class Intervals:
 
     Args:
         var_freeze_step: the last step that may update the variance; from there on ranks may step alone.
-        var_update_scaler: kappa: updates of the variance after which their distance doubles.
+        var_update_scaler: kappa: updates of the variance after which their distance doubles. The paper's 16 are for
+            runs of 100,000 steps; a short one wants about half of `var_freeze_step`, or its variance is too old.
         local_step_scaler: steps after `var_freeze_step` in which the distance of synchronizations doubles: in the
             paper's policy, those in which the learning rate halves.
         local_step_clipper: H: the largest distance of synchronizations, in steps. 1: every step synchronizes.

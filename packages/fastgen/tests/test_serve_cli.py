@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -205,8 +206,16 @@ def test_chat(built: Built, capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     )
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """As in a terminal: processes in the background may have been started with Ctrl-C ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def test_ctrl_c_ends_an_answer_between_two_steps(
-    built: Built, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    built: Built, interruptible: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that is left half-way would leave ranks apart; a second Ctrl-C ends the command, as ever."""
     said = iter(["hello", "again", ""])

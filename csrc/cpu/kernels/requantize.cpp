@@ -96,6 +96,10 @@ struct BlockSum {
         for (std::int64_t i = 0; i < count; i += kNibbleStride) {
             I32 strides[N];  // loaded once: for all that the compiler knows, what is stored below could change them
             for (int k = 0; k < N; ++k) strides[k] = load_stride(values[k] + i / 2);
+            // Every other line of what comes next; the rest: Requantizer::prefetch.
+            if (i % std::max(2 * kNibbleStride, 1) == 0) {
+                for (int k = 0; k < N; ++k) __builtin_prefetch(values[k] + (i + kBuffer) / 2, 0, 2);
+            }
             float* to = buffer + i;
             strided_vector<0>(strides, to, even);
             strided_vector<1>(strides, to, odd);
@@ -225,12 +229,14 @@ class Requantizer {
     bool sum_fused(std::int64_t block, std::int64_t blocks, std::int64_t count) {
         return a_.sum.scale == 1.0f ? sum_fused<false>(block, blocks, count) : sum_fused<true>(block, blocks, count);
     }
-    // What the next batch sums: while this one is rounded nothing else would come from memory. Inline always: GCC drops
-    // calls of what only prefetches.
+    // Every other line of what the next batch sums: while this one is rounded nothing else would come from memory, and
+    // all lines at once are more than the processor waits for. Inline always: GCC drops calls of what only prefetches.
     __attribute__((always_inline)) void prefetch(std::int64_t element, std::int64_t count) const {
         for (int k = 0; k < a_.sum.num_messages; ++k) {
             const Message values = a_.sum.messages[k] + a_.sum.form.values + bytes_of<kIn>(element);
-            for (std::int64_t i = 0; i < bytes_of<kIn>(count); i += accel::kLineBytes) __builtin_prefetch(values + i, 0, 2);
+            for (std::int64_t i = kNibbleStride / 2; i < bytes_of<kIn>(count); i += std::max(kNibbleStride, 1)) {
+                __builtin_prefetch(values + i, 0, 2);
+            }
         }
     }
     void store_scales(std::int64_t block, std::int64_t blocks) {

@@ -41,10 +41,8 @@ class Once:
             self.inner.wait()
             self.then()
             self.over = True
-            self.inner, self.then = (
-                Done(),
-                lambda: None,
-            )  # they hold what has arrived, which may be the whole unit
+            # They hold what has arrived, which may be the whole unit.
+            self.inner, self.then = Done(), lambda: None
 
 
 @dataclass

@@ -58,12 +58,10 @@ class GradientReduction:
 
     def room(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Two fp32 tensors of its size and device to work in, until the next call."""
-        if self._scratch is None or self._scratch.numel() < 2 * like.numel():
-            self._scratch = torch.empty(2 * like.numel(), device=like.device)
-        first, second = (
-            self._scratch[: 2 * like.numel()].chunk(2) if like.numel() else (self._scratch[:0],) * 2
-        )
-        return first, second
+        numel = like.numel()
+        if self._scratch is None or self._scratch.numel() < 2 * numel:
+            self._scratch = torch.empty(2 * numel, device=like.device)
+        return self._scratch[:numel], self._scratch[numel : 2 * numel]
 
     def trim(self) -> None:
         """Give scratch memory back."""

@@ -42,11 +42,16 @@ def decoder_of(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[int]], str]
 
 def continued(decode: Callable[[list[int]], str], before: Sequence[int], ids: Sequence[int]) -> str:
     """The text of tokens that come after others: some tokenizers drop the space of a text's first word."""
+    along, text = _along(decode, before)
+    return decode([*along, *ids])[len(text) :]
+
+
+def _along(decode: Callable[[list[int]], str], before: Sequence[int]) -> tuple[list[int], str]:
+    """The last tokens of a text, to be decoded along with what follows, and what they are by themselves."""
     along = list(before[-_MOST_ALONG:])
     text = decode(along) if along else ""
-    if text.endswith(_BROKEN):  # part of a character: nothing says what the rest adds
-        return decode(list(ids))
-    return decode([*along, *ids])[len(text) :]
+    # Where they end with part of a character, nothing says what the rest of it adds.
+    return ([], "") if text.endswith(_BROKEN) else (along, text)
 
 
 class TextStream:
@@ -68,10 +73,7 @@ class TextStream:
         self._decode_ids = decoder_of(tokenizer)
         self._stops = tuple(map(_Stop, stops))
         self._matched = [0] * len(self._stops)  # characters of each stop at the end of the text
-        self._ids = list(before[-_MOST_ALONG:])
-        self._before = self._decode(self._ids)  # text of the tokens from `_begin` to `_shown`
-        if self._before.endswith(_BROKEN):  # part of a character: nothing says what the rest adds
-            self._ids, self._before = [], ""
+        self._ids, self._before = _along(self._decode_ids, before)  # text of those from `_begin` to `_shown`
         self._begin = 0  # of the tokens that are decoded along
         self._shown = len(self._ids)  # tokens whose text has been given out, or is held back
         self._held = ""

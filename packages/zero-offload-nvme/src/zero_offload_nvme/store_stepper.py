@@ -286,9 +286,8 @@ class StoreStepper:
         if held is not None and held.data_ptr() == view.data_ptr():
             return
         initial = self.rule.initial(slot.group)
-        if (
-            held is None and not state
-        ):  # begun here: an optimizer that counts no steps would be taken to have made one
+        if held is None and not state:
+            # Begun here: an optimizer that counts no steps would be taken to have made one.
             state["step"] = torch.tensor(0.0)
         if held is not None:
             view.copy_(held)

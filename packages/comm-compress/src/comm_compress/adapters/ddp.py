@@ -271,9 +271,8 @@ class _OwnHook:
     def __call__(self, state: object, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
         buffer = bucket.buffer()
         params = bucket.parameters()
-        self._params.update(
-            (id(param), param) for param in params
-        )  # kept, so that no other gets the number of one
+        # Kept, so that no other gets the number of one.
+        self._params.update((id(param), param) for param in params)
         what = bucket.index(), tuple(map(id, params))
         if buffer.device.type != "cpu":
             return self._on_stream(buffer, what)

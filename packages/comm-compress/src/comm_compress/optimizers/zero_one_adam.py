@@ -238,10 +238,7 @@ class ZeroOneAdam(CompressedOptimizer):
         self._keeps_common = bool(progress["keeps_common"])
 
     def _loaded(self) -> None:
-        if self.variance is Variance.UPDATED and self.num_steps >= self.intervals.var_freeze_step:
-            self.variance = Variance.FROZEN  # it was saved by one that freezes later
-            for bucket in self._buckets:
-                self._allocate(bucket, self.progress())
+        self._freeze_in_time()  # it may have been saved by one that freezes later
         if not self._keeps_common and self.intervals.local_step_clipper > 1:
             self._keeps_common = True  # it was saved by one whose ranks never step alone
             for bucket in self._buckets:
@@ -362,6 +359,10 @@ class ZeroOneAdam(CompressedOptimizer):
             self._since_sync = 0
             for bucket in self._buckets:
                 forget(bucket)
+        self._freeze_in_time()
+
+    def _freeze_in_time(self) -> None:
+        """After the last step that may update the variance, keep what belongs to a frozen one."""
         if self.variance is Variance.UPDATED and self.num_steps >= self.intervals.var_freeze_step:
             self.variance = Variance.FROZEN
             for bucket in self._buckets:
